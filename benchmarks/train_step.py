@@ -1,0 +1,53 @@
+"""Time the parts of a training step: `[mpirun -n N] python3 benchmarks/train_step.py --network=resnet18 --per_batch_size=16 --steps=10`.
+
+Random images, no input pipeline; medians over the steps after two of warm-up. Takes every configuration key as a flag.
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from src.parallel.communicator import connect, launched_rank  # noqa: E402
+from src.utils.config import load_config, parse_flags  # noqa: E402
+from src.utils.device import prepare_process, select_device  # noqa: E402
+from src.utils.launch import run_main  # noqa: E402
+
+_WARMUP = 2
+
+
+def main(arguments):
+    steps = int(next((word.partition("=")[2] for word in arguments if word.startswith("--steps=")), 10))
+    flags, _ = parse_flags([word for word in arguments if not word.startswith("--steps=")])
+    config = load_config({"data_path": "none", "num_classes": "1000", **flags})
+    communicator = connect(config.run_distribute)
+    prepare_process(communicator.local_rank, communicator.local_size)
+    import numpy as np
+    from mindspore import Tensor
+    from src.training.setup import create_network
+    from src.training.step import create_train_step
+
+    select_device(config.device_target, communicator.local_rank)
+    step = create_train_step(create_network(config), config, communicator)
+    random = np.random.default_rng(communicator.rank)
+    size, batch = config.image_size, config.per_batch_size
+    images = Tensor(random.integers(0, 256, (batch, size, size, 3), np.uint8))
+    labels = Tensor(random.integers(0, config.num_classes, batch, np.int32))
+    times = []
+    for _ in range(steps + _WARMUP):
+        communicator.barrier()
+        started = time.perf_counter()
+        step([(images, labels)], 0.01)
+        times.append({"step": time.perf_counter() - started, **step.seconds})
+    median = {name: statistics.median(entry[name] for entry in times[_WARMUP:]) for name in times[0]}
+    if communicator.is_root:
+        rate = batch * communicator.size / median["step"]
+        print(f"train_step network={config.network} block={config.block} ranks={communicator.size} per_batch_size={batch} "
+              f"images_per_second={rate:.2f} forward_backward_s={median['forward_backward']:.4f} "
+              f"allreduce_s={median['allreduce']:.4f} optimizer_s={median['optimizer']:.4f}")
+
+
+if __name__ == "__main__":
+    run_main(main, launched_rank())

@@ -1,0 +1,32 @@
+"""Export a checkpoint: `python3 export.py --checkpoint_file_path=FILE --file_format=CKPT|MINDIR [--fuse=0|1] [--result_path=FILE]`.
+
+ACNet checkpoints are fused into the plain network unless --fuse=0. What was written is loaded back and compared before it counts.
+"""
+
+from src.utils.config import load_config, parse_flags
+from src.utils.device import prepare_process, select_device
+from src.utils.errors import UserError
+from src.utils.launch import run_main
+from src.utils.log import create_logger
+
+
+def main(arguments):
+    flags, positional = parse_flags(arguments)
+    if positional:
+        raise UserError(f"'{positional[0]}' is not a flag; write --KEY=VALUE")
+    config = load_config(flags)
+    # MindSpore reads its environment when it is imported, so everything that imports it comes after this line.
+    prepare_process(local_rank=0, local_size=1)
+    from src.training.checkpoint import find_checkpoints
+    from src.training.export import export_checkpoint
+
+    path = find_checkpoints(config.checkpoint_file_path)[-1]
+    select_device(config.device_target, config.device_id or 0)
+    log = create_logger(rank=0).info
+    exported = export_checkpoint(path, flags, config.file_format, config.fuse, config.result_path)
+    log(f"{path}: {exported.parameters} parameters, exported to {exported.path}: {exported.exported_parameters} "
+        f"parameters, {exported.size / 1e6:.2f} MB, largest relative difference {exported.difference:.1e}")
+
+
+if __name__ == "__main__":
+    run_main(main)

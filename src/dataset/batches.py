@@ -1,0 +1,137 @@
+"""Batches as functions of their number, carried by mindspore.dataset.
+
+A source below answers "batch i" from (seed, epoch, indices) alone and fills whole batches with a pool of threads, which
+costs less than a chain of operations with one Python call an image; GeneratorDataset prefetches ahead of the training.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import cv2
+import numpy as np
+
+from src.dataset.transforms import eval_transform, sample_generator, train_transform
+from src.utils.device import available_cores
+from src.utils.errors import UserError
+
+PADDING_LABEL = -1
+_PREFETCHED_BATCHES = 2
+
+
+def epoch_order(seed, epoch, count):
+    """Permutation of ``count`` samples, (count,) int64: a function of (seed, epoch)."""
+    # The second key word keeps this stream apart from those of samples, whose index is there.
+    return np.random.Generator(np.random.Philox(key=[seed, 2 ** 63 + epoch])).permutation(count)
+
+
+def rank_share(indices, rank, size):
+    """Every ``size``-th of ``indices``, beginning with the ``rank``-th."""
+    return indices[rank::size]
+
+
+class TrainBatches:
+    """Training batches of one rank over all epochs: item i is the i-th forward batch of the run.
+
+    Each is (images (B, S, S, 3) uint8 RGB, labels (B,) int32). The global batch of a step is the same whatever the
+    number of ranks; the last incomplete global batch of an epoch is left out.
+
+    Args:
+        first, last: range of forward batches to serve, so that a resumed run starts where it was.
+
+    Raises:
+        UserError: where the data has fewer images than one global batch.
+    """
+
+    def __init__(self, images, config, rank, size, first=0, last=None):
+        self.images, self.config, self.rank, self.size = images, config, rank, size
+        self.batch = config.rank_batch(size)
+        self.global_batch = config.global_batch(size)
+        self.steps_per_epoch = len(images) // self.global_batch
+        if not self.steps_per_epoch:
+            raise UserError(f"{len(images)} training images are fewer than one global batch of {self.global_batch} "
+                            f"({size} ranks x {self.batch} x accumulation_steps={config.accumulation_steps}); "
+                            f"use --per_batch_size={max(len(images) // (size * config.accumulation_steps), 1)} or less")
+        steps = self.steps_per_epoch * config.max_epoch
+        self.first = first
+        self.last = steps * config.accumulation_steps if last is None else last
+        self.failure = None
+        self._pool = _thread_pool(config)
+        self._order = (None, None)
+
+    def __len__(self):
+        return self.last - self.first
+
+    def __getitem__(self, item):
+        step, part = divmod(self.first + int(item), self.config.accumulation_steps)
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        indices = self._epoch_order(epoch)[step_in_epoch * self.global_batch:(step_in_epoch + 1) * self.global_batch]
+        mine = rank_share(indices, self.rank, self.size)[part * self.batch:(part + 1) * self.batch]
+
+        def make(index):
+            return train_transform(self.images.load(index), sample_generator(self.config.seed, epoch, index), self.config)
+
+        return _fill(self, mine, make, self.batch)
+
+    def _epoch_order(self, epoch):
+        if self._order[0] != epoch:
+            self._order = (epoch, epoch_order(self.config.seed, epoch, len(self.images)))
+        return self._order[1]
+
+
+class EvalBatches:
+    """Evaluation batches of one rank: each image of the rank's share once, in order.
+
+    The last batch is filled up with black images labelled PADDING_LABEL, so that one compiled graph serves all.
+    """
+
+    def __init__(self, images, config, rank, size, batch):
+        self.images, self.config, self.batch = images, config, batch
+        self.indices = rank_share(np.arange(len(images)), rank, size)
+        self.failure = None
+        self._pool = _thread_pool(config)
+
+    def __len__(self):
+        return -(-len(self.indices) // self.batch)
+
+    def __getitem__(self, item):
+        mine = self.indices[int(item) * self.batch:(int(item) + 1) * self.batch]
+        return _fill(self, mine, lambda index: eval_transform(self.images.load(index), self.config), self.batch)
+
+
+def iterate(source):
+    """Yield the tuples of mindspore Tensors of ``source``, prefetched. Raises the UserError that stopped the source."""
+    import mindspore.dataset as dataset
+    if not len(source):
+        return
+    dataset.config.set_prefetch_size(_PREFETCHED_BATCHES)
+    pipeline = dataset.GeneratorDataset(source, ["images", "labels"], shuffle=False, num_parallel_workers=1,
+                                        python_multiprocessing=False)
+    try:
+        yield from pipeline.create_tuple_iterator(num_epochs=1)
+    except RuntimeError:
+        # mindspore.dataset wraps the source's error in its own, with a trace of C++ frames.
+        if source.failure is not None:
+            raise source.failure from None
+        raise
+
+
+def _fill(source, indices, make, batch):
+    size = source.config.image_size
+    images = np.zeros((batch, size, size, 3), np.uint8)
+    labels = np.full(batch, PADDING_LABEL, np.int32)
+    labels[:len(indices)] = source.images.labels[indices]
+
+    def place(slot):
+        images[slot] = make(int(indices[slot]))
+
+    try:
+        list(source._pool.map(place, range(len(indices))))
+    except Exception as failure:
+        source.failure = failure
+        raise
+    return images, labels
+
+
+def _thread_pool(config):
+    # One level of threads: the pool's. OpenCV's own would multiply them.
+    cv2.setNumThreads(0)
+    return ThreadPoolExecutor(config.num_parallel_workers or available_cores())

@@ -1,0 +1,231 @@
+"""Where labelled images come from: class folders, list files, CIFAR-10, the bundled digits."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from src.utils.errors import UserError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+DIGITS_FOLDER = Path(__file__).resolve().parents[2] / "data" / "digits"
+_CIFAR_TRAIN = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
+_CIFAR_TEST = ("test_batch.bin",)
+_CIFAR_RECORD = 1 + 3 * 32 * 32
+_CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_LISTED_BAD_LINE = 80
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled images, each known by its index.
+
+    Attributes:
+        class_to_index: class name -> label, labels from 0.
+        labels: (N,) int32.
+        paths: N image files, or None where ``pixels`` holds the images.
+        pixels: (N, H, W, 3) uint8 RGB, or None.
+    """
+
+    class_to_index: dict
+    labels: np.ndarray
+    paths: list | None = None
+    pixels: np.ndarray | None = None
+
+    def __len__(self):
+        return len(self.labels)
+
+    @property
+    def num_classes(self):
+        return max(self.class_to_index.values()) + 1
+
+    def name(self, index):
+        """What to call image ``index`` in a message."""
+        return self.paths[index] if self.paths is not None else f"record {index}"
+
+    def load(self, index):
+        """Image ``index`` as (H, W, 3) uint8 RGB. Raises UserError that names an undecodable file."""
+        if self.pixels is not None:
+            return self.pixels[index]
+        return read_image(self.paths[index])
+
+
+def read_image(path):
+    """An image file as (H, W, 3) uint8 RGB, as stored: EXIF orientation is not applied, as in the seeds' decoders.
+
+    Raises:
+        UserError: where the file cannot be read or is no image.
+    """
+    try:
+        encoded = np.fromfile(path, np.uint8)
+    except OSError as failure:
+        raise UserError(f"cannot read the image {path}: {failure.strerror}") from None
+    image = None
+    if encoded.size:
+        try:
+            image = cv2.imdecode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        except cv2.error:
+            image = None
+    if image is None:
+        raise UserError(f"{path} is not an image that can be decoded; replace or remove it")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def open_images(data_path, split, dataset_format="auto", class_to_index=None):
+    """Open the images that ``data_path`` names.
+
+    Args:
+        data_path: "digits"; a folder with one folder a class; a root with train/ and val/, or with train_list.txt and
+            val_list.txt; a list file with "PATH LABEL" lines; a folder of CIFAR-10's binary files.
+        split: "train" or "val": which part of a root, of CIFAR-10 or of the digits.
+        dataset_format: "auto", "folder", "list" or "cifar10".
+        class_to_index: the training's map; labels follow it, so that a missing class shifts nothing.
+
+    Raises:
+        UserError: where there is no such data, a class is empty or unknown, or a list has a bad line.
+    """
+    path = DIGITS_FOLDER if data_path == "digits" else Path(data_path)
+    if not data_path:
+        raise UserError("this recipe needs data: pass --data_path=DIR (a folder with one folder of images a class)")
+    if not path.exists():
+        raise UserError(f"data_path '{data_path}' does not exist")
+    if path.is_file():
+        return _from_list(path, split, class_to_index)
+    cifar = _cifar_folder(path)
+    if dataset_format == "cifar10" or (dataset_format == "auto" and cifar is not None):
+        return _from_cifar10(cifar or path, split, class_to_index)
+    list_file = path / f"{split}_list.txt"
+    if dataset_format == "list" or (dataset_format == "auto" and list_file.is_file()):
+        return _from_list(list_file, split, class_to_index)
+    inner = path / split
+    return _from_folder(inner if inner.is_dir() and _holds_class_folders(inner) else path, class_to_index)
+
+
+def validation_path(data_path):
+    """Where the validation images of a training ``data_path`` are by custom, or None.
+
+    A root holds both parts; beside ``.../train`` lies ``.../val`` or ``.../val_list.txt``.
+    """
+    path = Path(data_path)
+    if data_path == "digits" or _cifar_folder(path) or (path / "val").is_dir() or (path / "val_list.txt").is_file():
+        return data_path
+    for sibling in ("val", "val_list.txt", "validation", "test"):
+        if path.name in ("train", "train_list.txt") and (path.parent / sibling).exists():
+            return str(path.parent / sibling)
+    return None
+
+
+def _holds_class_folders(path):
+    return any(entry.is_dir() for entry in os.scandir(path))
+
+
+def _from_folder(root, class_to_index):
+    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    if not folders:
+        what = "has images but no class folders" if _images_in(root) else "is empty: it has no class folders"
+        raise UserError(f"data_path '{root}' {what}; it must hold one folder of images a class")
+    known = class_to_index or {name: label for label, name in enumerate(folders)}
+    unknown = [name for name in folders if name not in known]
+    if unknown:
+        raise UserError(f"class folder '{unknown[0]}' in {root} is none of the {len(known)} classes of the training")
+    paths, labels = [], []
+    for name in folders:
+        images = _images_in(root / name)
+        if not images:
+            raise UserError(f"class folder '{root / name}' has no images ({', '.join(EXTENSIONS[:3])} ...); "
+                            "add some or remove the folder")
+        paths += images
+        labels += [known[name]] * len(images)
+    return ImageSet(dict(known), np.array(labels, np.int32), paths)
+
+
+def _images_in(folder):
+    found = []
+    for directory, subfolders, files in os.walk(folder):
+        subfolders.sort()
+        found += [os.path.join(directory, file) for file in sorted(files) if file.lower().endswith(EXTENSIONS)]
+    return found
+
+
+def _from_list(list_file, split, class_to_index):
+    root = list_file.parent.resolve()
+    try:
+        lines = list_file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as failure:
+        raise UserError(f"cannot read the list {list_file}: {getattr(failure, 'strerror', None) or 'it is not text'}") from None
+    paths, labels = [], []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            path, label = _listed_image(line, f"{list_file} line {number}", root, split)
+            paths.append(path)
+            labels.append(label)
+    if not paths:
+        raise UserError(f"the list {list_file} names no image; it needs lines of 'PATH LABEL'")
+    if not os.path.isfile(paths[0]):
+        raise UserError(f"{list_file} names {paths[0]}, which does not exist")
+    labels = np.array(labels, np.int32)
+    known = class_to_index or _classes_of_list(paths, labels)
+    outside = labels[labels > max(known.values())]
+    if outside.size:
+        raise UserError(f"{list_file} has label {outside[0]}, outside the {len(known)} classes of the training")
+    return ImageSet(dict(known), labels, paths)
+
+
+def _listed_image(line, where, root, split):
+    path, _, label = line.strip().rpartition(" ")
+    path = path.strip()
+    if not path or not label.isascii() or not label.isdigit() or int(label) > 10 ** 6:
+        raise UserError(f"{where}: '{line.strip()[:_LISTED_BAD_LINE]}' is not 'PATH LABEL' with a label from 0")
+    full = os.path.normpath(os.path.join(root, path))
+    if "\0" in path or not full.startswith(str(root) + os.sep):
+        raise UserError(f"{where}: '{path[:_LISTED_BAD_LINE]}' leaves the folder of the list")
+    # Lists are written both ways: relative to the tree and relative to its train/ or val/ folder.
+    in_split = os.path.join(root, split, path)
+    return (in_split if not os.path.exists(full) and os.path.exists(in_split) else full), int(label)
+
+
+def _classes_of_list(paths, labels):
+    """Class names of a list: the folder of each label's images where that is one folder a label, else the numbers."""
+    folders = {}
+    for path, label in zip(paths, labels.tolist()):
+        folders.setdefault(label, set()).add(os.path.basename(os.path.dirname(path)))
+    one_each = all(len(names) == 1 for names in folders.values())
+    names = {label: next(iter(found)) for label, found in folders.items()}
+    if one_each and len(set(names.values())) == len(names):
+        return {names.get(label, str(label)): label for label in range(max(names) + 1)}
+    return {str(label): label for label in range(max(names) + 1)}
+
+
+def _cifar_folder(path):
+    for folder in (path, path / "cifar-10-batches-bin"):
+        if (folder / _CIFAR_TEST[0]).is_file() or (folder / _CIFAR_TRAIN[0]).is_file():
+            return folder
+    return None
+
+
+def _from_cifar10(folder, split, class_to_index):
+    records = []
+    for name in _CIFAR_TRAIN if split == "train" else _CIFAR_TEST:
+        try:
+            data = np.fromfile(folder / name, np.uint8)
+        except OSError as failure:
+            raise UserError(f"cannot read {folder / name}: {failure.strerror}") from None
+        if not data.size or data.size % _CIFAR_RECORD:
+            raise UserError(f"{folder / name} has {data.size} bytes, which is no whole number of CIFAR-10 records; "
+                            "fetch it again")
+        records.append(data.reshape(-1, _CIFAR_RECORD))
+    records = np.concatenate(records)
+    labels = records[:, 0].astype(np.int32)
+    if labels.max() >= len(_CIFAR_CLASSES):
+        raise UserError(f"{folder} holds label {labels.max()}, which CIFAR-10 does not have; fetch it again")
+    pixels = np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    names = _class_names(folder)
+    return ImageSet(class_to_index or {name: label for label, name in enumerate(names)}, labels, pixels=pixels)
+
+
+def _class_names(folder):
+    meta = folder / "batches.meta.txt"
+    names = meta.read_text(encoding="utf-8", errors="replace").split() if meta.is_file() else []
+    return names if len(set(names)) == len(_CIFAR_CLASSES) else _CIFAR_CLASSES

@@ -1,0 +1,47 @@
+"""AlexNet in the single-tower form of Krizhevsky, "One weird trick for parallelizing convolutional neural networks"
+(arXiv:1404.5997): convolutions of 64-192-384-256-256 channels, then 4096-4096-classes."""
+
+from mindspore import nn, ops
+
+from src.models.layers import LayerFactory
+
+_FEATURE_SIZE = 6
+
+
+class AlexNet(nn.Cell):
+    """(N, 3, H, W) float -> (N, num_classes). H and W of 63 or more; other maps than 6x6 are averaged to 6x6.
+
+    Args:
+        dropout: probability of dropping a unit before each of the two hidden layers, in training only.
+    """
+
+    def __init__(self, num_classes, layers: LayerFactory, dropout=0.5):
+        super().__init__()
+        def conv(*shape, **geometry):
+            return layers.conv(*shape, bias=True, **geometry)
+
+        self.conv1 = conv(3, 64, 11, stride=4, padding=2)
+        self.conv2 = conv(64, 192, 5, padding=2)
+        self.conv3 = conv(192, 384, 3, padding=1)
+        self.conv4 = conv(384, 256, 3, padding=1)
+        self.conv5 = conv(256, 256, 3, padding=1)
+        self.relu = nn.ReLU()
+        self.pool = nn.MaxPool2d(3, 2, pad_mode="valid")
+        self.to_6x6 = nn.AdaptiveAvgPool2d(_FEATURE_SIZE)
+        self.drop1, self.drop2 = nn.Dropout(p=dropout), nn.Dropout(p=dropout)
+        self.fc1 = nn.Dense(256 * _FEATURE_SIZE ** 2, 4096)
+        self.fc2 = nn.Dense(4096, 4096)
+        self.classifier = nn.Dense(4096, num_classes)
+
+    def construct(self, x):
+        x = self.pool(self.relu(self.conv1(x)))
+        x = self.pool(self.relu(self.conv2(x)))
+        x = self.relu(self.conv3(x))
+        x = self.relu(self.conv4(x))
+        x = self.pool(self.relu(self.conv5(x)))
+        if x.shape[2:] != (_FEATURE_SIZE, _FEATURE_SIZE):
+            x = self.to_6x6(x)
+        x = ops.reshape(x, (x.shape[0], -1))
+        x = self.relu(self.fc1(self.drop1(x)))
+        x = self.relu(self.fc2(self.drop2(x)))
+        return self.classifier(x)

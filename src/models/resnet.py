@@ -1,0 +1,77 @@
+"""ResNet (He et al., arXiv:1512.03385, stride on the 3x3 as in torchvision) and ResNeXt (Xie et al., arXiv:1611.05431)."""
+
+from mindspore import nn
+
+from src.models.layers import LayerFactory, MaxPoolAfterReLU, global_average
+
+
+class BasicBlock(nn.Cell):
+    """Two 3x3 convolutions and a shortcut."""
+
+    expansion = 1
+
+    def __init__(self, in_channels, width, out_channels, stride, cardinality, layers, downsample):
+        super().__init__()
+        self.conv1 = layers.conv_norm(in_channels, width, 3, stride, padding=1, groups=cardinality)
+        self.conv2 = layers.conv_norm(width, out_channels, 3, padding=1)
+        self.downsample = downsample
+        self.relu = nn.ReLU()
+
+    def construct(self, x):
+        out = self.conv2(self.relu(self.conv1(x)))
+        return self.relu(out + self.downsample(x))
+
+
+class Bottleneck(nn.Cell):
+    """1x1, 3x3 (grouped in ResNeXt) and 1x1 convolutions and a shortcut."""
+
+    expansion = 4
+
+    def __init__(self, in_channels, width, out_channels, stride, cardinality, layers, downsample):
+        super().__init__()
+        self.conv1 = layers.conv_norm(in_channels, width, 1)
+        self.conv2 = layers.conv_norm(width, width, 3, stride, padding=1, groups=cardinality)
+        self.conv3 = layers.conv_norm(width, out_channels, 1)
+        self.downsample = downsample
+        self.relu = nn.ReLU()
+
+    def construct(self, x):
+        out = self.relu(self.conv1(x))
+        out = self.conv3(self.relu(self.conv2(out)))
+        return self.relu(out + self.downsample(x))
+
+
+class ResNet(nn.Cell):
+    """(N, 3, H, W) float -> (N, num_classes).
+
+    Args:
+        block: BasicBlock or Bottleneck.
+        depths: blocks in each of the four stages.
+        cardinality, base_width: groups of the 3x3 convolution and channels per group at the first stage (ResNeXt's
+            32x4d: 32 and 4).
+    """
+
+    def __init__(self, block, depths, num_classes, layers: LayerFactory, cardinality=1, base_width=64):
+        super().__init__()
+        self.conv1 = layers.conv_norm(3, 64, 7, stride=2, padding=3)
+        self.relu = nn.ReLU()
+        self.pool = MaxPoolAfterReLU(3, 2, padding=1)
+        in_channels = 64
+        for stage, depth in enumerate(depths):
+            channels = 64 << stage
+            width = cardinality * (channels * base_width // 64)
+            blocks = []
+            for index in range(depth):
+                stride = 2 if stage > 0 and index == 0 else 1
+                out_channels = channels * block.expansion
+                downsample = nn.Identity() if stride == 1 and in_channels == out_channels else layers.conv_norm(
+                    in_channels, out_channels, 1, stride)
+                blocks.append(block(in_channels, width, out_channels, stride, cardinality, layers, downsample))
+                in_channels = out_channels
+            setattr(self, f"layer{stage + 1}", nn.SequentialCell(blocks))
+        self.classifier = nn.Dense(in_channels, num_classes)
+
+    def construct(self, x):
+        x = self.pool(self.relu(self.conv1(x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.classifier(global_average(x))

@@ -1,0 +1,142 @@
+"""How ranks talk. Alone, rank is 0, size is 1 and every operation is the identity, so that no caller asks which it is."""
+
+import os
+
+import numpy as np
+
+from src.utils.errors import UserError
+
+# Gradients and statistics below this size travel together in one message: latency, not bandwidth, is what they cost.
+_PACK_BELOW_BYTES = 1 << 20
+
+
+class Communicator:
+    """A process alone, and the interface of the others. Arrays are C-contiguous numpy arrays, changed in place."""
+
+    rank, size = 0, 1
+    local_rank, local_size = 0, 1
+
+    def mean_(self, arrays):
+        """Replace each float32 array by its mean over ranks."""
+
+    def sum(self, values):
+        """Element-wise sum over ranks of a sequence of numbers, as a float64 array."""
+        return np.asarray(values, np.float64)
+
+    def broadcast_(self, arrays):
+        """Replace each array by rank 0's."""
+
+    def from_root(self, value):
+        """Rank 0's small picklable ``value``, on every rank."""
+        return value
+
+    def gather(self, value):
+        """List of every rank's small ``value`` in order of rank, on every rank."""
+        return [value]
+
+    def barrier(self):
+        """Wait until every rank is here."""
+
+    @property
+    def is_root(self):
+        return self.rank == 0
+
+
+class MpiCommunicator(Communicator):
+    """Ranks of an mpirun, through mpi4py; the arrays' own memory is what MPI reads and writes."""
+
+    def __init__(self, mpi):
+        self._mpi = mpi
+        self._world = mpi.COMM_WORLD
+        self.rank, self.size = self._world.Get_rank(), self._world.Get_size()
+        machine = self._world.Split_type(mpi.COMM_TYPE_SHARED)
+        self.local_rank, self.local_size = machine.Get_rank(), machine.Get_size()
+        machine.Free()
+        self._packed = np.empty(0, np.float32)
+
+    def mean_(self, arrays):
+        small = [array for array in arrays if array.nbytes < _PACK_BELOW_BYTES]
+        for array in arrays:
+            if array.nbytes >= _PACK_BELOW_BYTES:
+                self._mean_in_place(array)
+        if small:
+            packed = self._pack(small)
+            self._mean_in_place(packed)
+            start = 0
+            for array in small:
+                array[...] = packed[start:start + array.size].reshape(array.shape)
+                start += array.size
+
+    def sum(self, values):
+        total = np.array(values, np.float64)
+        self._world.Allreduce(self._mpi.IN_PLACE, total, self._mpi.SUM)
+        return total
+
+    def broadcast_(self, arrays):
+        for array in arrays:
+            self._world.Bcast(array, root=0)
+
+    def from_root(self, value):
+        return self._world.bcast(value, root=0)
+
+    def gather(self, value):
+        return self._world.allgather(value)
+
+    def barrier(self):
+        self._world.Barrier()
+
+    def _mean_in_place(self, array):
+        self._world.Allreduce(self._mpi.IN_PLACE, array, self._mpi.SUM)
+        array *= np.float32(1 / self.size)
+
+    def _pack(self, arrays):
+        count = sum(array.size for array in arrays)
+        if self._packed.size < count:
+            self._packed = np.empty(count, np.float32)
+        packed, start = self._packed[:count], 0
+        for array in arrays:
+            packed[start:start + array.size] = array.reshape(-1)
+            start += array.size
+        return packed
+
+
+def launched_ranks():
+    """Number of processes that a launcher (mpirun, or srun with PMIx or PMI) says it started; 1 without a launcher."""
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return int(os.environ.get("SLURM_NTASKS", 1)) if "SLURM_STEP_ID" in os.environ and "PMIX_RANK" in os.environ else 1
+
+
+def launched_rank():
+    """This process's number as its launcher gave it, known before MPI starts; 0 without a launcher."""
+    for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 0
+
+
+def connect(run_distribute):
+    """The communicator that fits how this process was started.
+
+    Args:
+        run_distribute: True where the user asked for several ranks, False for one, None for whichever it is.
+
+    Raises:
+        UserError: where that contradicts how the process was started, or MPI cannot be had.
+    """
+    ranks = launched_ranks()
+    if run_distribute and ranks == 1 and "OMPI_COMM_WORLD_SIZE" not in os.environ:
+        raise UserError("run_distribute=1 needs mpirun: start it as 'mpirun -n 8 python3 train.py --run_distribute=1 ...', "
+                        "or use --run_distribute=0 for one process")
+    if run_distribute is False and ranks > 1:
+        raise UserError(f"mpirun started {ranks} processes but run_distribute=0 would have each of them do the same work; "
+                        "use --run_distribute=1, or start it without mpirun")
+    if ranks == 1 and not run_distribute:
+        return Communicator()
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as failure:
+        raise UserError(f"MPI cannot be loaded ({str(failure).splitlines()[0]}); run 'bash scripts/setup.sh', "
+                        "then 'source .venv/bin/activate'") from None
+    return MpiCommunicator(MPI)

@@ -1,0 +1,110 @@
+"""The training loop. It knows steps only; epochs are where it reports, evaluates and saves."""
+
+import itertools
+import time
+
+from src.dataset.batches import TrainBatches, iterate
+from src.training.checkpoint import save_checkpoint
+from src.training.evaluation import Evaluator
+from src.training.progress import Progress
+from src.training.records import plot_curves, prune_checkpoints
+from src.training.schedule import learning_rate
+from src.training.step import create_train_step
+
+# The first steps compile the graph and fill caches; rates leave them out.
+_WARMUP_STEPS = 2
+
+
+class Trainer:
+    """Trains ``network`` on ``train_images`` and leaves its results in ``run_folder``.
+
+    Every rank constructs one with the same arguments; rank 0 alone writes.
+
+    Args:
+        eval_images: an ImageSet to evaluate on while training, or None.
+        run_folder: a RunFolder on rank 0, None elsewhere.
+        log: called with a line of text.
+    """
+
+    def __init__(self, network, config, communicator, train_images, eval_images, run_folder, log):
+        self.network, self.config, self.communicator = network, config, communicator
+        self.run_folder, self.log = run_folder, log
+        self.batches = TrainBatches(train_images, config, communicator.rank, communicator.size)
+        self.steps_per_epoch = self.batches.steps_per_epoch
+        self.last_step = self.steps_per_epoch * config.max_epoch
+        if config.max_steps:
+            self.last_step = min(self.last_step, config.max_steps)
+        self.batches.last = self.last_step * config.accumulation_steps
+        self.step = create_train_step(network, config, communicator)
+        self.evaluator = Evaluator(network, eval_images, config, communicator) if eval_images is not None else None
+        self.best_top1 = -1.0
+        self.class_to_index = train_images.class_to_index
+        self._busy_s, self._timed_steps = 0.0, 0
+
+    def run(self):
+        """Train to the end; returns images/s over all ranks, the first steps left out."""
+        self.communicator.broadcast_([p.asnumpy() for p in (*self.network.get_parameters(), *self.step.velocities)])
+        forward_batches = iterate(self.batches)
+        for epoch_start in range(0, self.last_step, self.steps_per_epoch):
+            epoch_end = min(epoch_start + self.steps_per_epoch, self.last_step)
+            loss, rate = self._train_epoch(forward_batches, epoch_start, epoch_end)
+            self._finish_epoch(epoch_end, loss, rate)
+        return self._rate(self._timed_steps, self._busy_s)
+
+    def _train_epoch(self, forward_batches, start, end):
+        """Steps ``start`` to ``end``; returns their mean loss over ranks and images/s."""
+        epoch = start // self.steps_per_epoch + 1
+        global_batch = self.batches.global_batch
+        progress = Progress(f"epoch {epoch}/{self.config.max_epoch}", end - start, global_batch, self.log,
+                            self.config.log_interval, self.communicator.is_root)
+        loss_sum, busy_s, timed = 0.0, 0.0, 0
+        for step in range(start, end):
+            started = time.perf_counter()
+            batches = itertools.islice(forward_batches, self.config.accumulation_steps)
+            lr = learning_rate(step, self.steps_per_epoch, self.config)
+            loss = self.step(batches, lr)
+            loss_sum += loss
+            if step >= _WARMUP_STEPS:
+                busy_s, timed = busy_s + time.perf_counter() - started, timed + 1
+            progress.update(step - start + 1, loss, lr)
+        progress.close()
+        self._busy_s, self._timed_steps = self._busy_s + busy_s, self._timed_steps + timed
+        mean_loss = self.communicator.sum([loss_sum])[0] / ((end - start) * self.communicator.size)
+        return mean_loss, self._rate(timed, busy_s)
+
+    def _finish_epoch(self, step, loss, rate):
+        epoch = -(-step // self.steps_per_epoch)
+        last = step == self.last_step
+        metrics = {"epoch": epoch, "step": step, "loss": round(float(loss), 6),
+                   "lr": learning_rate(step - 1, self.steps_per_epoch, self.config), "images_per_second": round(rate, 2)}
+        if self.evaluator is not None and (last or epoch % self.config.eval_interval == 0):
+            accuracy = self.evaluator()
+            metrics.update(top1=round(accuracy.top1, 4), top5=round(accuracy.top5, 4))
+        if self.communicator.is_root:
+            self._record(epoch, step, metrics, last)
+        self.communicator.barrier()
+
+    def _record(self, epoch, step, metrics, last):
+        text = f"epoch {epoch}/{self.config.max_epoch} loss {metrics['loss']:.4f} {metrics['images_per_second']:.1f} images/s"
+        if "top1" in metrics:
+            text += f" acc={metrics['top1']:.2f}%(TOP1) acc={metrics['top5']:.2f}%(TOP5)"
+        self.log(text)
+        self.run_folder.add_metrics(**metrics)
+        if metrics.get("top1", -1.0) > self.best_top1:
+            self.best_top1 = metrics["top1"]
+            self._save(self.run_folder.best, epoch, step)
+        if last or epoch % self.config.ckpt_interval == 0:
+            step_in_epoch = step - (epoch - 1) * self.steps_per_epoch
+            self._save(self.run_folder.checkpoints / f"{self.config.network}-{epoch}_{step_in_epoch}.ckpt", epoch, step)
+            prune_checkpoints(self.run_folder.checkpoints, self.config.keep_checkpoint_max)
+        if last:
+            plot_curves(self.run_folder.read_metrics(), self.run_folder.curves)
+
+    def _save(self, path, epoch, step):
+        metadata = {"epoch": epoch, "step": step, "steps_per_epoch": self.steps_per_epoch,
+                    "world_size": self.communicator.size, "fused": False, "class_to_index": self.class_to_index,
+                    "config": self.config.model_dump(mode="json")}
+        save_checkpoint(path, [*self.network.get_parameters(), *self.step.velocities], metadata)
+
+    def _rate(self, steps, seconds):
+        return steps * self.batches.global_batch / seconds if seconds else 0.0

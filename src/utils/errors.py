@@ -1,0 +1,13 @@
+"""Mistakes that a user can mend."""
+
+import difflib
+
+
+class UserError(Exception):
+    """Shown as one line, ``error: ...``, that says what is wrong and what to do; the process then exits with status 2."""
+
+
+def suggestion(word, known):
+    """`` (did you mean 'x'?)`` for the nearest of ``known`` to ``word``, or an empty string."""
+    near = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.6)
+    return f" (did you mean '{near[0]}'?)" if near else ""

@@ -1,0 +1,54 @@
+"""Train an image classifier: `python3 train.py [--config_path=RECIPE] [--data_path=DIR] [--KEY=VALUE ...]`.
+
+With no argument the bundled digits are trained. `mpirun -n N python3 train.py --run_distribute=1 ...` trains on N ranks.
+"""
+
+from src.parallel.communicator import connect, launched_rank
+from src.utils.config import DIGITS, load_config, parse_flags
+from src.utils.device import prepare_process, select_device
+from src.utils.errors import UserError
+from src.utils.launch import run_main
+from src.utils.log import create_logger
+
+
+def main(arguments):
+    flags, positional = parse_flags(arguments)
+    if positional:
+        raise UserError(f"'{positional[0]}' is not a flag; write --KEY=VALUE")
+    config = load_config(flags)
+    communicator = connect(config.run_distribute)
+    # MindSpore reads its environment when it is imported, so everything that imports it comes after this line.
+    prepare_process(communicator.local_rank, communicator.local_size)
+    from src.dataset.sources import open_images
+    from src.training.records import create_run_folder
+    from src.training.setup import check_device_keys, create_network, open_eval_images, resolve_classes, start_from_checkpoint
+    from src.training.trainer import Trainer
+
+    check_device_keys(config)
+    train_images = open_images(config.data_path, "train", config.dataset_format)
+    config = resolve_classes(config, train_images)
+    eval_images = open_eval_images(config, train_images) if config.run_eval else None
+    select_device(config.device_target, config.device_id if config.device_id is not None else communicator.local_rank)
+    network = create_network(config)
+    left_out = start_from_checkpoint(network, config) if config.checkpoint_file_path else []
+
+    run_folder = create_run_folder(config.output_path) if communicator.is_root else None
+    log = create_logger(communicator.rank, run_folder and run_folder.log).info
+    if run_folder:
+        run_folder.write_start(config, train_images.class_to_index)
+    if config.data_path == DIGITS:
+        log("training on the bundled handwritten digits; --data_path=DIR trains on your own images")
+    trainer = Trainer(network, config, communicator, train_images, eval_images, run_folder, log)
+    if config.checkpoint_file_path:
+        log(f"starting from {config.checkpoint_file_path}" + (f" without {', '.join(left_out)}" if left_out else ""))
+    log(f"{config.network} block={config.block} on {communicator.size} x {config.device_target}: "
+        f"{len(train_images)} images, {config.num_classes} classes, {trainer.steps_per_epoch} steps of "
+        f"{trainer.batches.global_batch} images an epoch, {config.max_epoch} epochs")
+    rate = trainer.run()
+    log(f"{rate / communicator.size:.2f} images/s per device, {rate:.2f} images/s in total")
+    if run_folder:
+        log(f"results in {run_folder.path} (checkpoints in {run_folder.checkpoints}/)")
+
+
+if __name__ == "__main__":
+    run_main(main, launched_rank())
