@@ -47,7 +47,7 @@ print("\n".join(names))
 PYTHON
 )
 mapfile -t requirements <<<"$lists"
-.venv/bin/python -m pip install --quiet --disable-pip-version-check "${requirements[@]}" \
+.venv/bin/python -m pip install -qq --disable-pip-version-check "${requirements[@]}" \
     || fail "pip could not install the dependencies; its message is above (a proxy or an index? set PIP_INDEX_URL)"
 
 # A user may start more ranks than cores, and as root in a container: Open MPI's defaults refuse both.

@@ -1,0 +1,92 @@
+"""Batches: the same global batch for every number of ranks, each image once in evaluation."""
+
+import numpy as np
+import pytest
+
+from conftest import make_config
+from src.dataset.batches import PADDING_LABEL, EvalBatches, TrainBatches, epoch_order, iterate
+from src.dataset.sources import ImageSet, open_images
+from src.utils.errors import UserError
+
+
+@pytest.fixture
+def numbered():
+    """70 images whose pixels and labels are their index."""
+    pixels = np.broadcast_to(np.arange(70, dtype=np.uint8)[:, None, None, None], (70, 8, 8, 3))
+    return ImageSet({str(i): i for i in range(70)}, np.arange(70, dtype=np.int32), pixels=pixels)
+
+
+def plain(**values):
+    return make_config(image_size=8, train_crop="resize", flip_probability=0, color_jitter="0,0,0", **values)
+
+
+def served(images, config, ranks, first=0):
+    """Labels of each global batch, over all ranks."""
+    sources = [TrainBatches(images, config, rank, ranks, first=first) for rank in range(ranks)]
+    return [np.sort(np.concatenate([source[item][1] for source in sources])) for item in range(len(sources[0]))]
+
+
+def test_global_batches_are_the_same_for_every_number_of_ranks(numbered):
+    alone = served(numbered, plain(global_batch_size=12, max_epoch=3), 1)
+    assert len(alone) == 3 * (70 // 12)
+    for ranks in (2, 3, 4):
+        other = served(numbered, plain(global_batch_size=12, max_epoch=3), ranks)
+        assert all(np.array_equal(a, b) for a, b in zip(alone, other))
+
+
+def test_accumulation_splits_the_same_global_batch(numbered):
+    whole = served(numbered, plain(global_batch_size=12, max_epoch=1), 1)
+    parts = served(numbered, plain(global_batch_size=12, accumulation_steps=3, max_epoch=1), 2)
+    merged = [np.sort(np.concatenate(parts[i:i + 3])) for i in range(0, len(parts), 3)]
+    assert all(np.array_equal(a, b) for a, b in zip(whole, merged))
+
+
+def test_an_epoch_serves_no_image_twice_and_epochs_differ(numbered):
+    batches = served(numbered, plain(per_batch_size=10, max_epoch=2), 1)
+    first, second = np.concatenate(batches[:7]), np.concatenate(batches[7:])
+    assert sorted(first) == sorted(second) == list(range(70))
+    assert not np.array_equal(epoch_order(1, 0, 70), epoch_order(1, 1, 70))
+    assert not np.array_equal(epoch_order(1, 0, 70), epoch_order(2, 0, 70))
+
+
+def test_batches_can_start_anywhere(numbered):
+    config = plain(per_batch_size=10, max_epoch=2)
+    assert np.array_equal(served(numbered, config, 1)[9], served(numbered, config, 1, first=9)[0])
+
+
+def test_augmented_pixels_do_not_depend_on_ranks_or_threads():
+    images = open_images("digits", "train")
+    def pixels(ranks, threads):
+        config = make_config(config_path="digits", global_batch_size=12, max_epoch=1, num_parallel_workers=threads)
+        sources = [TrainBatches(images, config, rank, ranks) for rank in range(ranks)]
+        return np.stack([sources[i % ranks][0][0][i // ranks] for i in range(12)])
+    assert np.array_equal(pixels(1, 1), pixels(3, 2))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_evaluation_serves_each_image_exactly_once(numbered, ranks):
+    labels = []
+    for rank in range(ranks):
+        source = EvalBatches(numbered, plain(), rank, ranks, batch=9)
+        for _, batch in iterate(source):
+            assert batch.shape == (9,)
+            labels += [label for label in batch.asnumpy() if label != PADDING_LABEL]
+    assert sorted(labels) == list(range(70))
+
+
+def test_more_ranks_than_images(numbered):
+    few = ImageSet({"a": 0}, numbered.labels[:1] * 0, pixels=numbered.pixels[:1])
+    assert [len(list(iterate(EvalBatches(few, plain(), rank, 3, batch=4)))) for rank in range(3)] == [1, 0, 0]
+
+
+def test_fewer_images_than_a_global_batch_is_refused(numbered):
+    with pytest.raises(UserError, match="--per_batch_size=8 or less"):
+        TrainBatches(numbered, plain(per_batch_size=32), 0, 8)
+
+
+def test_undecodable_image_stops_the_iteration_with_its_name(broken_copy):
+    (broken_copy / "train" / "bee" / "003.jpg").write_text("text")
+    images = open_images(str(broken_copy / "train"), "train")
+    config = make_config(image_size=32, per_batch_size=16, max_epoch=1)
+    with pytest.raises(UserError, match="bee/003.jpg"):
+        list(iterate(TrainBatches(images, config, 0, 1)))

@@ -1,0 +1,98 @@
+"""Where images come from, and what is said when they do not."""
+
+import os
+
+import numpy as np
+import pytest
+
+from src.dataset.sources import open_images, read_image, validation_path
+from src.utils.errors import UserError
+
+
+def test_folder_labels_follow_sorted_class_names(image_root):
+    images = open_images(str(image_root / "train"), "train")
+    assert images.class_to_index == {"ant": 0, "bee": 1, "cat": 2}
+    assert np.array_equal(images.labels, np.repeat([0, 1, 2], 16))
+
+
+def test_root_stands_for_its_parts(image_root):
+    assert len(open_images(str(image_root), "train")) == 48
+    assert len(open_images(str(image_root), "val")) == 67
+
+
+def test_missing_class_does_not_shift_labels(broken_copy):
+    for file in (broken_copy / "val" / "bee").iterdir():
+        file.unlink()
+    (broken_copy / "val" / "bee").rmdir()
+    images = open_images(str(broken_copy / "val"), "val", class_to_index={"ant": 0, "bee": 1, "cat": 2})
+    assert set(images.labels.tolist()) == {0, 2} and images.num_classes == 3
+
+
+def test_list_file_takes_both_ways_of_writing_paths(image_root):
+    (image_root / "train_list.txt").write_text("train/ant/000.jpg 0\nbee/001.jpg 1\n")
+    images = open_images(str(image_root / "train_list.txt"), "train")
+    (image_root / "train_list.txt").unlink()
+    assert images.labels.tolist() == [0, 1] and images.class_to_index == {"ant": 0, "bee": 1}
+    assert images.load(1).shape == (32, 40, 3)
+
+
+@pytest.mark.parametrize("line", ["../outside.jpg 0", "/etc/passwd 0"])
+def test_list_cannot_leave_its_folder(tmp_path, line):
+    (tmp_path / "train_list.txt").write_text(line + "\n")
+    with pytest.raises(UserError, match="leaves the folder"):
+        open_images(str(tmp_path), "train")
+
+
+def test_bad_line_of_a_list_is_named(tmp_path):
+    (tmp_path / "train_list.txt").write_text("a.jpg 0\nb.jpg\n")
+    with pytest.raises(UserError, match="line 2"):
+        open_images(str(tmp_path), "train")
+
+
+def test_cifar10_binary_records(tmp_path):
+    record = np.arange(3 * 32 * 32) % 251
+    for number in range(1, 6):
+        np.concatenate([[number], record]).astype(np.uint8).tofile(tmp_path / f"data_batch_{number}.bin")
+    images = open_images(str(tmp_path), "train")
+    assert images.labels.tolist() == [1, 2, 3, 4, 5] and images.num_classes == 10
+    # The format: 1,024 red, then green, then blue values, row by row (CIFAR-10 binary version).
+    assert images.load(0)[0, 1].tolist() == [record[1], record[1024 + 1], record[2048 + 1]]
+
+
+def test_truncated_cifar10_is_refused(tmp_path):
+    for number in range(1, 6):
+        (tmp_path / f"data_batch_{number}.bin").write_bytes(b"\0" * 3000)
+    with pytest.raises(UserError, match="no whole number"):
+        open_images(str(tmp_path), "train")
+
+
+def test_digits_are_the_1797_of_uci():
+    train, val = open_images("digits", "train"), open_images("digits", "val")
+    assert len(train) + len(val) == 1797 and train.num_classes == 10
+    # Images per digit as scikit-learn documents them ("~180" each); these are load_digits' own counts.
+    assert (np.bincount(train.labels) + np.bincount(val.labels)).tolist() == [
+        178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+
+
+@pytest.mark.parametrize("make,message", [
+    (lambda root: root / "nowhere", "does not exist"),
+    (lambda root: root, "is empty"),
+    (lambda root: (root / "a.jpg").write_text("x") and root, "no class folders"),
+    (lambda root: (root / "ant").mkdir() or root, "has no images"),
+])
+def test_unusable_folder_is_one_clear_error(tmp_path, make, message):
+    with pytest.raises(UserError, match=message):
+        open_images(str(make(tmp_path)), "train")
+
+
+@pytest.mark.parametrize("content", [b"", b"this is text, not a picture", b"\xff\xd8\xff\xe0garbage"])
+def test_undecodable_image_is_named(tmp_path, content):
+    (tmp_path / "bad.jpg").write_bytes(content)
+    with pytest.raises(UserError, match="bad.jpg"):
+        read_image(str(tmp_path / "bad.jpg"))
+
+
+def test_validation_images_lie_beside_the_training_ones(image_root):
+    assert validation_path(str(image_root / "train")) == str(image_root / "val")
+    assert validation_path(str(image_root)) == str(image_root)
+    assert validation_path(os.path.dirname(__file__)) is None

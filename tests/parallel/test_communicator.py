@@ -1,0 +1,63 @@
+"""How ranks talk, with real ranks."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from conftest import ROOT, mpirun
+from src.parallel.communicator import Communicator, connect
+from src.utils.errors import UserError
+
+RANKS_AGREE = """
+import sys; sys.path.insert(0, {root!r})
+import numpy as np
+from src.parallel.communicator import connect
+c = connect(True)
+big = np.full((600, 1000), c.rank, np.float32)
+small = [np.arange(4, dtype=np.float32) * (c.rank + 1), np.full((2, 3), c.rank, np.float32), np.array(c.rank, np.float32)]
+c.mean_([small[0], big, small[1], small[2]])
+mean = (c.size - 1) / 2
+assert np.allclose(big, mean) and np.allclose(small[1], mean) and np.allclose(small[2], mean), (big[0, 0], small)
+assert np.allclose(small[0], np.arange(4) * (c.size + 1) / 2), small[0]
+assert c.sum([1, c.rank]).tolist() == [c.size, sum(range(c.size))]
+weights = np.full(5, c.rank, np.float32)
+c.broadcast_([weights])
+assert (weights == 0).all()
+assert c.gather(c.rank) == list(range(c.size)) and c.from_root(c.rank) == 0
+c.barrier()
+print("agreed", c.rank)
+"""
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_agree(ranks, tmp_path):
+    script = tmp_path / "agree.py"
+    script.write_text(RANKS_AGREE.format(root=str(ROOT)))
+    run = mpirun(ranks, script)
+    assert run.status == 0, run
+    assert run.out.count("agreed") == ranks, run
+
+
+def test_alone_every_operation_is_the_identity():
+    alone = Communicator()
+    array = np.arange(3, dtype=np.float32)
+    alone.mean_([array])
+    alone.broadcast_([array])
+    assert array.tolist() == [0, 1, 2] and alone.sum([2, 3]).tolist() == [2, 3] and alone.gather("x") == ["x"]
+
+
+def test_distribution_without_mpirun_says_how_to_start(monkeypatch):
+    monkeypatch.delenv("OMPI_COMM_WORLD_SIZE", raising=False)
+    with pytest.raises(UserError, match="needs mpirun"):
+        connect(True)
+
+
+def test_mpirun_without_distribution_is_refused(monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="run_distribute=0"):
+        connect(False)
+
+
+def test_importing_starts_no_mpi():
+    assert "mpi4py.MPI" not in sys.modules

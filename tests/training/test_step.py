@@ -1,0 +1,149 @@
+"""The training step: loss, gradients, update; and that ranks compute what one rank computes."""
+
+import numpy as np
+import pytest
+from mindspore import Parameter, Tensor, nn
+
+from conftest import ROOT, make_config, mpirun
+from src.models import build_model
+from src.parallel.communicator import Communicator
+from src.training.optimizer import DeviceMomentum, HostMomentum, parameter_rules, scalar
+from src.training.step import ForwardBackward, HostTrainStep, InputNormalizer, NetworkWithLoss, running_statistics
+
+
+def test_normaliser_is_that_of_the_seeds():
+    images = np.random.default_rng(0).integers(0, 256, (2, 5, 4, 3), np.uint8)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    expected = ((images / 255 - mean) / std).transpose(0, 3, 1, 2)
+    assert np.allclose(InputNormalizer(mean, std)(Tensor(images)).asnumpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+def test_label_smoothing_spreads_its_mass_over_all_classes(smoothing):
+    logits = np.random.default_rng(0).normal(size=(4, 7)).astype(np.float32)
+    labels = np.array([0, 6, 3, 3], np.int32)
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    target = np.full((4, 7), smoothing / 7)
+    target[np.arange(4), labels] += 1 - smoothing
+    loss = NetworkWithLoss(nn.Identity(), nn.Identity(), smoothing)(Tensor(logits), Tensor(labels)).asnumpy()
+    assert loss == pytest.approx(-(target * log_p).sum(axis=1).mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", [HostMomentum, DeviceMomentum])
+def test_momentum_follows_its_definition(kind):
+    config = make_config(momentum=0.9, weight_decay=0.1, decay_norm_and_bias=0, bias_lr_factor=2)
+    random = np.random.default_rng(0)
+    start = {"a.weight": random.normal(size=(40, 1000)), "a.bias": random.normal(size=40)}
+    parameters = [Parameter(Tensor(value.astype(np.float32)), name=name) for name, value in start.items()]
+    optimizer = kind(parameters, parameter_rules(parameters, config), config.momentum)
+    weights, velocities = dict(start), {name: 0 for name in start}
+    for lr in (0.1, 0.05, 0.2):
+        gradients = {name: random.normal(size=value.shape) for name, value in start.items()}
+        for name in weights:
+            decay, factor = (0.1, 1) if name == "a.weight" else (0.0, 2)
+            velocities[name] = 0.9 * velocities[name] + gradients[name] + decay * weights[name]
+            weights[name] = weights[name] - lr * factor * velocities[name]
+        arrays = [gradients[name].astype(np.float32) for name in start]
+        optimizer(*((lr, arrays) if kind is HostMomentum else (scalar(lr), tuple(Tensor(a) for a in arrays))))
+    for parameter, velocity in zip(parameters, optimizer.velocities):
+        assert np.allclose(parameter.asnumpy(), weights[parameter.name], atol=1e-5)
+        assert np.allclose(velocity.asnumpy(), velocities[parameter.name], atol=1e-5)
+
+
+def test_gradients_agree_with_finite_differences():
+    network = build_model("cifar_quick", 5).set_train(False)
+    parameters = network.trainable_params()
+    with_loss = NetworkWithLoss(network, InputNormalizer((0.5,) * 3, (0.5,) * 3), 0.1)
+    random = np.random.default_rng(0)
+    images = Tensor(random.integers(0, 256, (4, 32, 32, 3), np.uint8))
+    labels = Tensor(np.array([0, 1, 2, 3], np.int32))
+    loss, gradients = ForwardBackward(with_loss, parameters)(images, labels)
+    assert loss.asnumpy() == pytest.approx(with_loss(images, labels).asnumpy(), rel=1e-6)
+    gradients = {p.name: g.asnumpy() for p, g in zip(parameters, gradients)}
+    for name in ("classifier.weight", "fc1.weight"):
+        parameter = next(p for p in parameters if p.name == name)
+        # The steepest direction makes the difference large against rounding.
+        direction = gradients[name] / np.linalg.norm(gradients[name])
+        memory, change = parameter.asnumpy(), 1e-2
+        original = memory.copy()
+        ends = []
+        for sign in (1, -1):
+            memory[...] = original + sign * change * direction
+            ends.append(float(with_loss(images, labels).asnumpy()))
+        memory[...] = original
+        assert (ends[0] - ends[1]) / (2 * change) == pytest.approx(np.linalg.norm(gradients[name]), rel=1e-2)
+
+
+def test_accumulation_equals_the_large_batch():
+    def weights_after(parts):
+        import mindspore
+        mindspore.set_seed(3)
+        network = build_model("alexnet", 5, image_size=64, dropout=0.0)
+        step = HostTrainStep(NetworkWithLoss(network, InputNormalizer((0.5,) * 3, (0.5,) * 3), 0.1),
+                             network.trainable_params(), running_statistics(network), make_config(), Communicator())
+        random = np.random.default_rng(0)
+        images, labels = random.integers(0, 256, (8, 64, 64, 3), np.uint8), np.arange(8, dtype=np.int32) % 5
+        loss = step([(Tensor(i), Tensor(l)) for i, l in zip(np.split(images, parts), np.split(labels, parts))], 0.1)
+        return loss, {p.name: p.asnumpy() for p in network.get_parameters()}
+    (loss, whole), (loss_in_parts, in_parts) = weights_after(1), weights_after(4)
+    assert loss_in_parts == pytest.approx(loss, rel=1e-5)
+    for name, value in whole.items():
+        assert np.allclose(in_parts[name], value, rtol=1e-4, atol=1e-6), name
+
+
+SAME_STEP = """
+import sys; sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+from src.parallel.communicator import connect
+c = connect(None)
+from src.utils.device import prepare_process
+prepare_process(c.local_rank, c.local_size)
+import mindspore, numpy as np
+from mindspore import Tensor
+mindspore.set_context(mode=mindspore.GRAPH_MODE)
+from src.models import build_model
+from src.training.step import HostTrainStep, InputNormalizer, NetworkWithLoss, running_statistics
+from src.utils.config import load_config
+mindspore.set_seed(5)
+network = build_model({network!r}, 5, image_size=64, dropout=0.0)
+gradients = {{}}
+step = HostTrainStep(NetworkWithLoss(network, InputNormalizer((.5,) * 3, (.5,) * 3), 0.1), network.trainable_params(),
+                     running_statistics(network), load_config({{"data_path": "none"}}), c)
+step._optimizer = lambda lr, arrays: gradients.update({{p.name: a.copy() for p, a in zip(network.trainable_params(), arrays)}})
+random = np.random.default_rng(0)
+images, labels = random.integers(0, 256, (12, 64, 64, 3), np.uint8), np.arange(12, dtype=np.int32) % 5
+loss = step([(Tensor(images[c.rank::c.size].copy()), Tensor(labels[c.rank::c.size].copy()))], 0.1)
+statistics = {{p.name: p.asnumpy() for p in running_statistics(network)}}
+np.savez({out!r} + f"/{{c.size}}_{{c.rank}}.npz", **gradients, **statistics)
+print("loss", c.sum([loss])[0] / c.size if c.rank == 0 else c.sum([loss])[0] / c.size)
+"""
+
+
+def gradients_on(ranks, network, folder):
+    script = folder / "same_step.py"
+    script.write_text(SAME_STEP.format(root=str(ROOT), network=network, out=str(folder)))
+    run = mpirun(ranks, script)
+    assert run.status == 0, run
+    return [dict(np.load(folder / f"{ranks}_{rank}.npz")) for rank in range(ranks)]
+
+
+@pytest.mark.slow
+def test_averaged_gradients_are_those_of_the_global_batch_on_one_rank(tmp_path, capsys):
+    (alone,) = gradients_on(1, "alexnet", tmp_path)
+    for ranks in (2, 3):
+        largest = 0.0
+        for on_rank in gradients_on(ranks, "alexnet", tmp_path):
+            for name, expected in alone.items():
+                difference = np.linalg.norm(on_rank[name] - expected) / np.linalg.norm(expected)
+                largest = max(largest, difference)
+        with capsys.disabled():
+            print(f"\ngradients on {ranks} ranks: largest relative difference by norm {largest:.1e}")
+        assert largest < 1e-5
+
+
+@pytest.mark.slow
+def test_ranks_hold_the_same_running_statistics(tmp_path):
+    first, second = gradients_on(2, "resnet18", tmp_path)
+    moving = [name for name in first if "moving" in name]
+    assert len(moving) == 40
+    for name in first:
+        assert np.array_equal(first[name], second[name]), name

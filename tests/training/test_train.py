@@ -1,0 +1,158 @@
+"""train.py as a user starts it: outputs, seeds' command lines, ranks, wrong input."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from conftest import ROOT, TINY, execute, mpirun, only_run
+from src.training.checkpoint import read_checkpoint
+
+
+def test_run_folder_holds_what_the_readme_says(trained_run):
+    assert {file.name for file in trained_run.iterdir()} == {
+        "best.ckpt", "ckpt_0", "class_indexing.json", "config.yaml", "curves.png", "log.txt", "metrics.jsonl"}
+    assert {file.name for file in (trained_run / "ckpt_0").iterdir()} == {"cifar_quick-1_12.ckpt", "cifar_quick-2_12.ckpt"}
+    assert json.loads((trained_run / "class_indexing.json").read_text()) == {"ant": 0, "bee": 1, "cat": 2}
+    config = yaml.safe_load((trained_run / "config.yaml").read_text())
+    assert config["lr"] == 0.02 and config["num_classes"] == 3 and config["block"] == "acb"
+    lines = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2] and [line["step"] for line in lines] == [12, 24]
+    assert set(lines[0]) == {"epoch", "step", "loss", "lr", "images_per_second", "top1", "top5"}
+    assert (trained_run / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_last_line_of_the_log_gives_the_rates(trained_run):
+    assert "images/s per device," in (trained_run / "log.txt").read_text()
+
+
+def test_best_checkpoint_is_the_best(trained_run):
+    lines = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()]
+    _, metadata = read_checkpoint(trained_run / "best.ckpt")
+    assert metadata["epoch"] == max(lines, key=lambda line: line["top1"])["epoch"]
+
+
+@pytest.mark.slow
+def test_no_argument_trains_the_digits_and_says_so(tmp_path):
+    run = execute(["python3", str(ROOT / "train.py"), "--max_steps=3"], cwd=tmp_path)
+    assert run.status == 0 and "bundled handwritten digits" in run.out.splitlines()[0], run
+    assert only_run(tmp_path / "outputs").joinpath("ckpt_0", "cifar_quick-1_3.ckpt").exists()
+
+
+RESNEXT_SEED = ("--run_distribute=1", "--device_target=CPU")
+SMALL = ("--image_size=32", "--per_batch_size=2", "--max_epoch=1", "--max_steps=1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks,network", [(2, "resnext50"), (8, "cifar_quick")])
+def test_model_zoo_command_line(image_root, tmp_path, ranks, network):
+    run = execute(["mpirun", "--allow-run-as-root", "--map-by", ":OVERSUBSCRIBE", "-n", ranks, "python3", str(ROOT / "train.py"),
+                   *RESNEXT_SEED, f"--data_path={image_root}/train", "--output_path", str(tmp_path / "out"),
+                   f"--network={network}", *SMALL])
+    assert run.status == 0, run
+    checkpoints = list((only_run(tmp_path / "out") / "ckpt_0").iterdir())
+    assert len(checkpoints) == 1
+    evaluated = execute(["python3", "eval.py", f"--data_path={image_root}/val", '--device_target=CPU',
+                         f"--checkpoint_file_path={checkpoints[0].parent}/"])
+    assert evaluated.status == 0 and "(TOP1)" in evaluated.out and "67 images" in evaluated.out, evaluated
+
+
+@pytest.mark.slow
+def test_alexnet_command_line(image_root, tmp_path):
+    (tmp_path / "env.sh").write_text("export SEED_ENVIRONMENT=1\n")
+    launch = ["python3", str(ROOT / "scripts/launch.py"), "--nproc_per_node=2", "--visible_devices=0,1",
+              f"--env_sh={tmp_path}/env.sh", "--server_id=127.0.0.1"]
+    run = execute([*launch, str(ROOT / "train.py"), "--per_batch_size=2", f"--data_dir={image_root}/train/",
+                   "--is_distributed=1", "--lr_scheduler=cosine_annealing", "--weight_decay=0.0001", "--lr=0.13", "--T_max=150",
+                   "--max_epoch=150", "--warmup_epochs=5", "--label_smooth=1", "--backbone=alexnet", "--image_size=64",
+                   "--max_steps=2", f"--output_path={tmp_path}/out"])
+    assert run.status == 0, run
+    checkpoints = only_run(tmp_path / "out") / "ckpt_0"
+    tested = execute([*launch, "--mode=test", "test.py", f"--data_dir={image_root}/val", "--per_batch_size=32",
+                      f"--pretrained={checkpoints}"])
+    assert tested.status == 0 and "67 images" in tested.out, tested
+
+
+@pytest.mark.slow
+def test_acnet_command_line(image_root, tmp_path):
+    (tmp_path / "imagenet_data").symlink_to(image_root)
+    run = execute(["python3", str(ROOT / "scripts/launch.py"), "--nproc_per_node=2", str(ROOT / "train.py"), "-a", "sres18",
+                   "-b", "acb", "--image_size=32", "--global_batch_size=8", "--max_steps=1"], cwd=tmp_path)
+    assert run.status == 0, run
+    config = yaml.safe_load((only_run(tmp_path / "outputs") / "config.yaml").read_text())
+    assert (config["network"], config["block"], config["bias_lr_factor"]) == ("resnet18", "acb", 2)
+
+
+@pytest.mark.slow
+def test_world_sizes_follow_the_same_loss(image_root, tmp_path):
+    """The same global batch gives the same losses on 1 and 2 ranks for a network without batch norm or dropout."""
+    losses = []
+    for ranks in (1, 2):
+        run = mpirun(ranks, "train.py", f"--data_path={image_root}/train", f"--output_path={tmp_path}/{ranks}",
+                     "--network=alexnet", "--image_size=64", "--dropout=0", "--global_batch_size=12", "--max_epoch=3",
+                     "--lr=0.01")
+        assert run.status == 0, run
+        lines = (only_run(tmp_path / str(ranks)) / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert np.allclose(*losses, rtol=2e-5), losses
+
+
+def train(*flags, cwd=ROOT):
+    return execute(["python3", str(ROOT / "train.py"), *flags], cwd=cwd)
+
+
+def assert_one_error(run, *words):
+    assert run.status == 2, run
+    assert len(run.error_lines) == 1 and "Traceback" not in run.err + run.out, run
+    for word in words:
+        assert word in run.error_lines[0], run
+
+
+@pytest.mark.parametrize("flags,words", [
+    (("--lrr=0.1",), ("'--lrr'", "did you mean 'lr'")),
+    (("--data_path=/nowhere",), ("/nowhere", "does not exist")),
+    (("--lr=-1",), ("lr=-1", "greater than 0")),
+    (("--config_path=digit",), ("did you mean 'digits'",)),
+    (("--run_distribute=1",), ("needs mpirun",)),
+    (("--config_path=alexnet_imagenet",), ("--data_path=DIR",)),
+    (("--device_target=GPU",), ("GPU", "CPU works")),
+    (("--device_target=Ascend",), ("Ascend", "CPU works")),
+    (("--network=resnet19",), ("unknown network", "did you mean 'resnet1")),
+    (("--num_classes=7",), ("num_classes=7", "10 classes")),
+    (("--checkpoint_file_path=/nowhere.ckpt",), ("/nowhere.ckpt", "does not exist")),
+    (("--amp_level=O2",), ("amp_level=O2", "GPU")),
+    (("picture.jpg",), ("picture.jpg", "--KEY=VALUE")),
+])
+def test_wrong_command_is_one_line_and_leaves_nothing(tmp_path, flags, words):
+    assert_one_error(train(f"--output_path={tmp_path}/out", *flags), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unwritable_output_path(image_root, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert_one_error(train(f"--output_path={tmp_path}/file", *TINY, f"--data_path={image_root}/train"), "output_path")
+
+
+def test_other_class_count_needs_permission(trained_run, tmp_path):
+    flags = ("--config_path=digits", "--max_steps=1", f"--output_path={tmp_path}/out",
+             f"--checkpoint_file_path={trained_run}/best.ckpt")
+    assert_one_error(train(*flags), "classifier", "--allow_head_mismatch=1")
+    allowed = train(*flags, "--allow_head_mismatch=1")
+    assert allowed.status == 0 and "without classifier.bias, classifier.weight" in allowed.out, allowed
+
+
+@pytest.mark.slow
+def test_text_file_among_the_images_ends_every_rank(broken_copy, tmp_path):
+    (broken_copy / "train" / "bee" / "003.jpg").write_text("text")
+    run = mpirun(3, "train.py", f"--data_path={broken_copy}/train", f"--output_path={tmp_path}/out", *TINY, "--max_epoch=2")
+    assert_one_error(run, "bee/003.jpg")
+
+
+@pytest.mark.slow
+def test_mistake_under_mpirun_is_told_once(tmp_path):
+    run = mpirun(3, "train.py", "--data_path=/nowhere", "--run_distribute=1", f"--output_path={tmp_path}/out")
+    assert_one_error(run, "/nowhere")
+    refused = mpirun(2, "train.py", "--run_distribute=0", f"--output_path={tmp_path}/out")
+    assert_one_error(refused, "run_distribute=0")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,91 @@
+"""Configuration: every key documented, layers in order, mistakes named."""
+
+import pytest
+import yaml
+
+from src.utils.config import DEFAULT_CONFIG, RECIPES, Config, load_config, parse_flags
+from src.utils.errors import UserError
+
+
+def test_default_config_documents_every_key_and_no_other():
+    lines = [line for line in DEFAULT_CONFIG.read_text().splitlines() if line and not line.startswith("#")]
+    assert {line.partition(":")[0] for line in lines} == set(Config.model_fields)
+    undocumented = [line for line in lines if " # " not in line and not line.startswith(("mean", "std", "momentum"))]
+    assert {line.partition(":")[0] for line in undocumented} <= {
+        "lr", "max_epoch", "label_smooth", "weight_decay", "train_crop"}, undocumented
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem != "network_recipes"))
+def test_recipe_is_valid_by_name_and_by_path(recipe):
+    assert load_config({"config_path": recipe}) == load_config({"config_path": str(RECIPES / f"{recipe}.yaml")})
+
+
+# The hyper-parameters of the seeds' read-me files and of the paper's code (acnet/do_acnet.py).
+@pytest.mark.parametrize("recipe,expected", [
+    ("alexnet_imagenet", {"network": "alexnet", "lr": 0.13, "per_batch_size": 256, "max_epoch": 150, "warmup_epochs": 5,
+                          "weight_decay": 1e-4, "smoothing": 0.1, "lr_scheduler": "cosine_annealing", "momentum": 0.9}),
+    ("resnext50_imagenet", {"network": "resnext50_32x4d", "lr": 0.4, "per_batch_size": 128, "max_epoch": 150,
+                            "warmup_epochs": 1, "color_jitter": (0.4, 0.4, 0.4)}),
+    ("acnet_resnet18_imagenet", {"network": "resnet18", "block": "acb", "lr": 0.1, "global_batch_size": 256,
+                                 "max_epoch": 100, "weight_decay": 1e-4, "gamma_init": 1, "color_jitter": (0, 0, 0)}),
+    ("acnet_cifar_quick_cifar10", {"lr": 0.1, "global_batch_size": 128, "max_epoch": 150, "gamma_init": 0.333}),
+    ("acnet_resnet56_cifar_cifar10", {"lr": 0.2, "max_epoch": 400}),
+    ("acnet_wrn16_8_cifar_cifar10", {"lr": 0.1, "weight_decay": 5e-4}),
+])
+def test_recipes_are_those_of_the_seeds(recipe, expected):
+    config = load_config({"config_path": recipe})
+    assert {key: getattr(config, key) for key in expected} == expected
+
+
+def test_flags_win_over_recipes_and_aliases_work():
+    flags, positional = parse_flags(["--data_dir=/d", "--is_distributed=1", "-a", "resnet34", "-b", "acb", "--pretrained", "x.ckpt",
+                                     "--lr-epochs=3,6", "--run_eval", "photo.jpg"][:-1] + ["--lr", "0.3"])
+    config = load_config({**flags, "config_path": "alexnet_imagenet"})
+    assert (config.data_path, config.run_distribute, config.network, config.block) == ("/d", True, "resnet34", "acb")
+    assert (config.checkpoint_file_path, config.lr_epochs, config.run_eval, config.lr) == ("x.ckpt", [3, 6], True, 0.3)
+    assert config.max_epoch == 150 and positional == []
+
+
+def test_acnet_short_names_bring_their_recipes():
+    assert load_config({"network": "cfqkbnc"}).max_epoch == 150
+    assert load_config({"network": "sres18"}).data_path == "imagenet_data"
+
+
+def test_booleans_take_words_and_digits():
+    for text, value in (("1", True), ("0", False), ("true", True), ("False", False)):
+        assert load_config({"run_eval": text}).run_eval is value
+
+
+def test_every_list_can_be_set_on_the_command_line():
+    config = load_config({"crop_scale": "0.2,0.9", "mean": "[0.1, 0.2, 0.3]", "color_jitter": "0 0 0"})
+    assert config.crop_scale == (0.2, 0.9) and config.mean == (0.1, 0.2, 0.3) and config.color_jitter == (0, 0, 0)
+
+
+@pytest.mark.parametrize("flags,message", [
+    ({"lr": "fast"}, "lr=fast"), ({"crop_scale": "0.5"}, "crop_scale"), ({"crop_scale": "0.9,0.2"}, "rising"),
+    ({"momentum": "1"}, "momentum=1"), ({"block": "acbb"}, "'base' or 'acb'"), ({"std": "0,1,1"}, "std"),
+    ({"lr": "nan"}, "lr=nan"), ({"eval_resize": "100"}, "eval_resize=100")])
+def test_values_out_of_range_are_named(flags, message):
+    with pytest.raises(UserError, match=message):
+        load_config({"data_path": "x", **flags})
+
+
+@pytest.mark.parametrize("text,message", [
+    ("learning_rate: 1", "unknown key 'learning_rate'"), ("lr: [", "not valid YAML at line"), ("- a", "key: value"),
+    ("max_epochs: 3", "did you mean 'max_epoch'")])
+def test_bad_recipe_is_named(tmp_path, text, message):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_config({"config_path": str(tmp_path / "r.yaml")})
+
+
+def test_resolved_configuration_reads_back():
+    config = load_config({"config_path": "digits", "lr": "0.3"})
+    assert Config(**yaml.safe_load(config.to_yaml())) == config
+
+
+def test_global_batch_must_divide():
+    config = load_config({"global_batch_size": "10", "data_path": "x"})
+    assert config.rank_batch(5) == 2 and config.global_batch(5) == 10
+    with pytest.raises(UserError, match="does not divide by 3 ranks"):
+        config.rank_batch(3)
