@@ -19,8 +19,9 @@ _PREFETCHED_BATCHES = 2
 
 def epoch_order(seed, epoch, count):
     """Permutation of ``count`` samples, (count,) int64: a function of (seed, epoch)."""
-    # The second key word keeps this stream apart from those of samples, whose index is there.
-    return np.random.Generator(np.random.Philox(key=[seed, 2 ** 63 + epoch])).permutation(count)
+    # The top bit of the second key word keeps this stream apart from those of samples, whose index is there.
+    key = np.array([seed, 2 ** 63 + epoch], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).permutation(count)
 
 
 def rank_share(indices, rank, size):

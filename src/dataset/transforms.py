@@ -14,7 +14,8 @@ _CROP_ATTEMPTS = 10
 
 def sample_generator(seed, epoch, index):
     """The random stream of one sample in one epoch (Philox, Salmon et al. 2011)."""
-    return np.random.Generator(np.random.Philox(key=[seed, index], counter=[0, epoch, 0, 0]))
+    key, counter = np.array([seed, index], np.uint64), np.array([0, epoch, 0, 0], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def train_transform(image, random, config):

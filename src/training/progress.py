@@ -28,7 +28,7 @@ class Progress:
             rate = self._bar.format_dict["rate"] or 0
             self._bar.set_postfix_str(f"loss {loss:.4f} lr {lr:.5f} {rate * self._images_per_step:.1f} images/s", refresh=False)
             self._bar.update()
-        elif step % self._interval == 0 or step == self._steps:
+        elif step % self._interval == 0:
             before, since = self._last
             now = time.perf_counter()
             rate = (step - before) * self._images_per_step / max(now - since, 1e-9)

@@ -78,7 +78,7 @@ class Config(BaseModel):
     loss_scale: Annotated[float, Field(ge=1)]
     is_dynamic_loss_scale: bool
 
-    seed: NonNegative
+    seed: Annotated[int, Field(ge=0, lt=2 ** 32)]
     per_batch_size: Positive
     global_batch_size: NonNegative
     accumulation_steps: Positive
@@ -195,7 +195,9 @@ def load_config(flags, checkpoint_layer=None):
         UserError: for an unreadable file, an unknown key or a value out of range.
     """
     flags = dict(flags)
-    recipe = flags.pop("config_path", "") or ("" if checkpoint_layer else _implied_recipe(flags))
+    recipe = flags.pop("config_path", "")
+    if not recipe and not checkpoint_layer:
+        recipe = _implied_recipe(flags)
     layer = read_layer(_recipe_file(recipe)) if recipe else {}
     values = {**read_layer(DEFAULT_CONFIG), **(checkpoint_layer or {}), **layer, **_empty_to_none(flags)}
     return validated(values)
@@ -235,9 +237,10 @@ def read_layer(path):
 
 
 def _implied_recipe(flags):
+    """The recipe that flags without config_path mean; a short name that stands for one is taken out of ``flags``."""
     by_network = yaml.safe_load((RECIPES / "network_recipes.yaml").read_text(encoding="utf-8"))
     if flags.get("network") in by_network:
-        return by_network[flags["network"]]
+        return by_network[flags.pop("network")]
     return "" if flags.get("data_path") else DIGITS
 
 

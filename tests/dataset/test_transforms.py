@@ -33,8 +33,14 @@ def test_random_parts_have_the_seeds_area_and_aspect():
     assert areas.min() > 0.07 and areas.max() <= 1
     assert aspects.min() > 0.74 and aspects.max() < 1.35
     assert all(x >= 0 and y >= 0 and x + w <= 400 and y + h <= 300 for x, y, w, h in parts)
-    # Uniform in the logarithm of the aspect, so its mean lies near log(0.75 * 1.333) / 2, about 0.
-    assert abs(np.log(aspects).mean() - math.log(0.75 * 1.333) / 2) < 0.02
+
+
+def test_aspect_of_random_parts_is_uniform_in_its_logarithm():
+    random = sample_generator(0, 0, 0)
+    parts = [_random_part(random, 300, 400, (0.1, 0.4), (0.75, 1.333)) for _ in range(4000)]  # all of them fit
+    logs = np.log([w / h for _, _, w, h in parts])
+    low, high = math.log(0.75), math.log(1.333)
+    assert abs(logs.mean() - (low + high) / 2) < 0.01 and abs(logs.std() - (high - low) / math.sqrt(12)) < 0.005
 
 
 def test_flip_probability():
