@@ -32,10 +32,18 @@ def build_model(name, num_classes, block="base", *, fused=False, gamma_init=None
         dropout: AlexNet's drop probability, in training only.
         sync_bn: batch statistics over all ranks.
 
+    The network's attribute ``network_name`` is its name, of which name maps depend.
+
     Raises:
         UserError: for an unknown name or block, or an image size that the network cannot take.
     """
     name = ALIASES.get(name, name)
+    network = _build(name, num_classes, block, fused, gamma_init, image_size, dropout, sync_bn)
+    network.network_name = name
+    return network
+
+
+def _build(name, num_classes, block, fused, gamma_init, image_size, dropout, sync_bn):
     if name not in NETWORKS:
         raise UserError(f"unknown network '{name}'{suggestion(name, (*NETWORKS, *ALIASES))}; "
                         f"there are {', '.join(NETWORKS)}")

@@ -9,7 +9,8 @@ import numpy as np
 from mindspore import nn
 
 from src.dataset.batches import PADDING_LABEL, EvalBatches, iterate
-from src.training.checkpoint import load_weights, read_checkpoint
+from src.models.formats import read_weights
+from src.models.weights import assign_weights
 from src.training.recorded import RecordedModel
 from src.training.step import InputNormalizer
 from src.utils.errors import UserError
@@ -100,7 +101,7 @@ def evaluate_checkpoints(paths, flags, communicator, log):
     Returns:
         List of {checkpoint, epoch, step, top1, top5, images, images_per_second}.
     """
-    read = sorted(((path, *read_checkpoint(path)) for path in paths),
+    read = sorted(((path, *read_weights(path)) for path in paths),
                   key=lambda entry: (entry[2].get("step", 0), str(entry[0])))
     results, previous, evaluator, network = [], None, None, None
     for path, arrays, metadata in read:
@@ -109,7 +110,7 @@ def evaluate_checkpoints(paths, flags, communicator, log):
             network = recorded.build()
             evaluator = Evaluator(network, recorded.open_images(), recorded.config, communicator)
             previous = recorded
-        load_weights(network, arrays, path)
+        assign_weights(network, arrays, path)
         accuracy = evaluator()
         results.append({"checkpoint": str(path), "epoch": metadata.get("epoch"), "step": metadata.get("step"),
                         "top1": accuracy.top1, "top5": accuracy.top5, "images": accuracy.images,

@@ -9,7 +9,9 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from src.models import fuse
-from src.training.checkpoint import load_weights, quiet_mindspore, read_checkpoint, save_checkpoint
+from src.models.formats import quiet_mindspore, read_weights
+from src.models.weights import assign_weights
+from src.training.checkpoint import save_checkpoint
 from src.training.recorded import RecordedModel
 from src.utils.errors import UserError
 
@@ -41,10 +43,10 @@ def export_checkpoint(path, flags, file_format, fused=True, target=""):
     Raises:
         UserError: where it cannot be written, or differs from the checkpoint by more than 1e-4 (it is removed then).
     """
-    arrays, metadata = read_checkpoint(path)
+    arrays, metadata = read_weights(path)
     recorded = RecordedModel.of(arrays, metadata, flags, Path(path).parent)
     network = recorded.build()
-    load_weights(network, arrays, path)
+    assign_weights(network, arrays, path)
     network.set_train(False)
     fuses = fused and recorded.config.block == "acb" and not recorded.fused
     plain = fuse(network) if fuses else network
@@ -85,9 +87,9 @@ def _write_mindir(network, inputs, target):
 def _load_back(target, file_format, flags):
     if file_format == "MINDIR":
         return nn.GraphCell(mindspore.load(str(target)))
-    arrays, metadata = read_checkpoint(target)
+    arrays, metadata = read_weights(target)
     network = RecordedModel.of(arrays, metadata, flags, target.parent).build()
-    load_weights(network, arrays, target)
+    assign_weights(network, arrays, target)
     return network.set_train(False)
 
 

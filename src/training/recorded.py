@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from src.dataset.sources import open_images, validation_path
+from src.models.weights import classes_in
 from src.training.setup import create_network
 from src.utils.config import Config, load_config
 from src.utils.errors import UserError
@@ -27,7 +28,7 @@ class RecordedModel:
 
     @classmethod
     def of(cls, arrays, metadata, flags, folder=None):
-        """The model of a checkpoint as ``read_checkpoint`` returns it; ``flags`` win over what it records.
+        """The model of a checkpoint as ``read_weights`` returns it; ``flags`` win over what it records.
 
         Args:
             folder: where to look for class_indexing.json if the checkpoint itself has no class map.
@@ -40,11 +41,14 @@ class RecordedModel:
             recorded.pop("eval_data_path", None)
         elif recorded and not recorded["eval_data_path"]:
             recorded["eval_data_path"] = validation_path(recorded["data_path"]) or ""
-        has_acb = any(".square_conv." in name for name in arrays)
+        has_acb = any("square_conv." in name for name in arrays)
+        has_fused = any("fused_conv." in name for name in arrays)
         if not recorded:
-            recorded = {"block": "acb" if has_acb else "base", "data_path": ""}
-        if "classifier.bias" in arrays:
-            recorded["num_classes"] = len(arrays["classifier.bias"])
+            recorded = {"block": "acb" if has_acb or has_fused else "base", "data_path": ""}
+        network = flags.get("network", recorded.get("network"))
+        if network is None:
+            raise UserError("the checkpoint does not say of which network it is; pass --network=NAME")
+        recorded["num_classes"] = classes_in(arrays, network) or recorded.get("num_classes", 0)
         config = load_config(flags, checkpoint_layer=recorded)
         fused = config.block == "acb" and not has_acb and bool(metadata.get("fused", True))
         return cls(config, fused, metadata.get("class_to_index") or _class_map_beside(folder))

@@ -2,7 +2,7 @@
 
 from src.dataset.sources import open_images, validation_path
 from src.models import build_model
-from src.training.checkpoint import load_weights, read_checkpoint
+from src.models.weights import load_weights
 from src.utils.errors import UserError
 
 
@@ -42,5 +42,4 @@ def create_network(config, fused=False):
 
 def start_from_checkpoint(network, config):
     """Load the weights of checkpoint_file_path; returns the names that were left out."""
-    arrays, _ = read_checkpoint(config.checkpoint_file_path)
-    return load_weights(network, arrays, config.checkpoint_file_path, config.allow_head_mismatch)
+    return load_weights(network, config.checkpoint_file_path, config.allow_head_mismatch)

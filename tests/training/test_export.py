@@ -3,7 +3,7 @@
 import pytest
 
 from conftest import execute
-from src.training.checkpoint import read_checkpoint
+from src.models.formats import read_weights
 
 
 def export(*flags):
@@ -14,7 +14,7 @@ def test_fused_checkpoint_evaluates_like_the_trained_one(trained_run, image_root
     target = tmp_path / "fused.ckpt"
     run = export(f"--checkpoint_file_path={trained_run}/best.ckpt", f"--result_path={target}")
     assert run.status == 0 and "largest relative difference" in run.out, run
-    arrays, metadata = read_checkpoint(target)
+    arrays, metadata = read_weights(target)
     assert metadata["fused"] and not any("square_conv" in name for name in arrays)
     accuracy = [execute(["python3", "eval.py", f"--data_path={image_root}/val", f"--checkpoint_file_path={path}"])
                 for path in (trained_run / "best.ckpt", target)]

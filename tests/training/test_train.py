@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from conftest import ROOT, TINY, execute, mpirun, only_run
-from src.training.checkpoint import read_checkpoint
+from src.models.formats import read_weights
 
 
 def test_run_folder_holds_what_the_readme_says(trained_run):
@@ -29,7 +29,7 @@ def test_last_line_of_the_log_gives_the_rates(trained_run):
 
 def test_best_checkpoint_is_the_best(trained_run):
     lines = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()]
-    _, metadata = read_checkpoint(trained_run / "best.ckpt")
+    _, metadata = read_weights(trained_run / "best.ckpt")
     assert metadata["epoch"] == max(lines, key=lambda line: line["top1"])["epoch"]
 
 

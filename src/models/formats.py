@@ -1,0 +1,129 @@
+"""Reading weights of any supported file, recognised by content. Nothing that a file contains is ever executed."""
+
+import json
+import logging
+import os
+import re
+import zipfile
+
+import numpy as np
+
+from src.utils.errors import UserError
+
+METADATA = "metadata"
+_HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+_ZIP_MAGIC = b"PK\x03\x04"
+_PICKLE_MAGIC = b"\x80"
+# Nested dictionaries that training scripts wrap weights in.
+_WRAPPERS = ("state_dict", "model", "model_state_dict")
+
+
+def read_weights(path):
+    """Read a file of weights into ({name: array}, metadata), names as in the file.
+
+    Takes MindSpore .ckpt, .safetensors, PyTorch's zip format (.pth, .pt) and the ACNet repository's .hdf5. Metadata is
+    {} where the file has none.
+
+    Raises:
+        UserError: where the file is missing, truncated, of another format, or its pickle wants to run code.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"checkpoint '{path}' does not exist")
+    try:
+        with open(path, "rb") as file:
+            head = file.read(9)
+    except OSError as failure:
+        raise UserError(f"cannot read '{path}': {failure.strerror}") from None
+    if head.startswith(_HDF5_MAGIC):
+        return _read_hdf5(path), {}
+    if head.startswith(_ZIP_MAGIC):
+        return _read_torch(path), {}
+    if head.startswith(_PICKLE_MAGIC):
+        raise UserError(f"'{path}' is a bare pickle, PyTorch's format before 1.6; save it again with a newer PyTorch")
+    if len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < os.path.getsize(path):
+        return _read_safetensors(path)
+    return _read_mindspore(path)
+
+
+class quiet_mindspore:
+    """Within it MindSpore's own Python log is silent: its errors are reported by ours, as one line."""
+
+    def __enter__(self):
+        self._logger = logging.getLogger("MindSpore")
+        self._level = self._logger.level
+        self._logger.setLevel(logging.CRITICAL + 1)
+
+    def __exit__(self, *exception):
+        self._logger.setLevel(self._level)
+
+
+def _read_mindspore(path):
+    import mindspore
+    try:
+        with quiet_mindspore():
+            loaded = mindspore.load_checkpoint(str(path))
+        arrays = {name: parameter.asnumpy() for name, parameter in loaded.items()}
+    except Exception as failure:  # MindSpore raises many kinds, down to AttributeError, for damaged files
+        raise UserError(f"checkpoint '{path}' is truncated or not a MindSpore checkpoint, .safetensors, .pth or .hdf5") from failure
+    encoded = arrays.pop(METADATA, None)
+    return arrays, _decoded(path, encoded.tobytes()) if encoded is not None else {}
+
+
+def _read_safetensors(path):
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(str(path), framework="np") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+            metadata = file.metadata() or {}
+    except (SafetensorError, TypeError, ValueError, OSError, AttributeError) as failure:
+        raise UserError(f"'{path}' is a damaged .safetensors file: {str(failure).splitlines()[0]}") from None
+    return arrays, _decoded(path, metadata[METADATA].encode()) if METADATA in metadata else {}
+
+
+def _read_torch(path):
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"'{path}' is a truncated PyTorch file or another archive")
+    try:
+        import torch
+    except ImportError:
+        raise UserError(f"'{path}' is a PyTorch file and PyTorch is not installed: 'pip install torch', or convert the "
+                        "file to .safetensors") from None
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as failure:  # UnpicklingError, RuntimeError, KeyError ... for what a file can hold
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(failure))
+        if wanted:
+            raise UserError(f"'{path}' is refused: its pickle asks for {wanted.group(1)}, which is code, not weights") from None
+        raise UserError(f"'{path}' is truncated or no PyTorch file of weights") from None
+    for wrapper in _WRAPPERS:
+        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
+            loaded = loaded[wrapper]
+    if not isinstance(loaded, dict) or not loaded or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise UserError(f"'{path}' holds no dictionary of weights (a state_dict)")
+    return {str(name).removeprefix("module."): tensor.float().numpy() for name, tensor in loaded.items()}
+
+
+def _read_hdf5(path):
+    try:
+        import h5py
+    except ImportError:
+        raise UserError(f"'{path}' is an HDF5 file and h5py is not installed: 'pip install h5py'") from None
+    try:
+        with h5py.File(path, "r") as file:
+            # ACNet's code writes '/' in a name as '+'.
+            arrays = {name.replace("+", "/"): np.asarray(item) for name, item in file.items() if isinstance(item, h5py.Dataset)}
+    except (OSError, RuntimeError, KeyError, ValueError) as failure:
+        raise UserError(f"'{path}' is a truncated or damaged HDF5 file") from failure
+    if not arrays:
+        raise UserError(f"'{path}' is an HDF5 file without arrays")
+    return arrays
+
+
+def _decoded(path, encoded):
+    try:
+        metadata = json.loads(encoded)
+    except ValueError:
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise UserError(f"checkpoint '{path}' is damaged: its metadata cannot be read")
+    return metadata
