@@ -1,4 +1,4 @@
-"""Export a checkpoint: `python3 export.py --checkpoint_file_path=FILE --file_format=CKPT|MINDIR [--fuse=0|1] [--result_path=FILE]`.
+"""Export a checkpoint: `python3 export.py --checkpoint_file_path=FILE --file_format=CKPT|MINDIR|ONNX|SAFETENSORS [--fuse=0|1] [--result_path=FILE]`.
 
 ACNet checkpoints are fused into the plain network unless --fuse=0. What was written is loaded back and compared before it counts.
 """
@@ -24,8 +24,10 @@ def main(arguments):
     select_device(config.device_target, config.device_id or 0)
     log = create_logger(rank=0).info
     exported = export_checkpoint(path, flags, config.file_format, config.fuse, config.result_path)
-    log(f"{path}: {exported.parameters} parameters, exported to {exported.path}: {exported.exported_parameters} "
-        f"parameters, {exported.size / 1e6:.2f} MB, largest relative difference {exported.difference:.1e}")
+    for title, size in (("checkpoint", exported.original), ("exported", exported.exported)):
+        log(f"{title}: {size.parameters:,} parameters, {size.multiply_adds / 1e9:.3f} G multiply-adds an image")
+    log(f"file sizes: {path} {path.stat().st_size / 1e6:.2f} MB, {exported.path} {exported.path.stat().st_size / 1e6:.2f} MB")
+    log(f"exported to {exported.path}: largest relative difference {exported.difference:.1e}")
 
 
 if __name__ == "__main__":

@@ -3,19 +3,20 @@
 
 from mindspore import nn, ops
 
-from src.models.layers import LayerFactory
+from src.models.layers import AdaptiveAveragePool, LayerFactory
 
 _FEATURE_SIZE = 6
 
 
 class AlexNet(nn.Cell):
-    """(N, 3, H, W) float -> (N, num_classes). H and W of 63 or more; other maps than 6x6 are averaged to 6x6.
+    """(N, 3, image_size, image_size) float -> (N, num_classes). From 63 pixels; other maps than 6x6 are averaged to 6x6.
 
     Args:
+        image_size: side of the input in pixels.
         dropout: probability of dropping a unit before each of the two hidden layers, in training only.
     """
 
-    def __init__(self, num_classes, layers: LayerFactory, dropout=0.5):
+    def __init__(self, num_classes, layers: LayerFactory, dropout=0.5, image_size=224):
         super().__init__()
         def conv(*shape, **geometry):
             return layers.conv(*shape, bias=True, **geometry)
@@ -27,9 +28,13 @@ class AlexNet(nn.Cell):
         self.conv5 = conv(256, 256, 3, padding=1)
         self.relu = nn.ReLU()
         self.pool = nn.MaxPool2d(3, 2, pad_mode="valid")
-        self.to_6x6 = nn.AdaptiveAvgPool2d(_FEATURE_SIZE)
+        size = (image_size + 4 - 11) // 4 + 1
+        for _ in range(3):
+            size = (size - 3) // 2 + 1
+        self.to_6x6 = nn.Identity() if size == _FEATURE_SIZE else AdaptiveAveragePool(size, _FEATURE_SIZE)
+        self.flat = 256 * _FEATURE_SIZE ** 2
         self.drop1, self.drop2 = nn.Dropout(p=dropout), nn.Dropout(p=dropout)
-        self.fc1 = nn.Dense(256 * _FEATURE_SIZE ** 2, 4096)
+        self.fc1 = nn.Dense(self.flat, 4096)
         self.fc2 = nn.Dense(4096, 4096)
         self.classifier = nn.Dense(4096, num_classes)
 
@@ -39,9 +44,7 @@ class AlexNet(nn.Cell):
         x = self.relu(self.conv3(x))
         x = self.relu(self.conv4(x))
         x = self.pool(self.relu(self.conv5(x)))
-        if x.shape[2:] != (_FEATURE_SIZE, _FEATURE_SIZE):
-            x = self.to_6x6(x)
-        x = ops.reshape(x, (x.shape[0], -1))
+        x = ops.reshape(self.to_6x6(x), (-1, self.flat))
         x = self.relu(self.fc1(self.drop1(x)))
         x = self.relu(self.fc2(self.drop2(x)))
         return self.classifier(x)

@@ -19,14 +19,15 @@ class CifarQuick(nn.Cell):
         size = image_size
         for _ in range(3):
             size = (size - 3) // 2 + 1
-        self.fc1 = nn.Dense(64 * size * size, 64)
+        self.flat = 64 * size * size
+        self.fc1 = nn.Dense(self.flat, 64)
         self.classifier = nn.Dense(64, num_classes)
 
     def construct(self, x):
         x = self.max_pool(self.relu(self.conv1(x)))
         x = self.average_pool(self.relu(self.conv2(x)))
         x = self.average_pool(self.relu(self.conv3(x)))
-        x = self.relu(self.fc1(ops.reshape(x, (x.shape[0], -1))))
+        x = self.relu(self.fc1(ops.reshape(x, (-1, self.flat))))
         return self.classifier(x)
 
 
@@ -44,13 +45,14 @@ class Vgg16Cifar(nn.Cell):
                 in_channels = channels
             features.append(nn.MaxPool2d(2, 2, pad_mode="valid"))
         self.features = nn.SequentialCell(features)
-        self.fc1 = nn.Dense(in_channels * (image_size // 32) ** 2, 512)
+        self.flat = in_channels * (image_size // 32) ** 2
+        self.fc1 = nn.Dense(self.flat, 512)
         self.relu = nn.ReLU()
         self.classifier = nn.Dense(512, num_classes)
 
     def construct(self, x):
         x = self.features(x)
-        x = self.relu(self.fc1(ops.reshape(x, (x.shape[0], -1))))
+        x = self.relu(self.fc1(ops.reshape(x, (-1, self.flat))))
         return self.classifier(x)
 
 

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from functools import partial
 
-from mindspore import nn, ops
+import numpy as np
+from mindspore import Tensor, nn, ops
 
 from src.models.acb import AsymmetricConvBlock, plain_convolution
 
@@ -86,6 +87,26 @@ class MaxPoolAfterReLU(nn.Cell):
 
     def construct(self, x):
         return self.pool(self.pad(x))
+
+
+class AdaptiveAveragePool(nn.Cell):
+    """(N, C, size, size) -> (N, C, out_size, out_size), PyTorch's adaptive average pooling.
+
+    Output cell i averages the inputs from floor(i * size / out_size) to ceil((i + 1) * size / out_size). As two matrix
+    products, because MindSpore's own operation has no ONNX counterpart.
+    """
+
+    def __init__(self, size, out_size):
+        super().__init__()
+        weights = np.zeros((out_size, size), np.float32)
+        for cell in range(out_size):
+            part = slice(cell * size // out_size, -(-(cell + 1) * size // out_size))
+            weights[cell, part] = 1 / len(weights[cell, part])
+        self.rows = Tensor(weights)
+        self.columns = Tensor(weights.T.copy())
+
+    def construct(self, x):
+        return ops.matmul(ops.matmul(self.rows, x), self.columns)
 
 
 def global_average(x):

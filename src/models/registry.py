@@ -28,7 +28,7 @@ def build_model(name, num_classes, block="base", *, fused=False, gamma_init=None
         block: "base", or "acb" for asymmetric convolution blocks in place of 3x3 and 5x5 convolutions.
         fused: with block "acb", the form that ``acb.fuse`` leaves.
         gamma_init: initial scale of the batch norms in ACBs.
-        image_size: for the networks whose dense layers depend on it; None is 32 for those.
+        image_size: for the networks whose dense layers depend on it; None is 224 for AlexNet, 32 for the CIFAR networks.
         dropout: AlexNet's drop probability, in training only.
         sync_bn: batch statistics over all ranks.
 
@@ -58,7 +58,7 @@ def _build(name, num_classes, block, fused, gamma_init, image_size, dropout, syn
         he_normal = HeNormal(mode="fan_out", nonlinearity="relu")
         return resnet.ResNet(kind, depths, num_classes, replace(layers, weight_init=he_normal), **width)
     if name == "alexnet":
-        return AlexNet(num_classes, layers, dropout)
+        return AlexNet(num_classes, layers, dropout, image_size or 224)
     if name == "cifar_quick":
         return cifar.CifarQuick(num_classes, layers, image_size or 32)
     if name == "vgg16_cifar":

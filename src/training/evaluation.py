@@ -1,18 +1,15 @@
 """Evaluation: every image counted exactly once, whatever the number of ranks."""
 
 import json
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from mindspore import nn
 
 from src.dataset.batches import PADDING_LABEL, EvalBatches, iterate
-from src.models.formats import read_weights
-from src.models.weights import assign_weights
-from src.training.recorded import RecordedModel
-from src.training.step import InputNormalizer
+from src.training.inference import open_engine
 from src.utils.errors import UserError
 
 _TOP = 5
@@ -29,49 +26,30 @@ class Accuracy:
     images_per_second: float
 
 
-class Classifier(nn.Cell):
-    """(N, S, S, 3) uint8 RGB -> (N, num_classes) logits, in inference."""
-
-    def __init__(self, network, config):
-        super().__init__(auto_prefix=False)
-        self.normalizer = InputNormalizer(config.mean, config.std)
-        self.network = network
-
-    def construct(self, images):
-        return self.network(self.normalizer(images))
-
-
 class Evaluator:
-    """Evaluates a network on a set of images; one compiled graph serves all calls.
+    """Evaluates engines on a set of images; its batches are all of one size, so that one compiled graph serves them.
 
     Args:
         images: the ImageSet, the same on every rank; each rank takes its share.
     """
 
-    def __init__(self, network, images, config, communicator):
-        self._network, self._communicator = network, communicator
-        self._classifier = Classifier(network, config)
+    def __init__(self, images, config, communicator):
+        self._communicator = communicator
         batch = min(config.per_batch_size, _LARGEST_BATCH,
                     max(-(-len(images) // communicator.size), 1))
         self._batches = EvalBatches(images, config, communicator.rank, communicator.size, batch)
 
-    def __call__(self, progress=None):
-        """Accuracy over all ranks' images. ``progress`` is called with the number of images of each batch."""
-        was_training = self._network.training
-        self._classifier.set_train(False)
-        counts, seconds = np.zeros(3), 0.0
+    def __call__(self, engine):
+        """Accuracy of ``engine``, images (B, S, S, 3) uint8 -> logits (B, C), over all ranks' images."""
+        counts, untimed = np.zeros(3), 0
         started = time.perf_counter()
         for number, (images, labels) in enumerate(iterate(self._batches)):
-            logits = self._classifier(images).asnumpy()
-            counts += count_correct(logits, labels.asnumpy())
-            if progress is not None:
-                progress(int((labels.asnumpy() != PADDING_LABEL).sum()))
+            counts += count_correct(engine(images), labels.asnumpy())
             if number == 0 and len(self._batches) > 1:
                 # The first batch compiles the graph; a rate that counts it says nothing about the network.
-                first, started = int(counts[2]), time.perf_counter()
+                untimed, started = counts[2], time.perf_counter()
         seconds = max(time.perf_counter() - started, 1e-9)
-        timed = counts[2] - first if len(self._batches) > 1 else counts[2]
-        self._network.set_train(was_training)
+        timed = counts[2] - untimed
         top1, top5, seen, rate = self._communicator.sum([*counts, timed / seconds])
         return Accuracy(100 * top1 / seen, 100 * top5 / seen, int(seen), rate)
 
@@ -101,22 +79,26 @@ def evaluate_checkpoints(paths, flags, communicator, log):
     Returns:
         List of {checkpoint, epoch, step, top1, top5, images, images_per_second}.
     """
-    read = sorted(((path, *read_weights(path)) for path in paths),
-                  key=lambda entry: (entry[2].get("step", 0), str(entry[0])))
-    results, previous, evaluator, network = [], None, None, None
-    for path, arrays, metadata in read:
-        recorded = RecordedModel.of(arrays, metadata, flags, Path(path).parent)
-        if recorded != previous:
-            network = recorded.build()
-            evaluator = Evaluator(network, recorded.open_images(), recorded.config, communicator)
-            previous = recorded
-        assign_weights(network, arrays, path)
-        accuracy = evaluator()
+    results, opened, evaluated, evaluator = [], None, None, None
+    for path in _in_order(paths):
+        opened = open_engine(path, flags, opened)
+        recorded, engine, metadata = opened
+        if recorded != evaluated:
+            evaluator, evaluated = Evaluator(recorded.open_images(), recorded.config, communicator), recorded
+        accuracy = evaluator(engine)
         results.append({"checkpoint": str(path), "epoch": metadata.get("epoch"), "step": metadata.get("step"),
                         "top1": accuracy.top1, "top5": accuracy.top5, "images": accuracy.images,
                         "images_per_second": accuracy.images_per_second})
         log(report_line(results[-1]))
     return results
+
+
+def _in_order(paths):
+    """Checkpoints by epoch and step as their names, NETWORK-EPOCH_STEPS.ckpt, have them; others first."""
+    def key(path):
+        numbers = re.search(r"-(\d+)_(\d+)", Path(path).stem)
+        return (*map(int, numbers.groups()),) if numbers else (0, 0), str(path)
+    return sorted(paths, key=key)
 
 
 def report_line(result):

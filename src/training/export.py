@@ -1,5 +1,6 @@
 """Checkpoints to files for deployment, each loaded back and compared before it counts as written."""
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +9,16 @@ import mindspore
 import numpy as np
 from mindspore import Tensor, nn
 
+from src.dataset.sources import open_images
+from src.dataset.transforms import eval_transform
 from src.models import fuse
-from src.models.formats import quiet_mindspore, read_weights
+from src.models.formats import METADATA, quiet_mindspore, read_weights
+from src.models.name_maps import torch_name
 from src.models.weights import assign_weights
 from src.training.checkpoint import save_checkpoint
+from src.training.inference import OnnxEngine, import_onnxruntime, load_mindir, mindir_sidecar
 from src.training.recorded import RecordedModel
+from src.training.step import InputNormalizer
 from src.utils.errors import UserError
 
 _TOLERANCE = 1e-4
@@ -20,21 +26,30 @@ _PROBES = 4
 
 
 @dataclass(frozen=True)
-class Exported:
-    """An exported file: where, its bytes, trainable parameters before and after fusion, and its difference.
+class NetworkSize:
+    """Trainable parameters, and multiply-adds of convolutions and dense layers for one image."""
 
-    ``difference`` is the largest over random images of |logit - original| / largest |original|.
+    parameters: int
+    multiply_adds: int
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported file, its network before and after fusion, and what comparing the file's logits found.
+
+    ``difference`` is the largest over random inputs and real images of |logit - original| / largest |original|.
     """
 
     path: Path
-    size: int
-    parameters: int
-    exported_parameters: int
+    original: NetworkSize
+    exported: NetworkSize
     difference: float
 
 
 def export_checkpoint(path, flags, file_format, fused=True, target=""):
-    """Write the network of checkpoint ``path`` as "CKPT" or "MINDIR".
+    """Write the network of checkpoint ``path`` as "CKPT", "MINDIR", "ONNX" or "SAFETENSORS".
+
+    MINDIR and ONNX take (N, 3, S, S) float32 normalised images, any N.
 
     Args:
         fused: fuse the ACBs of an ACNet.
@@ -50,32 +65,116 @@ def export_checkpoint(path, flags, file_format, fused=True, target=""):
     network.set_train(False)
     fuses = fused and recorded.config.block == "acb" and not recorded.fused
     plain = fuse(network) if fuses else network
-    size = recorded.config.image_size
-    probes = Tensor(np.random.default_rng(0).normal(size=(_PROBES, 3, size, size)).astype(np.float32))
-    suffix = "_fused" if fuses else "_exported" if file_format == "CKPT" else ""
-    target = Path(target or Path(path).with_name(f"{Path(path).stem}{suffix}.{file_format.lower()}"))
+    metadata = {**metadata, "config": recorded.config.model_dump(mode="json"), "class_to_index": recorded.class_to_index,
+                "fused": fuses or recorded.fused}
+    target = Path(target) if target else _default_target(Path(path), file_format, fuses)
     if target.resolve() == Path(path).resolve():
         raise UserError(f"'{target}' is the checkpoint itself; choose another --result_path")
-    if file_format == "CKPT":
-        save_checkpoint(target, plain.get_parameters(), {**metadata, "fused": fuses or recorded.fused})
-    else:
-        _write_mindir(plain, probes, target)
-    difference = _difference(network(probes).asnumpy(), _load_back(target, file_format, flags)(probes).asnumpy())
-    if not difference <= _TOLERANCE:
-        target.unlink()
-        raise UserError(f"the exported file differs from the checkpoint by {difference:.1e}, above {_TOLERANCE:g}; "
-                        f"'{target}' was removed")
-    return Exported(target, target.stat().st_size, _trainable(network), _trainable(plain), difference)
+    _WRITERS[file_format](plain, target, metadata, recorded.config.image_size)
+    try:
+        inputs = _probes(recorded.config)
+        difference = _difference(network(Tensor(inputs)).asnumpy(), _logits_of_file(target, file_format, recorded, inputs))
+        if not difference <= _TOLERANCE:
+            raise UserError(f"the exported file differs from the checkpoint by {difference:.1e}, above {_TOLERANCE:g}")
+    except UserError:
+        for file in (target, mindir_sidecar(target)):
+            file.unlink(missing_ok=True)
+        raise
+    size = recorded.config.image_size
+    return Exported(target, network_size(network, size), network_size(plain, size), difference)
 
 
-def _write_mindir(network, inputs, target):
-    partial = target.with_name(f".{target.stem}.{os.getpid()}.partial.mindir")
+def network_size(network, image_size):
+    """NetworkSize for one (3, image_size, image_size) image."""
+    multiply_adds = 0
+
+    def count(cell, _, output):
+        nonlocal multiply_adds
+        multiply_adds += output.size // output.shape[0] * int(np.prod(cell.weight.shape[1:]))
+
+    # Hooks are called in PyNative mode only.
+    mindspore.set_context(mode=mindspore.PYNATIVE_MODE)
+    hooks = [cell.register_forward_hook(count) for _, cell in network.cells_and_names()
+             if isinstance(cell, (nn.Conv2d, nn.Dense))]
+    try:
+        network(Tensor(np.zeros((1, 3, image_size, image_size), np.float32)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        mindspore.set_context(mode=mindspore.GRAPH_MODE)
+    return NetworkSize(sum(parameter.size for parameter in network.trainable_params()), multiply_adds)
+
+
+def _default_target(path, file_format, fuses):
+    suffix = "_fused" if fuses else "_exported" if file_format == "CKPT" else ""
+    return path.with_name(f"{path.stem}{suffix}.{file_format.lower()}")
+
+
+def _write_ckpt(network, target, metadata, _):
+    save_checkpoint(target, network.get_parameters(), metadata)
+
+
+def _write_safetensors(network, target, metadata, _):
+    from safetensors.numpy import save_file
+    arrays = {torch_name(p.name, network.network_name): np.ascontiguousarray(p.asnumpy()) for p in network.get_parameters()}
+    _write_whole(target, lambda partial: save_file(arrays, partial, {METADATA: json.dumps(metadata)}))
+
+
+def _write_mindir(network, target, metadata, image_size):
+    inputs = Tensor(shape=[None, 3, image_size, image_size], dtype=mindspore.float32)
+    _write_whole(target, lambda partial: _export(network, inputs, partial, "MINDIR"))
+    _write_whole(mindir_sidecar(target), lambda partial: partial.write_text(json.dumps(metadata), encoding="utf-8"))
+
+
+def _write_onnx(network, target, metadata, image_size):
+    import_onnxruntime()
+    try:
+        import onnx
+    except ImportError:
+        raise UserError("ONNX needs two more packages: pip install 'onnx<1.20' onnxruntime") from None
+
+    def write(partial):
+        _export(network, Tensor(np.zeros((1, 3, image_size, image_size), np.float32)), partial, "ONNX")
+        model = onnx.load(str(partial))
+        _repair_onnx(model)
+        onnx.helper.set_model_props(model, {METADATA: json.dumps(metadata)})
+        os.chmod(partial, 0o644)
+        onnx.save(model, str(partial))
+
+    _write_whole(target, write)
+
+
+_WRITERS = {"CKPT": _write_ckpt, "SAFETENSORS": _write_safetensors, "MINDIR": _write_mindir, "ONNX": _write_onnx}
+
+
+def _repair_onnx(model):
+    """Mend what MindSpore 2.10 exports wrongly, and leave the batch size open."""
+    for node in model.graph.node:
+        attributes = {attribute.name: attribute for attribute in node.attribute}
+        if node.op_type == "Conv" and len(set(attributes["kernel_shape"].ints)) > 1:
+            # MindSpore writes its own order, top bottom left right; ONNX's is top left bottom right.
+            top, bottom, left, right = attributes["pads"].ints
+            attributes["pads"].ints[:] = [top, left, bottom, right]
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    del model.graph.value_info[:]
+
+
+def _export(network, inputs, partial, file_format):
+    with quiet_mindspore():
+        mindspore.export(network, inputs, file_name=str(partial), file_format=file_format)
+
+
+def _write_whole(target, write):
+    """Write a file through another name, so that it is complete or absent. ``write`` takes the path to write."""
+    partial = target.with_name(f".{os.getpid()}.partial.{target.name}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with quiet_mindspore():
-            mindspore.export(network, inputs, file_name=str(partial), file_format="MINDIR")
+        write(partial)
         os.replace(partial, target)
-    except (OSError, RuntimeError, ValueError) as failure:
+    except UserError:
+        raise
+    except (OSError, RuntimeError, ValueError, TypeError) as failure:
         reason = getattr(failure, "strerror", None) or str(failure).strip().splitlines()[0]
         raise UserError(f"cannot write '{target}': {reason}") from None
     finally:
@@ -84,18 +183,25 @@ def _write_mindir(network, inputs, target):
             partial.unlink()
 
 
-def _load_back(target, file_format, flags):
+def _probes(config):
+    """Random inputs and real images, (N, 3, S, S) float32, normalised."""
+    size = config.image_size
+    random = np.random.default_rng(0).normal(size=(_PROBES, 3, size, size)).astype(np.float32)
+    digits = open_images("digits", "val")
+    images = np.stack([eval_transform(digits.load(index), config) for index in range(0, len(digits), len(digits) // _PROBES)])
+    return np.concatenate([random, InputNormalizer(config.mean, config.std)(Tensor(images)).asnumpy()])
+
+
+def _logits_of_file(target, file_format, recorded, inputs):
+    if file_format == "ONNX":
+        return OnnxEngine(target, recorded.config).logits(inputs)
     if file_format == "MINDIR":
-        return nn.GraphCell(mindspore.load(str(target)))
+        return load_mindir(target)(Tensor(inputs)).asnumpy()
     arrays, metadata = read_weights(target)
-    network = RecordedModel.of(arrays, metadata, flags, target.parent).build()
+    network = RecordedModel.of(arrays, metadata, {}, target.parent).build().set_train(False)
     assign_weights(network, arrays, target)
-    return network.set_train(False)
+    return network(Tensor(inputs)).asnumpy()
 
 
 def _difference(expected, found):
     return float(np.abs(found - expected).max() / np.abs(expected).max())
-
-
-def _trainable(network):
-    return sum(parameter.size for parameter in network.trainable_params())

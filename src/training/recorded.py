@@ -50,7 +50,7 @@ class RecordedModel:
             raise UserError("the checkpoint does not say of which network it is; pass --network=NAME")
         recorded["num_classes"] = classes_in(arrays, network) or recorded.get("num_classes", 0)
         config = load_config(flags, checkpoint_layer=recorded)
-        fused = config.block == "acb" and not has_acb and bool(metadata.get("fused", True))
+        fused = config.block == "acb" and not has_acb
         return cls(config, fused, metadata.get("class_to_index") or _class_map_beside(folder))
 
     def build(self):

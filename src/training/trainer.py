@@ -6,6 +6,7 @@ import time
 from src.dataset.batches import TrainBatches, iterate
 from src.training.checkpoint import save_checkpoint
 from src.training.evaluation import Evaluator
+from src.training.inference import NetworkEngine
 from src.training.progress import Progress
 from src.training.records import plot_curves, prune_checkpoints
 from src.training.schedule import learning_rate
@@ -36,7 +37,8 @@ class Trainer:
             self.last_step = min(self.last_step, config.max_steps)
         self.batches.last = self.last_step * config.accumulation_steps
         self.step = create_train_step(network, config, communicator)
-        self.evaluator = Evaluator(network, eval_images, config, communicator) if eval_images is not None else None
+        self.evaluator = Evaluator(eval_images, config, communicator) if eval_images is not None else None
+        self.engine = NetworkEngine(network, config)
         self.best_top1 = -1.0
         self.class_to_index = train_images.class_to_index
         self._busy_s, self._timed_steps = 0.0, 0
@@ -78,7 +80,7 @@ class Trainer:
         metrics = {"epoch": epoch, "step": step, "loss": round(float(loss), 6),
                    "lr": learning_rate(step - 1, self.steps_per_epoch, self.config), "images_per_second": round(rate, 2)}
         if self.evaluator is not None and (last or epoch % self.config.eval_interval == 0):
-            accuracy = self.evaluator()
+            accuracy = self.evaluator(self.engine)
             metrics.update(top1=round(accuracy.top1, 4), top5=round(accuracy.top5, 4))
         if self.communicator.is_root:
             self._record(epoch, step, metrics, last)

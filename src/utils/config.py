@@ -107,9 +107,10 @@ class Config(BaseModel):
     keep_checkpoint_max: Positive
     log_interval: Positive
     result_path: str
-    file_format: Annotated[Literal["CKPT", "MINDIR"], BeforeValidator(
+    file_format: Annotated[Literal["CKPT", "MINDIR", "ONNX", "SAFETENSORS"], BeforeValidator(
         lambda value: value.upper() if isinstance(value, str) else value)]
     fuse: bool
+    save_figure: str
 
     @model_validator(mode="after")
     def _consistent(self):
