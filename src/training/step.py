@@ -49,6 +49,8 @@ class ForwardBackward(nn.Cell):
 
     def __init__(self, network_with_loss, parameters):
         super().__init__(auto_prefix=False)
+        # A child, so that set_train reaches the network: value_and_grad hides it from the Cell.
+        self.network_with_loss = network_with_loss
         # As a member of a Cell this compiles to one forward and one backward pass; calling the network for the loss
         # beside GradOperation for the gradients runs the forward pass twice.
         self.value_and_grad = mindspore.value_and_grad(network_with_loss, None, ParameterTuple(parameters))

@@ -145,5 +145,6 @@ def test_ranks_hold_the_same_running_statistics(tmp_path):
     first, second = gradients_on(2, "resnet18", tmp_path)
     moving = [name for name in first if "moving" in name]
     assert len(moving) == 40
+    assert all(np.abs(first[name] - (1 if name.endswith("variance") else 0)).max() > 1e-4 for name in moving)
     for name in first:
         assert np.array_equal(first[name], second[name]), name
