@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Make or update .venv with all that the program needs: `bash scripts/setup.sh [--test]`. Needs Python 3.10-3.12 and pip.
+# Make or update .venv: `bash scripts/setup.sh [--onnx] [--hdf5] [--test] [--parity]`, the options being extras of pyproject.toml.
+# Needs Linux and Python 3.10-3.12 with pip.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 fail() { echo "error: $*" >&2; exit 2; }
 
-extras=""
+extras=()
 for argument in "$@"; do
     case $argument in
-        --test) extras="test" ;;
-        *) fail "unknown argument '$argument'; usage: bash scripts/setup.sh [--test]" ;;
+        --onnx|--hdf5|--test|--parity) extras+=("${argument#--}") ;;
+        *) fail "unknown argument '$argument'; usage: bash scripts/setup.sh [--onnx] [--hdf5] [--test] [--parity]" ;;
     esac
 done
 
@@ -24,26 +25,26 @@ done
 [ -n "$python" ] || fail "Python 3.10, 3.11 or 3.12 is needed, python3 is $(python3 --version 2>&1 || echo missing);" \
     "install one, or name it: PYTHON=/path/to/python3.11 bash scripts/setup.sh"
 
-# One line a state: nothing to do when the declared dependencies and the interpreter are those of the last time.
-wanted="$("$python" --version) $extras $(sha256sum pyproject.toml scripts/setup.sh | sha256sum)"
+# What is installed: interpreter and declared dependencies on the first line, then a line for each extra.
 state=.venv/installed
-if [ -x .venv/bin/python ] && { [ "$(cat $state 2>/dev/null)" = "$wanted" ] \
-    || [ "$(cat $state 2>/dev/null)" = "$("$python" --version) test $(sha256sum pyproject.toml scripts/setup.sh | sha256sum)" ]; }; then
-    exit 0
-fi
+wanted="$("$python" --version) $(cat pyproject.toml scripts/setup.sh | sha256sum)"
+[ "$(head -n 1 $state 2>/dev/null)" = "$wanted" ] || { [ ! -e $state ] || rm $state; }
+missing=()
+for extra in ${extras[@]+"${extras[@]}"}; do
+    grep -qx "$extra" $state 2>/dev/null || missing+=("$extra")
+done
+if [ -e $state ] && [ ${#missing[@]} -eq 0 ]; then exit 0; fi
 
-rm -f $state
 echo "setting up .venv (about 1 GB to download; a few minutes the first time)"
-"$python" -m venv .venv 2>/dev/null || { rm -rf .venv; "$python" -m pip --version >/dev/null 2>&1 \
+[ -x .venv/bin/python ] && fits .venv/bin/python || "$python" -m venv .venv 2>/dev/null || { rm -rf .venv; "$python" -m pip --version >/dev/null 2>&1 \
     && "$python" -m pip install --quiet --user virtualenv && "$python" -m virtualenv --quiet .venv; } \
     || fail "'$python -m venv .venv' failed; install Python's venv module (Debian: python3-venv) or name another Python with PYTHON="
-lists=$(.venv/bin/python - "$extras" <<'PYTHON'
+lists=$(.venv/bin/python - ${extras[@]+"${extras[@]}"} <<'PYTHON'
 import re, sys
 text = open("pyproject.toml").read()
-def listed(key):
-    return re.findall(r'"([^"]+)"', re.search(rf"^{key} = \[(.*?)\](?=\s|$)", text, re.M | re.S).group(1))
-names = listed("dependencies") + (listed("test") if sys.argv[1] else [])
-print("\n".join(names))
+for key in ("dependencies", *sys.argv[1:]):
+    block = re.search(rf"^{key} = \[(.*?)\]\s*(#.*)?$", text, re.M | re.S).group(1)
+    print("\n".join(re.findall(r'"([^"]+)"', block)))
 PYTHON
 )
 mapfile -t requirements <<<"$lists"
@@ -55,5 +56,7 @@ grep -q '^rmaps_default_mapping_policy' .venv/etc/prte-mca-params.conf 2>/dev/nu
     || echo 'rmaps_default_mapping_policy = :oversubscribe' >> .venv/etc/prte-mca-params.conf
 grep -q OMPI_ALLOW_RUN_AS_ROOT .venv/bin/activate \
     || echo 'export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1' >> .venv/bin/activate
-echo "$wanted" > $state
+{ grep -qxF "$wanted" $state 2>/dev/null || echo "$wanted"; cat $state 2>/dev/null || true
+  [ ${#extras[@]} -eq 0 ] || printf '%s\n' "${extras[@]}"; } > $state.new
+mv $state.new $state
 echo "set up; 'source .venv/bin/activate' gives this shell python3 and mpirun"

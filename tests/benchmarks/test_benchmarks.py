@@ -1,0 +1,26 @@
+"""Each benchmark runs and prints its line; what it measures is no assertion."""
+
+import json
+import re
+
+import pytest
+
+from conftest import execute
+
+
+def test_train_step_prints_its_line():
+    run = execute(["python3", "benchmarks/train_step.py", "--network=cifar_quick", "--image_size=32", "--per_batch_size=4",
+                   "--steps=2"])
+    assert run.status == 0, run
+    assert re.fullmatch(r"train_step network=cifar_quick block=base ranks=1 per_batch_size=4 images_per_second=[\d.]+ "
+                        r"forward_backward_s=[\d.]+ allreduce_s=[\d.]+ optimizer_s=[\d.]+", run.out.strip()), run
+
+
+@pytest.mark.slow
+def test_acnet_study_prints_its_lines_and_figures(tmp_path):
+    run = execute(["python3", "benchmarks/acnet_study.py", "--seeds=1", "--epochs=1", "--networks=cifar_quick", f"--output={tmp_path}"])
+    assert run.status == 0, run
+    (line,) = [line for line in run.out.splitlines() if line.startswith("acnet_study ")]
+    row = json.loads(line.partition(" ")[2])
+    assert row["network"] == "cifar_quick" and row["fused_top1"] == pytest.approx(row["acb_top1"], abs=0.3)
+    assert {file.name for file in tmp_path.iterdir()} == {"rotation.png", "skeleton.png"}
