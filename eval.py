@@ -3,15 +3,17 @@
 Network, block, preprocessing and class indices come from each checkpoint; flags win. Under mpirun the images are shared out.
 """
 
-from src.parallel.communicator import connect, launched_rank
-from src.utils.config import load_config, parse_flags
-from src.utils.device import prepare_process, select_device
-from src.utils.errors import UserError
+from src.parallel.launcher import launched_rank
 from src.utils.launch import run_main
-from src.utils.log import create_logger
 
 
 def main(arguments):
+    from src.parallel.communicator import connect
+    from src.utils.config import load_config, parse_flags
+    from src.utils.device import prepare_process, select_device
+    from src.utils.errors import UserError
+    from src.utils.log import create_logger
+
     flags, positional = parse_flags(arguments)
     if positional:
         raise UserError(f"'{positional[0]}' is not a flag; write --KEY=VALUE")

@@ -3,14 +3,15 @@
 ACNet checkpoints are fused into the plain network unless --fuse=0. What was written is loaded back and compared before it counts.
 """
 
-from src.utils.config import load_config, parse_flags
-from src.utils.device import prepare_process, select_device
-from src.utils.errors import UserError
 from src.utils.launch import run_main
-from src.utils.log import create_logger
 
 
 def main(arguments):
+    from src.utils.config import load_config, parse_flags
+    from src.utils.device import prepare_process, select_device
+    from src.utils.errors import UserError
+    from src.utils.log import create_logger
+
     flags, positional = parse_flags(arguments)
     if positional:
         raise UserError(f"'{positional[0]}' is not a flag; write --KEY=VALUE")

@@ -3,14 +3,15 @@
 Takes checkpoints and exported files (.ckpt, .safetensors, .pth, .hdf5, .onnx, .mindir) and prints the five likeliest classes.
 """
 
-from src.utils.config import load_config, parse_flags
-from src.utils.device import prepare_process, select_device
-from src.utils.errors import UserError
 from src.utils.launch import run_main
-from src.utils.log import create_logger
 
 
 def main(arguments):
+    from src.utils.config import load_config, parse_flags
+    from src.utils.device import prepare_process, select_device
+    from src.utils.errors import UserError
+    from src.utils.log import create_logger
+
     flags, names = parse_flags(arguments)
     if not names:
         raise UserError("no image given: python3 predict.py --checkpoint_file_path=FILE IMAGE_OR_FOLDER...")

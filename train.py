@@ -3,15 +3,17 @@
 With no argument the bundled digits are trained. `mpirun -n N python3 train.py --run_distribute=1 ...` trains on N ranks.
 """
 
-from src.parallel.communicator import connect, launched_rank
-from src.utils.config import DIGITS, load_config, parse_flags
-from src.utils.device import prepare_process, select_device
-from src.utils.errors import UserError
+from src.parallel.launcher import launched_rank
 from src.utils.launch import run_main
-from src.utils.log import create_logger
 
 
 def main(arguments):
+    from src.parallel.communicator import connect
+    from src.utils.config import DIGITS, load_config, parse_flags
+    from src.utils.device import prepare_process, select_device
+    from src.utils.errors import UserError
+    from src.utils.log import create_logger
+
     flags, positional = parse_flags(arguments)
     if positional:
         raise UserError(f"'{positional[0]}' is not a flag; write --KEY=VALUE")
@@ -19,13 +21,13 @@ def main(arguments):
     communicator = connect(config.run_distribute)
     # MindSpore reads its environment when it is imported, so everything that imports it comes after this line.
     prepare_process(communicator.local_rank, communicator.local_size)
-    from src.dataset.sources import open_images
     from src.training.records import create_run_folder
-    from src.training.setup import check_device_keys, create_network, open_eval_images, resolve_classes, start_from_checkpoint
+    from src.training.setup import (check_device_keys, create_network, open_eval_images, open_train_images, resolve_classes,
+                                    start_from_checkpoint)
     from src.training.trainer import Trainer
 
     check_device_keys(config)
-    train_images = open_images(config.data_path, "train", config.dataset_format)
+    train_images = open_train_images(config, communicator)
     config = resolve_classes(config, train_images)
     eval_images = open_eval_images(config, train_images) if config.run_eval else None
     select_device(config.device_target, config.device_id if config.device_id is not None else communicator.local_rank)

@@ -10,15 +10,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.parallel.communicator import connect, launched_rank  # noqa: E402
-from src.utils.config import load_config, parse_flags  # noqa: E402
-from src.utils.device import prepare_process, select_device  # noqa: E402
+from src.parallel.launcher import launched_rank  # noqa: E402
 from src.utils.launch import run_main  # noqa: E402
 
 _WARMUP = 2
 
 
 def main(arguments):
+    from src.parallel.communicator import connect
+    from src.utils.config import load_config, parse_flags
+    from src.utils.device import prepare_process, select_device
+
     steps = int(next((word.partition("=")[2] for word in arguments if word.startswith("--steps=")), 10))
     flags, _ = parse_flags([word for word in arguments if not word.startswith("--steps=")])
     config = load_config({"data_path": "none", "num_classes": "1000", **flags})

@@ -16,6 +16,9 @@ _CIFAR_TEST = ("test_batch.bin",)
 _CIFAR_RECORD = 1 + 3 * 32 * 32
 _CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _LISTED_BAD_LINE = 80
+_SEARCHED_FILES = 100_000
+# JPEG, PNG, BMP, WebP, TIFF (both byte orders), and the netpbm formats
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"BM", b"RIFF", b"II*\0", b"MM\0*", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6")
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,17 @@ def read_image(path):
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
+def find_non_images(images, rank, size):
+    """Files of a rank's share of ``images`` whose first bytes are those of no image format, at most the first.
+
+    Reading the beginnings of very many files takes minutes, so larger sets are not searched: there a bad file ends the
+    training when it is met.
+    """
+    if images.paths is None or len(images) > _SEARCHED_FILES:
+        return []
+    return [path for path in images.paths[rank::size] if not _begins_like_an_image(path)][:1]
+
+
 def open_images(data_path, split, dataset_format="auto", class_to_index=None):
     """Open the images that ``data_path`` names.
 
@@ -115,6 +129,14 @@ def validation_path(data_path):
         if path.name in ("train", "train_list.txt") and (path.parent / sibling).exists():
             return str(path.parent / sibling)
     return None
+
+
+def _begins_like_an_image(path):
+    try:
+        with open(path, "rb") as file:
+            return file.read(4).startswith(_MAGIC)
+    except OSError:
+        return False
 
 
 def _holds_class_folders(path):

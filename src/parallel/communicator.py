@@ -1,9 +1,8 @@
 """How ranks talk. Alone, rank is 0, size is 1 and every operation is the identity, so that no caller asks which it is."""
 
-import os
-
 import numpy as np
 
+from src.parallel.launcher import launched_ranks, started_by_mpirun
 from src.utils.errors import UserError
 
 # Gradients and statistics below this size travel together in one message: latency, not bandwidth, is what they cost.
@@ -100,22 +99,6 @@ class MpiCommunicator(Communicator):
         return packed
 
 
-def launched_ranks():
-    """Number of processes that a launcher (mpirun, or srun with PMIx or PMI) says it started; 1 without a launcher."""
-    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS"):
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
-    return int(os.environ.get("SLURM_NTASKS", 1)) if "SLURM_STEP_ID" in os.environ and "PMIX_RANK" in os.environ else 1
-
-
-def launched_rank():
-    """This process's number as its launcher gave it, known before MPI starts; 0 without a launcher."""
-    for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"):
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
-    return 0
-
-
 def connect(run_distribute):
     """The communicator that fits how this process was started.
 
@@ -126,7 +109,7 @@ def connect(run_distribute):
         UserError: where that contradicts how the process was started, or MPI cannot be had.
     """
     ranks = launched_ranks()
-    if run_distribute and ranks == 1 and "OMPI_COMM_WORLD_SIZE" not in os.environ:
+    if run_distribute and not started_by_mpirun():
         raise UserError("run_distribute=1 needs mpirun: start it as 'mpirun -n 8 python3 train.py --run_distribute=1 ...', "
                         "or use --run_distribute=0 for one process")
     if run_distribute is False and ranks > 1:

@@ -1,6 +1,6 @@
 """What training and evaluation share before they begin: checks, data and network from a configuration."""
 
-from src.dataset.sources import open_images, validation_path
+from src.dataset.sources import find_non_images, open_images, validation_path
 from src.models import build_model
 from src.models.weights import load_weights
 from src.utils.errors import UserError
@@ -22,6 +22,15 @@ def resolve_classes(config, images):
         raise UserError(f"num_classes={config.num_classes} but the data in '{config.data_path}' has "
                         f"{images.num_classes} classes")
     return config.model_copy(update={"num_classes": images.num_classes})
+
+
+def open_train_images(config, communicator):
+    """The training images of ``config``. Raises UserError, on every rank, for data that cannot be used."""
+    images = open_images(config.data_path, "train", config.dataset_format)
+    found = sum(communicator.gather(find_non_images(images, communicator.rank, communicator.size)), [])
+    if found:
+        raise UserError(f"{found[0]} is not an image that can be decoded; replace or remove it")
+    return images
 
 
 def open_eval_images(config, train_images):

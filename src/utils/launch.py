@@ -13,14 +13,18 @@ _PATIENCE_S = 5.0
 
 
 def run_main(main, rank=0):
-    """Run ``main(arguments)`` and end the process: status 0, 2 after a UserError, 130 after Ctrl-C, 1 after a defect.
+    """Run ``main(arguments)``; status 0, 2 after a UserError, 130 after Ctrl-C, 1 after a defect. ``--help`` prints its module's text.
 
     Args:
         main: takes the list of command-line arguments.
         rank: this process's number as its launcher gave it.
     """
+    arguments = sys.argv[1:]
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(f"{sys.modules[main.__module__].__doc__}Every key of default_config.yaml is a flag: --lr=0.1; that file says what each means.")
+        return
     try:
-        main(sys.argv[1:])
+        main(arguments)
     except UserError as failure:
         _end(f"error: {failure}", 2, rank)
     except KeyboardInterrupt:

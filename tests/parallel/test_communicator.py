@@ -48,7 +48,8 @@ def test_alone_every_operation_is_the_identity():
 
 
 def test_distribution_without_mpirun_says_how_to_start(monkeypatch):
-    monkeypatch.delenv("OMPI_COMM_WORLD_SIZE", raising=False)
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "PMIX_RANK"):
+        monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match="needs mpirun"):
         connect(True)
 

@@ -147,6 +147,27 @@ def test_text_file_among_the_images_ends_every_rank(broken_copy, tmp_path):
     (broken_copy / "train" / "bee" / "003.jpg").write_text("text")
     run = mpirun(3, "train.py", f"--data_path={broken_copy}/train", f"--output_path={tmp_path}/out", *TINY, "--max_epoch=2")
     assert_one_error(run, "bee/003.jpg")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_image_that_breaks_off_ends_every_rank(broken_copy, tmp_path):
+    """It begins like a JPEG, so it is one rank alone that finds it, in the middle of an epoch."""
+    (broken_copy / "train" / "bee" / "003.jpg").write_bytes(b"\xff\xd8\xff\xe0 and no more")
+    run = mpirun(3, "train.py", f"--data_path={broken_copy}/train", f"--output_path={tmp_path}/out", *TINY, "--max_epoch=2")
+    assert_one_error(run, "bee/003.jpg")
+
+
+def test_without_the_environment_the_error_says_what_to_run(tmp_path):
+    import shutil
+    python = shutil.which("python3", path="/usr/bin") or pytest.skip("no system Python beside the environment's")
+    run = execute([python, "-S", str(ROOT / "train.py")])
+    assert_one_error(run, "bash scripts/setup.sh", "source .venv/bin/activate")
+
+
+def test_help_tells_the_usage():
+    run = train("--help")
+    assert run.status == 0 and "--data_path" in run.out and "default_config.yaml" in run.out
 
 
 @pytest.mark.slow
