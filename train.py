@@ -30,7 +30,8 @@ def main(arguments):
     train_images = open_train_images(config, communicator)
     config = resolve_classes(config, train_images)
     eval_images = open_eval_images(config, train_images) if config.run_eval else None
-    select_device(config.device_target, config.device_id if config.device_id is not None else communicator.local_rank)
+    select_device(config.device_target, config.device_id if config.device_id is not None else communicator.local_rank,
+                  communicator.size)
     network = create_network(config)
     left_out = start_from_checkpoint(network, config) if config.checkpoint_file_path else []
 

@@ -3,11 +3,15 @@
 import time
 
 import mindspore
+import mindspore.amp
 import numpy as np
 from mindspore import ParameterTuple, nn, ops
 
 from src.training.optimizer import DeviceMomentum, HostMomentum, parameter_rules, scalar
 from src.utils.errors import UserError
+
+_STEPS_TO_DOUBLE = 2000
+_LARGEST_LOSS_SCALE = 2.0 ** 24
 
 
 class InputNormalizer(nn.Cell):
@@ -41,7 +45,7 @@ class NetworkWithLoss(nn.Cell):
         self.loss = nn.CrossEntropyLoss(label_smoothing=smoothing)
 
     def construct(self, images, labels):
-        return self.loss(self.network(self.normalizer(images)), labels)
+        return self.loss(ops.cast(self.network(self.normalizer(images)), mindspore.float32), labels)
 
 
 class ForwardBackward(nn.Cell):
@@ -99,34 +103,79 @@ class HostTrainStep:
 
 
 class DeviceTrainStep:
-    """On GPU and Ascend: forward, backward, mean over ranks (NCCL, HCCL) and update as one graph."""
+    """On GPU and Ascend: forward, backward, mean over ranks (NCCL, HCCL) and update as one graph, with loss scaling.
+
+    The loss is multiplied by the loss scale before the backward pass and the gradients are divided by it after; a step
+    whose gradients are not all finite on every rank leaves weights and optimizer state as they were (Micikevicius et al.,
+    arXiv:1710.03740, section 3.2). A dynamic scale is halved then, and doubled after 2,000 good steps.
+
+    Attributes:
+        loss_scale: the scale of the next step; 1 with amp_level O0.
+        skipped_steps: steps whose gradients overflowed.
+    """
 
     def __init__(self, network_with_loss, parameters, statistics, config, communicator):
         if config.accumulation_steps > 1:
             raise UserError("accumulation_steps above 1 works on CPU only for now; raise per_batch_size instead")
         optimizer = DeviceMomentum(parameters, parameter_rules(parameters, config), config.momentum)
-        self._graph = _DeviceStepGraph(ForwardBackward(network_with_loss, parameters), optimizer,
-                                       communicator.size).set_train(True)
+        self._graph = _DeviceStepGraph(network_with_loss, optimizer, communicator.size).set_train(True)
+        self._communicator, self._statistics = communicator, statistics
         self.velocities = optimizer.velocities
+        self.loss_scale = config.loss_scale if config.amp_level != "O0" else 1.0
+        self._dynamic = config.is_dynamic_loss_scale and config.amp_level != "O0"
+        self.skipped_steps, self._good_steps = 0, 0
 
     def __call__(self, batches, lr):
+        """Train on the one forward batch of a step; returns its loss on this rank."""
         ((images, labels),) = batches
-        return float(self._graph(images, labels, scalar(lr)).asnumpy())
+        loss, finite = self._graph(images, labels, scalar(lr), scalar(self.loss_scale))
+        self._adjust(bool(finite.asnumpy()))
+        return float(loss.asnumpy())
+
+    def _adjust(self, finite):
+        self.skipped_steps += not finite
+        self._good_steps = self._good_steps + 1 if finite else 0
+        if self._dynamic and not finite:
+            self.loss_scale = max(self.loss_scale / 2, 1.0)
+        elif self._dynamic and self._good_steps == _STEPS_TO_DOUBLE:
+            self.loss_scale, self._good_steps = min(self.loss_scale * 2, _LARGEST_LOSS_SCALE), 0
+
+
+class _ScaledLoss(nn.Cell):
+    def __init__(self, network_with_loss):
+        super().__init__(auto_prefix=False)
+        self.network_with_loss = network_with_loss
+
+    def construct(self, images, labels, loss_scale):
+        return self.network_with_loss(images, labels) * loss_scale
 
 
 class _DeviceStepGraph(nn.Cell):
-    def __init__(self, forward_backward, optimizer, size):
+    """(images, labels, lr, loss scale) -> (loss, whether all gradients were finite)."""
+
+    def __init__(self, network_with_loss, optimizer, size):
         super().__init__(auto_prefix=False)
-        self.forward_backward, self.optimizer = forward_backward, optimizer
+        self.scaled_loss, self.optimizer = _ScaledLoss(network_with_loss), optimizer
+        self.value_and_grad = mindspore.value_and_grad(self.scaled_loss, None, optimizer.parameters)
         self.reduce = nn.DistributedGradReducer(optimizer.parameters, mean=True, degree=size) if size > 1 else nn.Identity()
 
-    def construct(self, images, labels, lr):
-        loss, gradients = self.forward_backward(images, labels)
-        return ops.depend(loss, self.optimizer(lr, self.reduce(gradients)))
+    def construct(self, images, labels, lr, loss_scale):
+        loss, gradients = self.value_and_grad(images, labels, loss_scale)
+        # An overflow on one rank is in the mean, so every rank skips the same steps.
+        gradients = self.reduce(gradients)
+        unscaled, finite = (), mindspore.Tensor(True)
+        for gradient in gradients:
+            finite = ops.logical_and(finite, ops.isfinite(gradient).all())
+            unscaled += (ops.cast(gradient, mindspore.float32) / loss_scale,)
+        if finite:
+            loss = ops.depend(loss, self.optimizer(lr, unscaled))
+        return loss / loss_scale, finite
 
 
 def create_train_step(network, config, communicator):
     """The train step for ``config.device_target``."""
+    if config.amp_level != "O0":
+        network = mindspore.amp.auto_mixed_precision(network, config.amp_level)
     network_with_loss = NetworkWithLoss(network, InputNormalizer(config.mean, config.std), config.smoothing)
     kind = HostTrainStep if config.device_target == "CPU" else DeviceTrainStep
     return kind(network_with_loss, network.trainable_params(), running_statistics(network), config, communicator)

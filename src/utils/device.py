@@ -24,8 +24,10 @@ def available_cores():
     return len(os.sched_getaffinity(0))
 
 
-def select_device(target, device_id):
-    """Make MindSpore run whole graphs on ``target`` ("CPU", "GPU" or "Ascend").
+def select_device(target, device_id, ranks=1):
+    """Make MindSpore run whole graphs on ``target`` ("CPU", "GPU" or "Ascend"), and with several ranks connect their devices.
+
+    On CPU the ranks' devices are not connected: gradients go through MPI.
 
     Raises:
         UserError: where MindSpore has no such device here.
@@ -37,6 +39,8 @@ def select_device(target, device_id):
             mindspore.set_device("CPU")
         else:
             mindspore.set_device(target, device_id)
+            if ranks > 1:
+                mindspore.communication.init()
     except (RuntimeError, ValueError, ImportError, TypeError) as failure:
         needs = {"GPU": "an NVIDIA driver and the CUDA 11 libraries", "Ascend": "an Ascend driver and CANN"}.get(target)
         reason = str(failure).strip().splitlines()[0].strip(". ")
