@@ -22,6 +22,7 @@ def main(arguments):
     # MindSpore reads its environment when it is imported, so everything that imports it comes after this line.
     prepare_process(communicator.local_rank, communicator.local_size)
     from src.training.records import create_run_folder
+    from src.training.resume import find_resume_point, resume_line
     from src.training.setup import (check_device_keys, create_network, open_eval_images, open_train_images, resolve_classes,
                                     start_from_checkpoint)
     from src.training.trainer import Trainer
@@ -34,16 +35,21 @@ def main(arguments):
                   communicator.size)
     network = create_network(config)
     left_out = start_from_checkpoint(network, config) if config.checkpoint_file_path else []
+    resumed = find_resume_point(config, communicator) if config.resume else None
 
-    run_folder = create_run_folder(config.output_path) if communicator.is_root else None
+    run_folder = None
+    if communicator.is_root:
+        run_folder = resumed.run_folder if resumed else create_run_folder(config.output_path)
     log = create_logger(communicator.rank, run_folder and run_folder.log).info
+    trainer = Trainer(network, config, communicator, train_images, eval_images, run_folder, log, resumed)
     if run_folder:
         run_folder.write_start(config, train_images.class_to_index)
     if config.data_path == DIGITS:
         log("training on the bundled handwritten digits; --data_path=DIR trains on your own images")
-    trainer = Trainer(network, config, communicator, train_images, eval_images, run_folder, log)
     if config.checkpoint_file_path:
         log(f"starting from {config.checkpoint_file_path}" + (f" without {', '.join(left_out)}" if left_out else ""))
+    if resumed:
+        log(resume_line(resumed, communicator.size))
     log(f"{config.network} block={config.block} on {communicator.size} x {config.device_target}: "
         f"{len(train_images)} images, {config.num_classes} classes, {trainer.steps_per_epoch} steps of "
         f"{trainer.batches.global_batch} images an epoch, {config.max_epoch} epochs")

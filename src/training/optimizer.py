@@ -12,6 +12,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 # Elements updated at a time: few enough that the four arrays of a chunk stay in a core's cache.
 _CHUNK = 1 << 15
+MOMENTUM_PREFIX = "momentum."
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,17 @@ class HostMomentum:
     """
 
     def __init__(self, parameters, rules, momentum):
-        self._weights = [p.asnumpy().reshape(-1) for p in parameters]
+        self._parameters = parameters
         self.velocities = zero_velocities(parameters)
-        self._velocities = [p.asnumpy().reshape(-1) for p in self.velocities]
         self._rules, self._momentum = rules, np.float32(momentum)
         self._scratch = np.empty(_CHUNK, np.float32)
 
     def __call__(self, lr, gradients):
         """Update with learning rate ``lr`` from arrays ``gradients``, in the parameters' order; they are overwritten."""
-        for weight, velocity, gradient, rule in zip(self._weights, self._velocities, gradients, self._rules):
-            self._update(weight, velocity, gradient.reshape(-1), np.float32(rule.decay), np.float32(lr * rule.lr_factor))
+        # The memory is asked for at every step: a parameter that was loaded since has another.
+        for parameter, velocity, gradient, rule in zip(self._parameters, self.velocities, gradients, self._rules):
+            self._update(parameter.asnumpy().reshape(-1), velocity.asnumpy().reshape(-1), gradient.reshape(-1),
+                         np.float32(rule.decay), np.float32(lr * rule.lr_factor))
 
     def _update(self, weight, velocity, gradient, decay, lr):
         for start in range(0, weight.size, _CHUNK):
@@ -85,7 +87,7 @@ def parameter_rules(parameters, config):
 
 
 def zero_velocities(parameters):
-    return [Parameter(Tensor(np.zeros(p.shape, np.float32)), name=f"momentum.{p.name}", requires_grad=False)
+    return [Parameter(Tensor(np.zeros(p.shape, np.float32)), name=f"{MOMENTUM_PREFIX}{p.name}", requires_grad=False)
             for p in parameters]
 
 

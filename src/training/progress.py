@@ -10,15 +10,17 @@ class Progress:
     """Shows the steps of an epoch with loss, learning rate and images/s.
 
     Args:
+        steps, done: the epoch's steps, and how many of them an earlier run did.
         log: called with a line of text where there is no terminal.
         shown: False on ranks that stay silent.
     """
 
-    def __init__(self, title, steps, images_per_step, log, interval, shown):
+    def __init__(self, title, steps, done, images_per_step, log, interval, shown):
         self._title, self._steps, self._images_per_step = title, steps, images_per_step
         self._log, self._interval, self._shown = log, interval, shown
-        self._bar = tqdm(total=steps, desc=title, unit="step", leave=False) if shown and sys.stderr.isatty() else None
-        self._last = (0, time.perf_counter())
+        self._bar = (tqdm(total=steps, initial=done, desc=title, unit="step", leave=False)
+                     if shown and sys.stderr.isatty() else None)
+        self._last = (done, time.perf_counter())
 
     def update(self, step, loss, lr):
         """Tell that ``step`` (from 1) of the epoch is done."""

@@ -29,6 +29,13 @@ class RunFolder:
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
+    def drop_metrics_after(self, step):
+        """Forget lines of metrics.jsonl beyond ``step``, which a resumed run writes anew."""
+        kept = [line for line in self.read_metrics() if line["step"] <= step]
+        partial = self.metrics.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(partial, self.metrics)
+
     def read_metrics(self):
         """The lines of metrics.jsonl as dicts."""
         if not self.metrics.exists():

@@ -101,6 +101,13 @@ class HostTrainStep:
                         "optimizer": time.perf_counter() - reduced}
         return sum(losses) / len(losses)
 
+    def state(self):
+        """What else a resumed run needs besides parameters and velocities."""
+        return {}
+
+    def restore(self, state):
+        """Take back what ``state`` gave."""
+
 
 class DeviceTrainStep:
     """On GPU and Ascend: forward, backward, mean over ranks (NCCL, HCCL) and update as one graph, with loss scaling.
@@ -131,6 +138,16 @@ class DeviceTrainStep:
         loss, finite = self._graph(images, labels, scalar(lr), scalar(self.loss_scale))
         self._adjust(bool(finite.asnumpy()))
         return float(loss.asnumpy())
+
+    def state(self):
+        """What else a resumed run needs besides parameters and velocities."""
+        return {"loss_scale": self.loss_scale, "skipped_steps": self.skipped_steps, "good_steps": self._good_steps}
+
+    def restore(self, state):
+        """Take back what ``state`` gave."""
+        if state:
+            self.loss_scale, self.skipped_steps = state["loss_scale"], state["skipped_steps"]
+            self._good_steps = state["good_steps"]
 
     def _adjust(self, finite):
         self.skipped_steps += not finite

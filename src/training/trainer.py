@@ -9,6 +9,7 @@ from src.training.evaluation import Evaluator
 from src.training.inference import NetworkEngine
 from src.training.progress import Progress
 from src.training.records import plot_curves, prune_checkpoints
+from src.training.resume import check_global_batch
 from src.training.schedule import learning_rate
 from src.training.step import create_train_step
 
@@ -25,9 +26,10 @@ class Trainer:
         eval_images: an ImageSet to evaluate on while training, or None.
         run_folder: a RunFolder on rank 0, None elsewhere.
         log: called with a line of text.
+        resumed: the ResumePoint to go on from, or None.
     """
 
-    def __init__(self, network, config, communicator, train_images, eval_images, run_folder, log):
+    def __init__(self, network, config, communicator, train_images, eval_images, run_folder, log, resumed=None):
         self.network, self.config, self.communicator = network, config, communicator
         self.run_folder, self.log = run_folder, log
         self.batches = TrainBatches(train_images, config, communicator.rank, communicator.size)
@@ -35,11 +37,14 @@ class Trainer:
         self.last_step = self.steps_per_epoch * config.max_epoch
         if config.max_steps:
             self.last_step = min(self.last_step, config.max_steps)
-        self.batches.last = self.last_step * config.accumulation_steps
         self.step = create_train_step(network, config, communicator)
+        self.first_step, self.best_top1, self._loss_sum = 0, -1.0, 0.0
+        if resumed is not None:
+            self._go_on_from(resumed)
+        self.batches.first = self.first_step * config.accumulation_steps
+        self.batches.last = self.last_step * config.accumulation_steps
         self.evaluator = Evaluator(eval_images, config, communicator) if eval_images is not None else None
         self.engine = NetworkEngine(network, config)
-        self.best_top1 = -1.0
         self.class_to_index = train_images.class_to_index
         self._busy_s, self._timed_steps = 0.0, 0
 
@@ -47,66 +52,97 @@ class Trainer:
         """Train to the end; returns images/s over all ranks, the first steps left out."""
         self.communicator.broadcast_([p.asnumpy() for p in (*self.network.get_parameters(), *self.step.velocities)])
         forward_batches = iterate(self.batches)
-        for epoch_start in range(0, self.last_step, self.steps_per_epoch):
-            epoch_end = min(epoch_start + self.steps_per_epoch, self.last_step)
-            loss, rate = self._train_epoch(forward_batches, epoch_start, epoch_end)
-            self._finish_epoch(epoch_end, loss, rate)
+        step = self.first_step
+        while step < self.last_step:
+            epoch_end = min((step // self.steps_per_epoch + 1) * self.steps_per_epoch, self.last_step)
+            rate = self._train_epoch(forward_batches, step, epoch_end)
+            self._finish_epoch(epoch_end, rate)
+            step = epoch_end
         return self._rate(self._timed_steps, self._busy_s)
 
     def _train_epoch(self, forward_batches, start, end):
-        """Steps ``start`` to ``end``; returns their mean loss over ranks and images/s."""
+        """Steps ``start`` to ``end``, both of one epoch; returns images/s."""
         epoch = start // self.steps_per_epoch + 1
         global_batch = self.batches.global_batch
-        progress = Progress(f"epoch {epoch}/{self.config.max_epoch}", end - start, global_batch, self.log,
-                            self.config.log_interval, self.communicator.is_root)
-        loss_sum, busy_s, timed = 0.0, 0.0, 0
+        first_of_epoch = (epoch - 1) * self.steps_per_epoch
+        progress = Progress(f"epoch {epoch}/{self.config.max_epoch}", end - first_of_epoch, start - first_of_epoch, global_batch,
+                            self.log, self.config.log_interval, self.communicator.is_root)
+        busy_s, timed = 0.0, 0
         for step in range(start, end):
             started = time.perf_counter()
             batches = itertools.islice(forward_batches, self.config.accumulation_steps)
             lr = learning_rate(step, self.steps_per_epoch, self.config)
             loss = self.step(batches, lr)
-            loss_sum += loss
-            if step >= _WARMUP_STEPS:
+            self._loss_sum += loss
+            if step >= self.first_step + _WARMUP_STEPS:
                 busy_s, timed = busy_s + time.perf_counter() - started, timed + 1
-            progress.update(step - start + 1, loss, lr)
+            progress.update(step - first_of_epoch + 1, loss, lr)
+            if step + 1 < end and self._saves_at(step + 1):
+                self._save_in_folder(step + 1)
         progress.close()
         self._busy_s, self._timed_steps = self._busy_s + busy_s, self._timed_steps + timed
-        mean_loss = self.communicator.sum([loss_sum])[0] / ((end - start) * self.communicator.size)
-        return mean_loss, self._rate(timed, busy_s)
+        return self._rate(timed, busy_s)
 
-    def _finish_epoch(self, step, loss, rate):
-        epoch = -(-step // self.steps_per_epoch)
+    def _finish_epoch(self, step, rate):
+        epoch = self._epoch_of(step)
         last = step == self.last_step
+        steps = step - (epoch - 1) * self.steps_per_epoch
+        loss = self.communicator.sum([self._loss_sum])[0] / (steps * self.communicator.size)
+        self._loss_sum = 0.0
         metrics = {"epoch": epoch, "step": step, "loss": round(float(loss), 6),
                    "lr": learning_rate(step - 1, self.steps_per_epoch, self.config), "images_per_second": round(rate, 2)}
         if self.evaluator is not None and (last or epoch % self.config.eval_interval == 0):
             accuracy = self.evaluator(self.engine)
             metrics.update(top1=round(accuracy.top1, 4), top5=round(accuracy.top5, 4))
         if self.communicator.is_root:
-            self._record(epoch, step, metrics, last)
+            self._record(epoch, metrics)
+        if metrics.get("top1", -1.0) > self.best_top1:
+            self.best_top1 = metrics["top1"]
+            self._save(step, lambda folder: folder.best)
+        if last or epoch % self.config.ckpt_interval == 0 or self._saves_at(step):
+            self._save_in_folder(step)
+        if last and self.communicator.is_root:
+            plot_curves(self.run_folder.read_metrics(), self.run_folder.curves)
         self.communicator.barrier()
 
-    def _record(self, epoch, step, metrics, last):
+    def _record(self, epoch, metrics):
         text = f"epoch {epoch}/{self.config.max_epoch} loss {metrics['loss']:.4f} {metrics['images_per_second']:.1f} images/s"
         if "top1" in metrics:
             text += f" acc={metrics['top1']:.2f}%(TOP1) acc={metrics['top5']:.2f}%(TOP5)"
         self.log(text)
         self.run_folder.add_metrics(**metrics)
-        if metrics.get("top1", -1.0) > self.best_top1:
-            self.best_top1 = metrics["top1"]
-            self._save(self.run_folder.best, epoch, step)
-        if last or epoch % self.config.ckpt_interval == 0:
-            step_in_epoch = step - (epoch - 1) * self.steps_per_epoch
-            self._save(self.run_folder.checkpoints / f"{self.config.network}-{epoch}_{step_in_epoch}.ckpt", epoch, step)
-            prune_checkpoints(self.run_folder.checkpoints, self.config.keep_checkpoint_max)
-        if last:
-            plot_curves(self.run_folder.read_metrics(), self.run_folder.curves)
 
-    def _save(self, path, epoch, step):
-        metadata = {"epoch": epoch, "step": step, "steps_per_epoch": self.steps_per_epoch,
-                    "world_size": self.communicator.size, "fused": False, "class_to_index": self.class_to_index,
-                    "config": self.config.model_dump(mode="json")}
-        save_checkpoint(path, [*self.network.get_parameters(), *self.step.velocities], metadata)
+    def _epoch_of(self, step):
+        """The epoch, from 1, that the step before ``step`` belongs to."""
+        return -(-step // self.steps_per_epoch)
+
+    def _saves_at(self, step):
+        return self.config.ckpt_interval_steps > 0 and step % self.config.ckpt_interval_steps == 0
+
+    def _save_in_folder(self, step):
+        epoch = self._epoch_of(step)
+        name = f"{self.config.network}-{epoch}_{step - (epoch - 1) * self.steps_per_epoch}.ckpt"
+        self._save(step, lambda folder: folder.checkpoints / name)
+        if self.communicator.is_root:
+            prune_checkpoints(self.run_folder.checkpoints, self.config.keep_checkpoint_max)
+
+    def _save(self, step, place):
+        """Write all that a resumed run needs to the file ``place(run_folder)``; every rank takes part, rank 0 writes."""
+        loss_sums = self.communicator.gather(self._loss_sum)
+        if self.communicator.is_root:
+            metadata = {"epoch": self._epoch_of(step), "step": step, "steps_per_epoch": self.steps_per_epoch,
+                        "world_size": self.communicator.size, "loss_sums": loss_sums, "best_top1": self.best_top1,
+                        "step_state": self.step.state(), "fused": False, "class_to_index": self.class_to_index,
+                        "config": self.config.model_dump(mode="json")}
+            save_checkpoint(place(self.run_folder), [*self.network.get_parameters(), *self.step.velocities], metadata)
+
+    def _go_on_from(self, resumed):
+        check_global_batch(resumed, self.steps_per_epoch)
+        resumed.restore(self.network, self.step)
+        self.first_step, self.best_top1 = resumed.step, resumed.best_top1
+        self._loss_sum = resumed.loss_sum(self.communicator.rank, self.communicator.size)
+        if self.run_folder is not None:
+            self.run_folder.drop_metrics_after(resumed.step)
 
     def _rate(self, steps, seconds):
         return steps * self.batches.global_batch / seconds if seconds else 0.0

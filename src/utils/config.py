@@ -104,7 +104,9 @@ class Config(BaseModel):
     eval_interval: Positive
     output_path: str
     ckpt_interval: Positive
+    ckpt_interval_steps: NonNegative
     keep_checkpoint_max: Positive
+    resume: str
     log_interval: Positive
     result_path: str
     file_format: Annotated[Literal["CKPT", "MINDIR", "ONNX", "SAFETENSORS"], BeforeValidator(
