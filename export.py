@@ -7,14 +7,11 @@ from src.utils.launch import run_main
 
 
 def main(arguments):
-    from src.utils.config import load_config, parse_flags
+    from src.utils.config import load_config, parse_only_flags
     from src.utils.device import prepare_process, select_device
-    from src.utils.errors import UserError
     from src.utils.log import create_logger
 
-    flags, positional = parse_flags(arguments)
-    if positional:
-        raise UserError(f"'{positional[0]}' is not a flag; write --KEY=VALUE")
+    flags = parse_only_flags(arguments)
     config = load_config(flags)
     # MindSpore reads its environment when it is imported, so everything that imports it comes after this line.
     prepare_process(local_rank=0, local_size=1)

@@ -11,6 +11,8 @@ import numpy as np
 from src.utils.errors import UserError
 
 METADATA = "metadata"
+# Optimizer state in a checkpoint is named after its parameter.
+MOMENTUM_PREFIX = "momentum."
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLE_MAGIC = b"\x80"
@@ -107,7 +109,7 @@ def _read_hdf5(path):
     try:
         import h5py
     except ImportError:
-        raise UserError(f"'{path}' is an HDF5 file and h5py is not installed: 'pip install h5py'") from None
+        raise UserError(f"'{path}' is an HDF5 file and h5py is not installed: run 'bash scripts/setup.sh --hdf5'") from None
     try:
         with h5py.File(path, "r") as file:
             # ACNet's code writes '/' in a name as '+'.

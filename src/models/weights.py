@@ -3,12 +3,11 @@
 import numpy as np
 from mindspore import Tensor
 
-from src.models.formats import read_weights
+from src.models.formats import MOMENTUM_PREFIX, read_weights
 from src.models.name_maps import acnet_name, torch_name
 from src.utils.errors import UserError
 
 _MISMATCHES_SHOWN = 3
-_MOMENTUM = "momentum."
 # PyTorch's count of training batches, which no inference or training here depends on.
 _WITHOUT_MEANING = ("num_batches_tracked",)
 
@@ -36,7 +35,7 @@ def assign_weights(network, arrays, path, allow_head_mismatch=False):
         UserError: that counts the mismatches and names the first, in the file's names.
     """
     weights = {name: array for name, array in arrays.items()
-               if not name.startswith(_MOMENTUM) and not name.endswith(_WITHOUT_MEANING)}
+               if not name.startswith(MOMENTUM_PREFIX) and not name.endswith(_WITHOUT_MEANING)}
     parameters = {p.name: p for p in network.get_parameters()}
     names = _best_names(parameters, weights, network.network_name)
     mismatches, heads = _compare(parameters, weights, names)

@@ -1,7 +1,6 @@
 """Checkpoints: complete or absent on disk."""
 
 import json
-import os
 from pathlib import Path
 
 import mindspore
@@ -10,7 +9,7 @@ from mindspore import Tensor
 
 from src.models.formats import METADATA
 from src.utils.errors import UserError
-
+from src.utils.files import write_whole
 
 
 def save_checkpoint(path, parameters, metadata):
@@ -23,25 +22,10 @@ def save_checkpoint(path, parameters, metadata):
     Raises:
         UserError: where the folder cannot be written or the disk is full.
     """
-    path = Path(path)
-    # save_checkpoint insists on the suffix, and removes the old file of its name before it writes.
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial.ckpt")
     encoded = np.frombuffer(json.dumps(metadata).encode(), np.uint8)
     entries = [{"name": p.name, "data": Tensor(p.asnumpy())} for p in parameters]
     entries.append({"name": METADATA, "data": Tensor(encoded.copy())})
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        mindspore.save_checkpoint(entries, str(partial))
-        _flush_to_disk(partial)
-        os.replace(partial, path)
-        _flush_to_disk(path.parent)
-    except (OSError, RuntimeError, ValueError) as failure:
-        reason = getattr(failure, "strerror", None) or str(failure).strip().splitlines()[0]
-        raise UserError(f"cannot write the checkpoint {path}: {reason}") from None
-    finally:
-        if partial.exists():
-            os.chmod(partial, 0o600)
-            partial.unlink()
+    write_whole(path, lambda partial: mindspore.save_checkpoint(entries, str(partial)))
 
 
 def find_checkpoints(path):
@@ -61,11 +45,3 @@ def find_checkpoints(path):
     if not path.exists():
         raise UserError(f"checkpoint '{path}' does not exist")
     return [path]
-
-
-def _flush_to_disk(path):
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

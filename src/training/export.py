@@ -16,10 +16,11 @@ from src.models.formats import METADATA, quiet_mindspore, read_weights
 from src.models.name_maps import torch_name
 from src.models.weights import assign_weights
 from src.training.checkpoint import save_checkpoint
-from src.training.inference import OnnxEngine, import_onnxruntime, load_mindir, mindir_sidecar
+from src.training.inference import OnnxEngine, import_onnx, load_mindir, mindir_sidecar
 from src.training.recorded import RecordedModel
 from src.training.step import InputNormalizer
 from src.utils.errors import UserError
+from src.utils.files import write_whole
 
 _TOLERANCE = 1e-4
 _PROBES = 4
@@ -117,21 +118,17 @@ def _write_ckpt(network, target, metadata, _):
 def _write_safetensors(network, target, metadata, _):
     from safetensors.numpy import save_file
     arrays = {torch_name(p.name, network.network_name): np.ascontiguousarray(p.asnumpy()) for p in network.get_parameters()}
-    _write_whole(target, lambda partial: save_file(arrays, partial, {METADATA: json.dumps(metadata)}))
+    write_whole(target, lambda partial: save_file(arrays, partial, {METADATA: json.dumps(metadata)}))
 
 
 def _write_mindir(network, target, metadata, image_size):
     inputs = Tensor(shape=[None, 3, image_size, image_size], dtype=mindspore.float32)
-    _write_whole(target, lambda partial: _export(network, inputs, partial, "MINDIR"))
-    _write_whole(mindir_sidecar(target), lambda partial: partial.write_text(json.dumps(metadata), encoding="utf-8"))
+    write_whole(target, lambda partial: _export(network, inputs, partial, "MINDIR"))
+    write_whole(mindir_sidecar(target), lambda partial: partial.write_text(json.dumps(metadata), encoding="utf-8"))
 
 
 def _write_onnx(network, target, metadata, image_size):
-    import_onnxruntime()
-    try:
-        import onnx
-    except ImportError:
-        raise UserError("ONNX needs two more packages: pip install 'onnx<1.20' onnxruntime") from None
+    onnx = import_onnx()
 
     def write(partial):
         _export(network, Tensor(np.zeros((1, 3, image_size, image_size), np.float32)), partial, "ONNX")
@@ -141,7 +138,7 @@ def _write_onnx(network, target, metadata, image_size):
         os.chmod(partial, 0o644)
         onnx.save(model, str(partial))
 
-    _write_whole(target, write)
+    write_whole(target, write)
 
 
 _WRITERS = {"CKPT": _write_ckpt, "SAFETENSORS": _write_safetensors, "MINDIR": _write_mindir, "ONNX": _write_onnx}
@@ -163,24 +160,6 @@ def _repair_onnx(model):
 def _export(network, inputs, partial, file_format):
     with quiet_mindspore():
         mindspore.export(network, inputs, file_name=str(partial), file_format=file_format)
-
-
-def _write_whole(target, write):
-    """Write a file through another name, so that it is complete or absent. ``write`` takes the path to write."""
-    partial = target.with_name(f".{os.getpid()}.partial.{target.name}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        os.replace(partial, target)
-    except UserError:
-        raise
-    except (OSError, RuntimeError, ValueError, TypeError) as failure:
-        reason = getattr(failure, "strerror", None) or str(failure).strip().splitlines()[0]
-        raise UserError(f"cannot write '{target}': {reason}") from None
-    finally:
-        if partial.exists():
-            os.chmod(partial, 0o600)
-            partial.unlink()
 
 
 def _probes(config):

@@ -14,6 +14,8 @@ from src.training.step import InputNormalizer
 from src.utils.device import available_cores
 from src.utils.errors import UserError
 
+_INSTALL_ONNX = "ONNX needs two more packages: run 'bash scripts/setup.sh --onnx'"
+
 
 class NetworkEngine:
     """Inference with a network in MindSpore; training mode is restored after each call."""
@@ -118,12 +120,22 @@ def load_mindir(path):
         raise UserError(f"'{path}' is damaged or not a MindIR model") from failure
 
 
+def import_onnx():
+    """The package onnx, an optional extra. Raises UserError that says what to install."""
+    try:
+        import onnx
+        import onnxruntime  # noqa: F401 - what is written is checked with it
+    except ImportError:
+        raise UserError(_INSTALL_ONNX) from None
+    return onnx
+
+
 def import_onnxruntime():
-    """onnxruntime, an optional extra. Raises UserError that says what to install."""
+    """The package onnxruntime, an optional extra. Raises UserError that says what to install."""
     try:
         import onnxruntime
     except ImportError:
-        raise UserError("ONNX needs two more packages: pip install 'onnx<1.20' onnxruntime") from None
+        raise UserError(_INSTALL_ONNX) from None
     onnxruntime.set_default_logger_severity(4)
     return onnxruntime
 

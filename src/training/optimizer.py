@@ -10,9 +10,10 @@ import mindspore
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
+from src.models.formats import MOMENTUM_PREFIX
+
 # Elements updated at a time: few enough that the four arrays of a chunk stay in a core's cache.
 _CHUNK = 1 << 15
-MOMENTUM_PREFIX = "momentum."
 
 
 @dataclass(frozen=True)

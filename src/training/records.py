@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 
 from src.utils.errors import UserError
+from src.utils.files import write_whole
 
 
 class RunFolder:
@@ -32,9 +33,8 @@ class RunFolder:
     def drop_metrics_after(self, step):
         """Forget lines of metrics.jsonl beyond ``step``, which a resumed run writes anew."""
         kept = [line for line in self.read_metrics() if line["step"] <= step]
-        partial = self.metrics.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(partial, self.metrics)
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_whole(self.metrics, lambda partial: partial.write_text(text, encoding="utf-8"))
 
     def read_metrics(self):
         """The lines of metrics.jsonl as dicts."""

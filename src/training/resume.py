@@ -7,7 +7,6 @@ from mindspore import Tensor
 
 from src.models.formats import read_weights
 from src.models.weights import assign_weights
-from src.training.optimizer import MOMENTUM_PREFIX
 from src.training.records import RunFolder
 from src.utils.errors import UserError
 

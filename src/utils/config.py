@@ -184,6 +184,14 @@ def parse_flags(arguments):
     return flags, positional
 
 
+def parse_only_flags(arguments):
+    """``parse_flags`` for commands without positional arguments. Raises UserError for one."""
+    flags, positional = parse_flags(arguments)
+    if positional:
+        raise UserError(f"'{positional[0]}' is not a flag; write --KEY=VALUE")
+    return flags
+
+
 def load_config(flags, checkpoint_layer=None):
     """Resolve the configuration: default_config.yaml, what a checkpoint records, the recipe, the flags; the last wins.
 
