@@ -39,7 +39,7 @@ class RecordedModel:
         recorded = {key: value for key, value in metadata.get("config", {}).items() if key in _KEYS}
         if "data_path" in flags:
             recorded.pop("eval_data_path", None)
-        elif recorded and not recorded["eval_data_path"]:
+        elif recorded.get("data_path") and not recorded.get("eval_data_path"):
             recorded["eval_data_path"] = validation_path(recorded["data_path"]) or ""
         has_acb = any("square_conv." in name for name in arrays)
         has_fused = any("fused_conv." in name for name in arrays)

@@ -207,8 +207,8 @@ def load_config(flags, checkpoint_layer=None):
     """
     flags = dict(flags)
     recipe = flags.pop("config_path", "")
-    if not recipe and not checkpoint_layer:
-        recipe = _implied_recipe(flags)
+    if not recipe and "network" not in (checkpoint_layer or {}):
+        recipe = _implied_recipe(flags, with_digits=checkpoint_layer is None)
     layer = read_layer(_recipe_file(recipe)) if recipe else {}
     values = {**read_layer(DEFAULT_CONFIG), **(checkpoint_layer or {}), **layer, **_empty_to_none(flags)}
     return validated(values)
@@ -247,12 +247,12 @@ def read_layer(path):
     return {ALIASES.get(key, key): value for key, value in layer.items()}
 
 
-def _implied_recipe(flags):
+def _implied_recipe(flags, with_digits):
     """The recipe that flags without config_path mean; a short name that stands for one is taken out of ``flags``."""
     by_network = yaml.safe_load((RECIPES / "network_recipes.yaml").read_text(encoding="utf-8"))
     if flags.get("network") in by_network:
         return by_network[flags.pop("network")]
-    return "" if flags.get("data_path") else DIGITS
+    return DIGITS if with_digits and not flags.get("data_path") else ""
 
 
 def _recipe_file(recipe):

@@ -51,6 +51,12 @@ def test_acnet_short_names_bring_their_recipes():
     assert load_config({"network": "sres18"}).data_path == "imagenet_data"
 
 
+def test_weights_that_record_nothing_are_read_by_their_recipe():
+    config = load_config({"network": "cfqkbnc", "data_path": "x"}, checkpoint_layer={"block": "acb", "num_classes": 10})
+    assert (config.network, config.image_size, config.mean) == ("cifar_quick", 32, (0.5, 0.5, 0.5))
+    assert load_config({"network": "resnet18"}, checkpoint_layer={"num_classes": 10}).image_size == 224
+
+
 def test_booleans_take_words_and_digits():
     for text, value in (("1", True), ("0", False), ("true", True), ("False", False)):
         assert load_config({"run_eval": text}).run_eval is value
