@@ -33,6 +33,7 @@ class AlexNet(nn.Cell):
             size = (size - 3) // 2 + 1
         self.to_6x6 = nn.Identity() if size == _FEATURE_SIZE else AdaptiveAveragePool(size, _FEATURE_SIZE)
         self.flat = 256 * _FEATURE_SIZE ** 2
+        # p is the probability of dropping, as PyTorch's; the seed's keep_prob of 0.65 is p = 0.35.
         self.drop1, self.drop2 = nn.Dropout(p=dropout), nn.Dropout(p=dropout)
         self.fc1 = nn.Dense(self.flat, 4096)
         self.fc2 = nn.Dense(4096, 4096)

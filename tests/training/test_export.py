@@ -11,6 +11,7 @@ from src.models import build_model, fuse
 from src.models.formats import read_weights
 from src.training.checkpoint import save_checkpoint
 from src.training.export import export_checkpoint, network_size
+from src.utils.errors import UserError
 
 
 def export(*flags, **environment):
@@ -80,6 +81,17 @@ def test_fusion_brings_parameters_and_work_back_to_the_plain_network():
     assert fused.parameters == plain.parameters - (32 + 32 + 64)
     assert network_size(network, 32).multiply_adds > 1.3 * plain.multiply_adds
     assert network.set_train(False)(Tensor(np.zeros((1, 3, 32, 32), np.float32))).shape == (1, 10)
+
+
+@pytest.mark.parametrize("file_format", ["CKPT", "SAFETENSORS", "MINDIR"])
+def test_a_file_that_differs_is_removed(file_format, tmp_path, monkeypatch):
+    network = build_model("cifar_quick", 10, "acb")
+    randomise(network)
+    save_checkpoint(tmp_path / "net.ckpt", network.get_parameters(), {})
+    monkeypatch.setattr("src.training.export._TOLERANCE", 0.0)
+    with pytest.raises(UserError, match="differs from the checkpoint by"):
+        export_checkpoint(tmp_path / "net.ckpt", {"network": "cifar_quick", "image_size": "32"}, file_format)
+    assert [file.name for file in tmp_path.iterdir()] == ["net.ckpt"]
 
 
 def test_wrong_checkpoint_or_folder_leaves_no_file(tmp_path, trained_run):
