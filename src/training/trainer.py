@@ -41,6 +41,8 @@ class Trainer:
         self.first_step, self.best_top1, self._loss_sum = 0, -1.0, 0.0
         if resumed is not None:
             self._go_on_from(resumed)
+        # A run of a step or two has nothing else to time.
+        self.first_timed = min(self.first_step + _WARMUP_STEPS, self.last_step - 1)
         self.batches.first = self.first_step * config.accumulation_steps
         self.batches.last = self.last_step * config.accumulation_steps
         self.evaluator = Evaluator(eval_images, config, communicator) if eval_images is not None else None
@@ -74,7 +76,7 @@ class Trainer:
             lr = learning_rate(step, self.steps_per_epoch, self.config)
             loss = self.step(batches, lr)
             self._loss_sum += loss
-            if step >= self.first_step + _WARMUP_STEPS:
+            if step >= self.first_timed:
                 busy_s, timed = busy_s + time.perf_counter() - started, timed + 1
             progress.update(step - first_of_epoch + 1, loss, lr)
             if step + 1 < end and self._saves_at(step + 1):
