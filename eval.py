@@ -16,6 +16,7 @@ def main(arguments):
     flags = parse_only_flags(arguments)
     config = load_config(flags)
     communicator = connect(config.run_distribute)
+    communicator.watch_for_stalls(config.stall_timeout_s)
     # MindSpore reads its environment when it is imported, so everything that imports it comes after this line.
     prepare_process(communicator.local_rank, communicator.local_size)
     from src.training.checkpoint import find_checkpoints

@@ -7,7 +7,7 @@ from src.parallel.launcher import launched_rank
 from src.utils.launch import run_main
 
 
-def main(arguments):
+def main(arguments, signals):
     from src.parallel.communicator import connect
     from src.utils.config import DIGITS, load_config, parse_only_flags
     from src.utils.device import prepare_process, select_device
@@ -16,8 +16,10 @@ def main(arguments):
     flags = parse_only_flags(arguments)
     config = load_config(flags)
     communicator = connect(config.run_distribute)
+    communicator.watch_for_stalls(config.stall_timeout_s)
     # MindSpore reads its environment when it is imported, so everything that imports it comes after this line.
     prepare_process(communicator.local_rank, communicator.local_size)
+    from src.parallel.stopping import StopRequest
     from src.training.records import create_run_folder
     from src.training.resume import find_resume_point, resume_line
     from src.training.setup import (check_device_keys, create_network, open_eval_images, open_train_images, resolve_classes,
@@ -50,11 +52,12 @@ def main(arguments):
     log(f"{config.network} block={config.block} on {communicator.size} x {config.device_target}: "
         f"{len(train_images)} images, {config.num_classes} classes, {trainer.steps_per_epoch} steps of "
         f"{trainer.batches.global_batch} images an epoch, {config.max_epoch} epochs")
-    rate = trainer.run()
+    with StopRequest(signals, communicator) as stop_request:
+        rate = trainer.run(stop_request)
     log(f"{rate / communicator.size:.2f} images/s per device, {rate:.2f} images/s in total")
     if run_folder:
         log(f"results in {run_folder.path} (checkpoints in {run_folder.checkpoints}/)")
 
 
 if __name__ == "__main__":
-    run_main(main, launched_rank())
+    run_main(main, launched_rank(), defers_signals=True)

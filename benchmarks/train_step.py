@@ -38,10 +38,10 @@ def main(arguments):
     images = Tensor(random.integers(0, 256, (batch, size, size, 3), np.uint8))
     labels = Tensor(random.integers(0, config.num_classes, batch, np.int32))
     times = []
-    for _ in range(steps + _WARMUP):
+    for number in range(steps + _WARMUP):
         communicator.barrier()
         started = time.perf_counter()
-        step([(images, labels)], 0.01)
+        step([(images, labels)], 0.01, number)
         times.append({"step": time.perf_counter() - started, **step.seconds})
     median = {name: statistics.median(entry[name] for entry in times[_WARMUP:]) for name in times[0]}
     if communicator.is_root:

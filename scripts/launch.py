@@ -6,6 +6,7 @@
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,27 @@ def main(arguments):
     environment = launch_environment(options)
     command = mpirun_command(options, script, len(os.sched_getaffinity(0)))
     print(" ".join(command), flush=True)
-    sys.exit(subprocess.run(command, env=environment).returncode)
+    sys.exit(run(command, environment))
+
+
+def run(command, environment):
+    """Run ``command``, an mpirun; returns its status.
+
+    SIGTERM and Ctrl-C reach the ranks as SIGUSR1, at which they save and end: mpirun passes that on without killing them.
+    The status is then 128 + the signal's number. A second signal ends everything at once.
+    """
+    # In a session of its own, because a terminal sends Ctrl-C to every process of the foreground.
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+    received = []
+
+    def pass_on(number, frame):
+        received.append(number)
+        process.send_signal(signal.SIGUSR1 if len(received) == 1 else signal.SIGTERM)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, pass_on)
+    status = process.wait()
+    return 128 + received[0] if received and status else status
 
 
 def parse(arguments):

@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cv2
@@ -37,19 +39,73 @@ class Run:
         return f"{self.command}\nstatus {self.status}\n{self.out[-3000:]}\n{self.err[-3000:]}"
 
 
+def user_environment(**changes):
+    """The environment of an activated .venv and what Open MPI asks of root."""
+    return {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", "OMPI_ALLOW_RUN_AS_ROOT": "1",
+            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", **changes}
+
+
 def execute(command, cwd=ROOT, timeout=240, **environment):
-    """Run ``command`` with the environment of an activated .venv and what Open MPI asks of root."""
-    folder = os.path.dirname(sys.executable)
-    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "OMPI_ALLOW_RUN_AS_ROOT": "1",
-           "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", **environment}
-    finished = subprocess.run([str(word) for word in command], cwd=cwd, env=env, timeout=timeout, text=True,
-                              capture_output=True, stdin=subprocess.DEVNULL)
+    """Run ``command`` as a user does."""
+    finished = subprocess.run([str(word) for word in command], cwd=cwd, env=user_environment(**environment), timeout=timeout,
+                              text=True, capture_output=True, stdin=subprocess.DEVNULL)
     return Run(command, finished)
+
+
+def mpirun_words(ranks, *command):
+    """The command line of a Python script on ``ranks`` ranks."""
+    return ["mpirun", "--map-by", ":OVERSUBSCRIBE", "-n", str(ranks), "python3", *map(str, command)]
 
 
 def mpirun(ranks, *command, **options):
     """Run a Python script on ``ranks`` ranks."""
-    return execute(["mpirun", "--map-by", ":OVERSUBSCRIBE", "-n", ranks, "python3", *command], **options)
+    return execute(mpirun_words(ranks, *command), **options)
+
+
+class Started:
+    """A command that runs while a test acts on it; its session is killed in the end."""
+
+    def __init__(self, command, folder):
+        self.command, self._out, self._err = command, Path(folder) / "out.txt", Path(folder) / "err.txt"
+        with open(self._out, "w") as out, open(self._err, "w") as err:
+            self.process = subprocess.Popen([str(word) for word in command], cwd=ROOT, env=user_environment(), stdout=out,
+                                            stderr=err, stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def wait_for(self, condition, timeout=120):
+        """Wait until ``condition()`` holds."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert self.process.poll() is None, f"it ended before: {self._out.read_text()}{self._err.read_text()}"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+    def wait_for_text(self, text):
+        self.wait_for(lambda: text in self._out.read_text())
+
+    def ranks(self):
+        """Process numbers of the ranks, in order of rank."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            try:
+                variables = dict(pair.split("=", 1) for pair in (entry / "environ").read_text().split("\0") if "=" in pair)
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except (OSError, ValueError, IndexError):
+                continue
+            if parent == self.process.pid and "OMPI_COMM_WORLD_RANK" in variables:
+                found[int(variables["OMPI_COMM_WORLD_RANK"])] = int(entry.name)
+        return [found[rank] for rank in sorted(found)]
+
+    def finish(self, timeout):
+        """Wait for the end; the Run and the seconds that it took."""
+        started = time.monotonic()
+        status = self.process.wait(timeout)
+        finished = subprocess.CompletedProcess(self.command, status, self._out.read_text(), self._err.read_text())
+        return Run(self.command, finished), time.monotonic() - started
+
+    def kill(self):
+        """kill -9 of the whole session."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
 def only_run(output_path):
@@ -89,6 +145,21 @@ def trained_run(image_root, tmp_path_factory):
                    "--block=acb", "--max_epoch=2", "--lr=0.02", "--run_eval=1", "--ckpt_interval=1"])
     assert run.status == 0, run
     return only_run(output)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start a command that a test acts on: start(words) -> Started."""
+    started = []
+
+    def begin(words):
+        started.append(Started(words, tmp_path))
+        return started[-1]
+
+    yield begin
+    for one in started:
+        if one.process.poll() is None:
+            one.kill()
 
 
 @pytest.fixture

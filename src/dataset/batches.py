@@ -9,12 +9,18 @@ from concurrent.futures import ThreadPoolExecutor
 import cv2
 import numpy as np
 
+from src.dataset.sources import BadImage
 from src.dataset.transforms import eval_transform, sample_generator, train_transform
 from src.utils.device import available_cores
 from src.utils.errors import UserError
 
 PADDING_LABEL = -1
+# Of images that cannot be decoded: they count, as wrong.
+UNDECODABLE_LABEL = -2
 _PREFETCHED_BATCHES = 2
+HOW_TO_GO_ON = ("replace or remove it, or train with --bad_samples=replace; scripts/check_dataset.py lists all such files")
+# Images in a row that are tried in place of one that cannot be decoded.
+_SUBSTITUTES = 100
 
 
 def epoch_order(seed, epoch, count):
@@ -33,7 +39,8 @@ class TrainBatches:
     """Training batches of one rank over all epochs: item i is the i-th forward batch of the run.
 
     Each is (images (B, S, S, 3) uint8 RGB, labels (B,) int32). The global batch of a step is the same whatever the
-    number of ranks; the last incomplete global batch of an epoch is left out.
+    number of ranks; the last incomplete global batch of an epoch is left out. With bad_samples=replace an image that
+    cannot be decoded is replaced by the next of the data set that can, with its label.
 
     Args:
         first, last: range of forward batches to serve, so that a resumed run starts where it was.
@@ -57,6 +64,7 @@ class TrainBatches:
         self.failure = None
         self._pool = _thread_pool(config)
         self._order = (None, None)
+        self._replaced = {}
 
     def __len__(self):
         return self.last - self.first
@@ -67,10 +75,34 @@ class TrainBatches:
         indices = self._epoch_order(epoch)[step_in_epoch * self.global_batch:(step_in_epoch + 1) * self.global_batch]
         mine = rank_share(indices, self.rank, self.size)[part * self.batch:(part + 1) * self.batch]
 
-        def make(index):
-            return train_transform(self.images.load(index), sample_generator(self.config.seed, epoch, index), self.config)
+        substitutes = []
 
-        return _fill(self, mine, make, self.batch)
+        def make(index):
+            used, image = self._load(index)
+            if used != index:
+                substitutes.append(used)
+            random = sample_generator(self.config.seed, epoch, index)
+            return train_transform(image, random, self.config), self.images.labels[used]
+
+        batch = _fill(self, mine, make, self.batch)
+        if substitutes:
+            self._replaced[self.first + int(item)] = len(substitutes)
+        return batch
+
+    def replaced_in(self, numbers):
+        """How many images were replaced in the forward batches ``numbers``, which were served before; asked once."""
+        return sum(self._replaced.pop(number, 0) for number in numbers)
+
+    def _load(self, index):
+        """(index of the image used, image) for image ``index``."""
+        for attempt in range(_SUBSTITUTES):
+            candidate = (index + attempt) % len(self.images)
+            try:
+                return candidate, self.images.load(candidate)
+            except BadImage as failure:
+                if self.config.bad_samples == "error":
+                    raise UserError(f"{failure}; {HOW_TO_GO_ON}") from None
+        raise UserError(f"{_SUBSTITUTES} images in a row from {self.images.name(index)} cannot be decoded; is this the right data?")
 
     def _epoch_order(self, epoch):
         if self._order[0] != epoch:
@@ -81,13 +113,17 @@ class TrainBatches:
 class EvalBatches:
     """Evaluation batches of one rank: each image of the rank's share once, in order.
 
-    The last batch is filled up with black images labelled PADDING_LABEL, so that one compiled graph serves all.
+    The last batch is filled up with black images labelled PADDING_LABEL, so that one compiled graph serves all. Images
+    that cannot be decoded are black and labelled UNDECODABLE_LABEL.
+
+    Attributes:
+        undecodable: messages on those images, in the order in which they were met.
     """
 
     def __init__(self, images, config, rank, size, batch):
         self.images, self.config, self.batch = images, config, batch
         self.indices = rank_share(np.arange(len(images)), rank, size)
-        self.failure = None
+        self.failure, self.undecodable = None, []
         self._pool = _thread_pool(config)
 
     def __len__(self):
@@ -95,7 +131,14 @@ class EvalBatches:
 
     def __getitem__(self, item):
         mine = self.indices[int(item) * self.batch:(int(item) + 1) * self.batch]
-        return _fill(self, mine, lambda index: eval_transform(self.images.load(index), self.config), self.batch)
+        return _fill(self, mine, self._make, self.batch)
+
+    def _make(self, index):
+        try:
+            return eval_transform(self.images.load(index), self.config), self.images.labels[index]
+        except BadImage as failure:
+            self.undecodable.append(str(failure))
+            return 0, UNDECODABLE_LABEL
 
 
 def iterate(source):
@@ -119,10 +162,9 @@ def _fill(source, indices, make, batch):
     size = source.config.image_size
     images = np.zeros((batch, size, size, 3), np.uint8)
     labels = np.full(batch, PADDING_LABEL, np.int32)
-    labels[:len(indices)] = source.images.labels[indices]
 
     def place(slot):
-        images[slot] = make(int(indices[slot]))
+        images[slot], labels[slot] = make(int(indices[slot]))
 
     try:
         list(source._pool.map(place, range(len(indices))))

@@ -17,8 +17,17 @@ _CIFAR_RECORD = 1 + 3 * 32 * 32
 _CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _LISTED_BAD_LINE = 80
 _SEARCHED_FILES = 100_000
+_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG"
 # JPEG, PNG, BMP, WebP, TIFF (both byte orders), and the netpbm formats
-_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"BM", b"RIFF", b"II*\0", b"MM\0*", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6")
+_MAGIC = (_JPEG, _PNG, b"BM", b"RIFF", b"II*\0", b"MM\0*", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6")
+# What the last bytes of a whole file hold; cameras may add some bytes behind.
+_ENDS = {_JPEG: b"\xff\xd9", _PNG: b"IEND"}
+_LAST_BYTES = 64
+_LARGEST_FILE = 1 << 28
+
+
+class BadImage(UserError):
+    """An image file that cannot be read or decoded."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ class ImageSet:
         return self.paths[index] if self.paths is not None else f"record {index}"
 
     def load(self, index):
-        """Image ``index`` as (H, W, 3) uint8 RGB. Raises UserError that names an undecodable file."""
+        """Image ``index`` as (H, W, 3) uint8 RGB. Raises BadImage that names an undecodable file."""
         if self.pixels is not None:
             return self.pixels[index]
         return read_image(self.paths[index])
@@ -58,33 +67,45 @@ class ImageSet:
 def read_image(path):
     """An image file as (H, W, 3) uint8 RGB, as stored: EXIF orientation is not applied, as in the seeds' decoders.
 
+    Files of 256 MiB and more and images of more than 2^26 pixels (``prepare_process`` sets that) are refused: a small file
+    may decode to many gigabytes.
+
     Raises:
-        UserError: where the file cannot be read or is no image.
+        BadImage: where the file cannot be read or is no image, or too large a one.
     """
     try:
-        encoded = np.fromfile(path, np.uint8)
+        encoded = np.fromfile(path, np.uint8, count=_LARGEST_FILE)
     except OSError as failure:
-        raise UserError(f"cannot read the image {path}: {failure.strerror}") from None
-    image = None
-    if encoded.size:
+        raise BadImage(f"cannot read the image {path}: {failure.strerror}") from None
+    image, reason = None, "is empty" if not encoded.size else "is not an image that can be decoded"
+    if 0 < encoded.size < _LARGEST_FILE:
         try:
             image = cv2.imdecode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-        except cv2.error:
-            image = None
+        except cv2.error as failure:
+            if "MAX_IMAGE" in str(failure):
+                reason = "has too many pixels, as a decompression bomb has"
+    elif encoded.size:
+        reason = f"is larger than {_LARGEST_FILE >> 20} MiB"
     if image is None:
-        raise UserError(f"{path} is not an image that can be decoded; replace or remove it")
+        raise BadImage(f"{path} {reason}")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-def find_non_images(images, rank, size):
-    """Files of a rank's share of ``images`` whose first bytes are those of no image format, at most the first.
+def find_bad_image(images, rank, size):
+    """A message on the first bad file of a rank's share of ``images`` as a list, empty where a quick look finds none.
 
-    Reading the beginnings of very many files takes minutes, so larger sets are not searched: there a bad file ends the
-    training when it is met.
+    Looks at the first and last bytes of each file, and decodes those that look cut off. That takes minutes for very many
+    files, so larger sets are not searched: scripts/check_dataset.py does.
     """
     if images.paths is None or len(images) > _SEARCHED_FILES:
         return []
-    return [path for path in images.paths[rank::size] if not _begins_like_an_image(path)][:1]
+    for path in images.paths[rank::size]:
+        if not _looks_whole(path):
+            try:
+                read_image(path)
+            except BadImage as failure:
+                return [str(failure)]
+    return []
 
 
 def open_images(data_path, split, dataset_format="auto", class_to_index=None):
@@ -131,12 +152,16 @@ def validation_path(data_path):
     return None
 
 
-def _begins_like_an_image(path):
+def _looks_whole(path):
     try:
         with open(path, "rb") as file:
-            return file.read(4).startswith(_MAGIC)
+            first = file.read(4)
+            file.seek(max(os.fstat(file.fileno()).st_size - _LAST_BYTES, 0))
+            last = file.read(_LAST_BYTES)
     except OSError:
         return False
+    end = next((end for magic, end in _ENDS.items() if first.startswith(magic)), b"")
+    return first.startswith(_MAGIC) and end in last
 
 
 def _holds_class_folders(path):

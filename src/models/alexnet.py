@@ -6,6 +6,7 @@ from mindspore import nn, ops
 from src.models.layers import AdaptiveAveragePool, LayerFactory
 
 _FEATURE_SIZE = 6
+_HIDDEN = 4096
 
 
 class AlexNet(nn.Cell):
@@ -14,6 +15,10 @@ class AlexNet(nn.Cell):
     Args:
         image_size: side of the input in pixels.
         dropout: probability of dropping a unit before each of the two hidden layers, in training only.
+
+    Attributes:
+        dropout_width: units of a sample that may be dropped. Calls may pass ``kept``, (N, dropout_width) uint8, 1 for those
+            that stay; without it the framework's generator draws them.
     """
 
     def __init__(self, num_classes, layers: LayerFactory, dropout=0.5, image_size=224):
@@ -35,17 +40,23 @@ class AlexNet(nn.Cell):
         self.flat = 256 * _FEATURE_SIZE ** 2
         # p is the probability of dropping, as PyTorch's; the seed's keep_prob of 0.65 is p = 0.35.
         self.drop1, self.drop2 = nn.Dropout(p=dropout), nn.Dropout(p=dropout)
-        self.fc1 = nn.Dense(self.flat, 4096)
-        self.fc2 = nn.Dense(4096, 4096)
-        self.classifier = nn.Dense(4096, num_classes)
+        self.dropout_scale = 1 / (1 - dropout)
+        self.dropout_width = self.flat + _HIDDEN if dropout else 0
+        self.fc1 = nn.Dense(self.flat, _HIDDEN)
+        self.fc2 = nn.Dense(_HIDDEN, _HIDDEN)
+        self.classifier = nn.Dense(_HIDDEN, num_classes)
 
-    def construct(self, x):
+    def construct(self, x, kept=None):
         x = self.pool(self.relu(self.conv1(x)))
         x = self.pool(self.relu(self.conv2(x)))
         x = self.relu(self.conv3(x))
         x = self.relu(self.conv4(x))
         x = self.pool(self.relu(self.conv5(x)))
         x = ops.reshape(self.to_6x6(x), (-1, self.flat))
-        x = self.relu(self.fc1(self.drop1(x)))
-        x = self.relu(self.fc2(self.drop2(x)))
-        return self.classifier(x)
+        x = self.drop1(x) if kept is None else self._drop(x, kept[:, :self.flat])
+        x = self.relu(self.fc1(x))
+        x = self.drop2(x) if kept is None else self._drop(x, kept[:, self.flat:])
+        return self.classifier(self.relu(self.fc2(x)))
+
+    def _drop(self, x, kept):
+        return x * ops.cast(kept, x.dtype) * self.dropout_scale

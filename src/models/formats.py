@@ -5,12 +5,14 @@ import logging
 import os
 import re
 import zipfile
+import zlib
 
 import numpy as np
 
 from src.utils.errors import UserError
 
 METADATA = "metadata"
+CHECKSUM = "checksum"
 # Optimizer state in a checkpoint is named after its parameter.
 MOMENTUM_PREFIX = "momentum."
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
@@ -59,6 +61,16 @@ class quiet_mindspore:
         self._logger.setLevel(self._level)
 
 
+def content_checksum(arrays):
+    """CRC-32 of the names, types, shapes and contents of {name: array}, 4 bytes."""
+    checksum = 0
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        checksum = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), checksum)
+        checksum = zlib.crc32(array.reshape(-1).view(np.uint8), checksum)
+    return checksum.to_bytes(4, "little")
+
+
 def _read_mindspore(path):
     import mindspore
     try:
@@ -67,6 +79,9 @@ def _read_mindspore(path):
         arrays = {name: parameter.asnumpy() for name, parameter in loaded.items()}
     except Exception as failure:  # MindSpore raises many kinds, down to AttributeError, for damaged files
         raise UserError(f"checkpoint '{path}' is truncated or not a MindSpore checkpoint, .safetensors, .pth or .hdf5") from failure
+    stored = arrays.pop(CHECKSUM, None)
+    if stored is not None and stored.tobytes() != content_checksum(arrays):
+        raise UserError(f"checkpoint '{path}' is damaged: its checksum differs from its contents; use another one")
     encoded = arrays.pop(METADATA, None)
     return arrays, _decoded(path, encoded.tobytes()) if encoded is not None else {}
 
@@ -83,7 +98,11 @@ def _read_safetensors(path):
 
 
 def _read_torch(path):
-    if not zipfile.is_zipfile(path):
+    try:
+        whole = zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        whole = False
+    if not whole:
         raise UserError(f"'{path}' is a truncated PyTorch file or another archive")
     try:
         import torch

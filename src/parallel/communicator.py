@@ -1,8 +1,16 @@
 """How ranks talk. Alone, rank is 0, size is 1 and every operation is the identity, so that no caller asks which it is."""
 
+import os
+import re
+import socket
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
 import numpy as np
 
-from src.parallel.launcher import launched_ranks, started_by_mpirun
+from src.parallel.launcher import launched_ranks, on_one_machine, started_by_mpirun
+from src.parallel.watchdog import StallWatchdog
 from src.utils.errors import UserError
 
 # Gradients and statistics below this size travel together in one message: latency, not bandwidth, is what they cost.
@@ -36,13 +44,25 @@ class Communicator:
     def barrier(self):
         """Wait until every rank is here."""
 
+    def watch_for_stalls(self, timeout_s):
+        """From now on end the job, naming the rank, where one rank is waited for longer than ``timeout_s`` seconds."""
+
+    def local_peers(self):
+        """Process numbers of the other ranks on this machine."""
+        return []
+
     @property
     def is_root(self):
         return self.rank == 0
 
 
 class MpiCommunicator(Communicator):
-    """Ranks of an mpirun, through mpi4py; the arrays' own memory is what MPI reads and writes."""
+    """Ranks of an mpirun, through mpi4py; the arrays' own memory is what MPI reads and writes.
+
+    Attributes:
+        waiting_since: time.monotonic() at which this rank entered the collective operation it is in, or None.
+        places: (host name, process number) of each rank.
+    """
 
     def __init__(self, mpi):
         self._mpi = mpi
@@ -50,8 +70,13 @@ class MpiCommunicator(Communicator):
         self.rank, self.size = self._world.Get_rank(), self._world.Get_size()
         machine = self._world.Split_type(mpi.COMM_TYPE_SHARED)
         self.local_rank, self.local_size = machine.Get_rank(), machine.Get_size()
+        machine.Barrier()
+        if self.local_rank == 0:
+            _unlink_shared_memory(self.local_size)
         machine.Free()
         self._packed = np.empty(0, np.float32)
+        self.waiting_since = None
+        self.places = self._world.allgather((socket.gethostname(), os.getpid()))
 
     def mean_(self, arrays):
         small = [array for array in arrays if array.nbytes < _PACK_BELOW_BYTES]
@@ -68,24 +93,46 @@ class MpiCommunicator(Communicator):
 
     def sum(self, values):
         total = np.array(values, np.float64)
-        self._world.Allreduce(self._mpi.IN_PLACE, total, self._mpi.SUM)
+        with self._waiting():
+            self._world.Allreduce(self._mpi.IN_PLACE, total, self._mpi.SUM)
         return total
 
     def broadcast_(self, arrays):
-        for array in arrays:
-            self._world.Bcast(array, root=0)
+        with self._waiting():
+            for array in arrays:
+                self._world.Bcast(array, root=0)
 
     def from_root(self, value):
-        return self._world.bcast(value, root=0)
+        with self._waiting():
+            return self._world.bcast(value, root=0)
 
     def gather(self, value):
-        return self._world.allgather(value)
+        with self._waiting():
+            return self._world.allgather(value)
 
     def barrier(self):
-        self._world.Barrier()
+        with self._waiting():
+            self._world.Barrier()
+
+    def watch_for_stalls(self, timeout_s):
+        StallWatchdog(self, self._mpi, timeout_s).start()
+
+    def local_peers(self):
+        host, mine = self.places[self.rank]
+        return [pid for name, pid in self.places if name == host and pid != mine]
+
+    @contextmanager
+    def _waiting(self):
+        """Marks the time in which this rank may be waiting for others."""
+        self.waiting_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self.waiting_since = None
 
     def _mean_in_place(self, array):
-        self._world.Allreduce(self._mpi.IN_PLACE, array, self._mpi.SUM)
+        with self._waiting():
+            self._world.Allreduce(self._mpi.IN_PLACE, array, self._mpi.SUM)
         array *= np.float32(1 / self.size)
 
     def _pack(self, arrays):
@@ -97,6 +144,14 @@ class MpiCommunicator(Communicator):
             packed[start:start + array.size] = array.reshape(-1)
             start += array.size
         return packed
+
+
+def _unlink_shared_memory(ranks):
+    """Take the names of Open MPI's shared memory away once all ``ranks`` of this machine have it: killed ranks leave none."""
+    mapped = set(re.findall(r"/dev/shm/sm_segment\S+", Path("/proc/self/maps").read_text()))
+    if len(mapped) == ranks:
+        for name in mapped:
+            Path(name).unlink(missing_ok=True)
 
 
 def connect(run_distribute):
@@ -117,6 +172,9 @@ def connect(run_distribute):
                         "use --run_distribute=1, or start it without mpirun")
     if ranks == 1 and not run_distribute:
         return Communicator()
+    if on_one_machine():
+        # Shared memory is enough there, and no rank opens a port.
+        os.environ.setdefault("OMPI_MCA_btl", "self,sm")
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as failure:

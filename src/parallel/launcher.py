@@ -17,6 +17,11 @@ def launched_rank():
     return _first_number(_RANKS, 0)
 
 
+def on_one_machine():
+    """True where the launcher tells that all processes are on this machine."""
+    return _first_number(("OMPI_COMM_WORLD_LOCAL_SIZE",), 0) == launched_ranks()
+
+
 def started_by_mpirun():
     """True under a launcher, be it of a single process."""
     return any(name in os.environ for name in (*_SIZES, "PMIX_RANK"))

@@ -7,13 +7,13 @@ import mindspore
 import numpy as np
 from mindspore import Tensor
 
-from src.models.formats import METADATA
+from src.models.formats import CHECKSUM, METADATA, content_checksum
 from src.utils.errors import UserError
 from src.utils.files import write_whole
 
 
 def save_checkpoint(path, parameters, metadata):
-    """Write ``path`` (.ckpt) so that it is complete or absent, whenever the process is killed.
+    """Write ``path`` (.ckpt) with a checksum, so that it is complete or absent, whenever the process is killed.
 
     Args:
         parameters: mindspore Parameters; their names are the checkpoint's.
@@ -22,9 +22,10 @@ def save_checkpoint(path, parameters, metadata):
     Raises:
         UserError: where the folder cannot be written or the disk is full.
     """
-    encoded = np.frombuffer(json.dumps(metadata).encode(), np.uint8)
-    entries = [{"name": p.name, "data": Tensor(p.asnumpy())} for p in parameters]
-    entries.append({"name": METADATA, "data": Tensor(encoded.copy())})
+    arrays = {p.name: p.asnumpy() for p in parameters}
+    arrays[METADATA] = np.frombuffer(json.dumps(metadata).encode(), np.uint8).copy()
+    arrays[CHECKSUM] = np.frombuffer(content_checksum(arrays), np.uint8).copy()
+    entries = [{"name": name, "data": Tensor(array)} for name, array in arrays.items()]
     write_whole(path, lambda partial: mindspore.save_checkpoint(entries, str(partial)))
 
 

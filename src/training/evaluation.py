@@ -8,22 +8,27 @@ from pathlib import Path
 
 import numpy as np
 
-from src.dataset.batches import PADDING_LABEL, EvalBatches, iterate
+from src.dataset.batches import PADDING_LABEL, UNDECODABLE_LABEL, EvalBatches, iterate
 from src.training.inference import open_engine
 from src.utils.errors import UserError
 
 _TOP = 5
 _LARGEST_BATCH = 64
+_NAMED = 5
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Top-1 and top-5 accuracy in percent over ``images`` images, and the rate at which they were evaluated."""
+    """Top-1 and top-5 accuracy in percent over ``images`` images, and the rate at which they were evaluated.
+
+    ``undecodable`` has a message on each image that could not be decoded and counts as wrong.
+    """
 
     top1: float
     top5: float
     images: int
     images_per_second: float
+    undecodable: tuple = ()
 
 
 class Evaluator:
@@ -42,6 +47,7 @@ class Evaluator:
     def __call__(self, engine):
         """Accuracy of ``engine``, images (B, S, S, 3) uint8 -> logits (B, C), over all ranks' images."""
         counts, untimed = np.zeros(3), 0
+        self._batches.undecodable.clear()
         started = time.perf_counter()
         for number, (images, labels) in enumerate(iterate(self._batches)):
             counts += count_correct(engine(images), labels.asnumpy())
@@ -51,21 +57,24 @@ class Evaluator:
         seconds = max(time.perf_counter() - started, 1e-9)
         timed = counts[2] - untimed
         top1, top5, seen, rate = self._communicator.sum([*counts, timed / seconds])
-        return Accuracy(100 * top1 / seen, 100 * top5 / seen, int(seen), rate)
+        undecodable = tuple(sum(self._communicator.gather(list(self._batches.undecodable)), []))
+        if len(undecodable) == seen:
+            raise UserError(f"none of the {len(undecodable)} images can be decoded: {undecodable[0]}")
+        return Accuracy(100 * top1 / seen, 100 * top5 / seen, int(seen), rate, undecodable)
 
 
 def count_correct(logits, labels):
     """(top-1 hits, top-5 hits, images) of logits (N, C) and labels (N,); rows labelled PADDING_LABEL do not count.
 
-    The rank of the true class is the number of classes with a larger logit, ties counting for the lower index; a row
+    The rank of the true class is the number of classes with a larger logit, ties counting for the lower index; a
     with a NaN is wrong.
     """
     rows = labels != PADDING_LABEL
     logits, labels = logits[rows], labels[rows]
-    own = logits[np.arange(len(labels)), labels][:, None]
+    valid = ~np.isnan(logits).any(axis=1) & (labels != UNDECODABLE_LABEL)
+    own = logits[np.arange(len(labels)), np.maximum(labels, 0)][:, None]
     earlier = np.arange(logits.shape[1])[None, :] < labels[:, None]
     rank = ((logits > own) | ((logits == own) & earlier)).sum(axis=1)
-    valid = ~np.isnan(logits).any(axis=1)
     return np.array([((rank < 1) & valid).sum(), ((rank < _TOP) & valid).sum(), len(labels)], np.float64)
 
 
@@ -89,6 +98,9 @@ def evaluate_checkpoints(paths, flags, communicator, log):
         results.append({"checkpoint": str(path), "epoch": metadata.get("epoch"), "step": metadata.get("step"),
                         "top1": accuracy.top1, "top5": accuracy.top5, "images": accuracy.images,
                         "images_per_second": accuracy.images_per_second})
+        if accuracy.undecodable:
+            results[-1]["undecodable"] = len(accuracy.undecodable)
+            log(undecodable_line(accuracy))
         log(report_line(results[-1]))
     return results
 
@@ -105,6 +117,13 @@ def report_line(result):
     """One line of a result, in the seeds' words."""
     return (f"{result['checkpoint']}: acc={result['top1']:.2f}%(TOP1) acc={result['top5']:.2f}%(TOP5) "
             f"{result['images']} images, {result['images_per_second']:.2f} images/s")
+
+
+def undecodable_line(accuracy):
+    """What to tell of images that could not be decoded; the first are named."""
+    shown = accuracy.undecodable[:_NAMED]
+    return (f"{len(accuracy.undecodable)} of {accuracy.images} images cannot be decoded and count as wrong: {'; '.join(shown)}"
+            + (" ..." if len(accuracy.undecodable) > _NAMED else ""))
 
 
 def write_results(path, results):

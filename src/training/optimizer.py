@@ -40,17 +40,31 @@ class HostMomentum:
         self._scratch = np.empty(_CHUNK, np.float32)
 
     def __call__(self, lr, gradients):
-        """Update with learning rate ``lr`` from arrays ``gradients``, in the parameters' order; they are overwritten."""
+        """Update with learning rate ``lr`` from arrays ``gradients``, in the parameters' order; they are overwritten.
+
+        Returns:
+            Index of the first parameter whose gradient is not finite, or None.
+        """
+        wrong = []
         # The memory is asked for at every step: a parameter that was loaded since has another.
-        for parameter, velocity, gradient, rule in zip(self._parameters, self.velocities, gradients, self._rules):
-            self._update(parameter.asnumpy().reshape(-1), velocity.asnumpy().reshape(-1), gradient.reshape(-1),
-                         np.float32(rule.decay), np.float32(lr * rule.lr_factor))
+        members = zip(self._parameters, self.velocities, gradients, self._rules)
+        for index, (parameter, velocity, gradient, rule) in enumerate(members):
+            finite = self._update(parameter.asnumpy().reshape(-1), velocity.asnumpy().reshape(-1), gradient.reshape(-1),
+                                  np.float32(rule.decay), np.float32(lr * rule.lr_factor))
+            if not finite:
+                wrong.append(index)
+        return wrong[0] if wrong else None
 
     def _update(self, weight, velocity, gradient, decay, lr):
+        """Returns whether the gradient is finite, which costs little while a chunk is in the cache."""
+        finite = True
         for start in range(0, weight.size, _CHUNK):
             part = slice(start, start + _CHUNK)
             w, v, g = weight[part], velocity[part], gradient[part]
             scratch = self._scratch[:w.size]
+            # A sum of finite numbers may overflow, so that only a closer look convicts.
+            if not np.isfinite(g.sum()) and not np.isfinite(g).all():
+                finite = False
             if decay:
                 np.multiply(w, decay, out=scratch)
                 g += scratch
@@ -58,6 +72,7 @@ class HostMomentum:
             v += g
             np.multiply(v, lr, out=scratch)
             w -= scratch
+        return finite
 
 
 class DeviceMomentum(nn.Cell):

@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 
 from src.utils.errors import UserError
-from src.utils.files import write_whole
+from src.utils.files import remove_partials, write_whole
 
 
 class RunFolder:
@@ -16,6 +16,7 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints = self.path / "ckpt_0"
         self.best = self.path / "best.ckpt"
+        self.latest = self.path / "latest.ckpt"
         self.log = self.path / "log.txt"
         self.metrics = self.path / "metrics.jsonl"
         self.curves = self.path / "curves.png"
@@ -30,6 +31,25 @@ class RunFolder:
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
+    def point_latest_at(self, checkpoint):
+        """Make latest.ckpt a link to ``checkpoint``, a file in this folder; at every moment it is the old or the new one."""
+        link = self.path / f".{os.getpid()}.partial.latest"
+        link.unlink(missing_ok=True)
+        try:
+            link.symlink_to(checkpoint.relative_to(self.path))
+            os.replace(link, self.latest)
+        except OSError as failure:
+            raise UserError(f"cannot write '{self.latest}': {failure.strerror}") from None
+
+    def last_checkpoint(self):
+        """The file that latest.ckpt stands for, or None."""
+        return str(self.latest.resolve()) if self.latest.exists() else None
+
+    def remove_leftovers(self):
+        """Remove files that a killed run had begun to write."""
+        for folder in (self.path, self.checkpoints):
+            remove_partials(folder)
+
     def drop_metrics_after(self, step):
         """Forget lines of metrics.jsonl beyond ``step``, which a resumed run writes anew."""
         kept = [line for line in self.read_metrics() if line["step"] <= step]
@@ -40,7 +60,9 @@ class RunFolder:
         """The lines of metrics.jsonl as dicts."""
         if not self.metrics.exists():
             return []
-        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines() if line]
+        # A line without its end was being written when the run was killed.
+        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("}\n")]
 
 
 def create_run_folder(output_path):

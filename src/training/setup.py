@@ -1,6 +1,7 @@
 """What training and evaluation share before they begin: checks, data and network from a configuration."""
 
-from src.dataset.sources import find_non_images, open_images, validation_path
+from src.dataset.batches import HOW_TO_GO_ON
+from src.dataset.sources import find_bad_image, open_images, validation_path
 from src.models import build_model
 from src.models.weights import load_weights
 from src.utils.errors import UserError
@@ -27,9 +28,10 @@ def resolve_classes(config, images):
 def open_train_images(config, communicator):
     """The training images of ``config``. Raises UserError, on every rank, for data that cannot be used."""
     images = open_images(config.data_path, "train", config.dataset_format)
-    found = sum(communicator.gather(find_non_images(images, communicator.rank, communicator.size)), [])
-    if found:
-        raise UserError(f"{found[0]} is not an image that can be decoded; replace or remove it")
+    if config.bad_samples == "error":
+        found = sum(communicator.gather(find_bad_image(images, communicator.rank, communicator.size)), [])
+        if found:
+            raise UserError(f"{found[0]}; {HOW_TO_GO_ON}")
     return images
 
 

@@ -7,6 +7,7 @@ import mindspore.amp
 import numpy as np
 from mindspore import ParameterTuple, nn, ops
 
+from src.training.dropout import DropoutMasks
 from src.training.optimizer import DeviceMomentum, HostMomentum, parameter_rules, scalar
 from src.utils.errors import UserError
 
@@ -32,7 +33,7 @@ class InputNormalizer(nn.Cell):
 
 
 class NetworkWithLoss(nn.Cell):
-    """(uint8 images, int32 labels) -> mean cross-entropy with label smoothing, a float32 scalar.
+    """(uint8 images, int32 labels, dropout mask or None) -> mean cross-entropy with label smoothing, a float32 scalar.
 
     Smoothing e spreads its mass over all classes (Szegedy et al., arXiv:1512.00567, section 7), as PyTorch's does:
     (1 - e) * (-log p[label]) + e * mean over classes of (-log p).
@@ -44,12 +45,14 @@ class NetworkWithLoss(nn.Cell):
         self.normalizer = normalizer
         self.loss = nn.CrossEntropyLoss(label_smoothing=smoothing)
 
-    def construct(self, images, labels):
-        return self.loss(ops.cast(self.network(self.normalizer(images)), mindspore.float32), labels)
+    def construct(self, images, labels, kept=None):
+        images = self.normalizer(images)
+        logits = self.network(images) if kept is None else self.network(images, kept)
+        return self.loss(ops.cast(logits, mindspore.float32), labels)
 
 
 class ForwardBackward(nn.Cell):
-    """(images, labels) -> (loss, gradients of the trainable parameters, in their order)."""
+    """(images, labels, dropout mask or None) -> (loss, gradients of the trainable parameters, in their order)."""
 
     def __init__(self, network_with_loss, parameters):
         super().__init__(auto_prefix=False)
@@ -59,8 +62,10 @@ class ForwardBackward(nn.Cell):
         # beside GradOperation for the gradients runs the forward pass twice.
         self.value_and_grad = mindspore.value_and_grad(network_with_loss, None, ParameterTuple(parameters))
 
-    def construct(self, images, labels):
-        return self.value_and_grad(images, labels)
+    def construct(self, images, labels, kept=None):
+        if kept is None:
+            return self.value_and_grad(images, labels)
+        return self.value_and_grad(images, labels, kept)
 
 
 class HostTrainStep:
@@ -72,21 +77,26 @@ class HostTrainStep:
     Attributes:
         velocities: the optimizer's state, Parameters.
         seconds: what the parts of the last step took.
+        gone_wrong: name of the first parameter whose gradient was not finite in the last step, or None.
+        skipped: whether the last step left the weights as they were; never here.
     """
 
-    def __init__(self, network_with_loss, parameters, statistics, config, communicator):
+    skipped = False
+
+    def __init__(self, network_with_loss, parameters, statistics, masks, config, communicator):
+        self._names, self._masks, self.gone_wrong = [p.name for p in parameters], masks, None
         self._forward_backward = ForwardBackward(network_with_loss, parameters).set_train(True)
         self._optimizer = HostMomentum(parameters, parameter_rules(parameters, config), config.momentum)
         self._statistics, self._communicator = statistics, communicator
         self.velocities = self._optimizer.velocities
         self.seconds = {}
 
-    def __call__(self, batches, lr):
-        """Train on the forward batches of one step, each (images, labels); returns the mean loss on this rank."""
+    def __call__(self, batches, lr, number):
+        """Train on the forward batches of step ``number``, each (images, labels); returns the mean loss on this rank."""
         started = time.perf_counter()
         losses, total = [], None
-        for images, labels in batches:
-            loss, tensors = self._forward_backward(images, labels)
+        for part, (images, labels) in enumerate(batches):
+            loss, tensors = self._forward_backward(images, labels, *self._masks(number, part))
             losses.append(float(loss.asnumpy()))
             gradients = [tensor.asnumpy() for tensor in tensors]
             total = gradients if total is None else _add_in_place(gradients, total)
@@ -96,7 +106,8 @@ class HostTrainStep:
         computed = time.perf_counter()
         self._communicator.mean_(total + [parameter.asnumpy() for parameter in self._statistics])
         reduced = time.perf_counter()
-        self._optimizer(lr, total)
+        wrong = self._optimizer(lr, total)
+        self.gone_wrong = self._names[wrong] if wrong is not None else None
         self.seconds = {"forward_backward": computed - started, "allreduce": reduced - computed,
                         "optimizer": time.perf_counter() - reduced}
         return sum(losses) / len(losses)
@@ -118,39 +129,41 @@ class DeviceTrainStep:
 
     Attributes:
         loss_scale: the scale of the next step; 1 with amp_level O0.
-        skipped_steps: steps whose gradients overflowed.
+        skipped: whether the gradients of the last step overflowed and it left weights and velocities as they were.
+        gone_wrong: where they overflowed without loss scaling, what to call them; else None.
     """
 
-    def __init__(self, network_with_loss, parameters, statistics, config, communicator):
+    def __init__(self, network_with_loss, parameters, statistics, masks, config, communicator):
         if config.accumulation_steps > 1:
             raise UserError("accumulation_steps above 1 works on CPU only for now; raise per_batch_size instead")
         optimizer = DeviceMomentum(parameters, parameter_rules(parameters, config), config.momentum)
         self._graph = _DeviceStepGraph(network_with_loss, optimizer, communicator.size).set_train(True)
-        self._communicator, self._statistics = communicator, statistics
+        self._communicator, self._statistics, self._masks = communicator, statistics, masks
         self.velocities = optimizer.velocities
-        self.loss_scale = config.loss_scale if config.amp_level != "O0" else 1.0
-        self._dynamic = config.is_dynamic_loss_scale and config.amp_level != "O0"
-        self.skipped_steps, self._good_steps = 0, 0
+        self._scales = config.amp_level != "O0"
+        self.loss_scale = config.loss_scale if self._scales else 1.0
+        self._dynamic = config.is_dynamic_loss_scale and self._scales
+        self.skipped, self.gone_wrong, self._good_steps = False, None, 0
 
-    def __call__(self, batches, lr):
-        """Train on the one forward batch of a step; returns its loss on this rank."""
+    def __call__(self, batches, lr, number):
+        """Train on the one forward batch of step ``number``; returns its loss on this rank."""
         ((images, labels),) = batches
-        loss, finite = self._graph(images, labels, scalar(lr), scalar(self.loss_scale))
+        loss, finite = self._graph(scalar(lr), scalar(self.loss_scale), images, labels, *self._masks(number, 0))
         self._adjust(bool(finite.asnumpy()))
         return float(loss.asnumpy())
 
     def state(self):
         """What else a resumed run needs besides parameters and velocities."""
-        return {"loss_scale": self.loss_scale, "skipped_steps": self.skipped_steps, "good_steps": self._good_steps}
+        return {"loss_scale": self.loss_scale, "good_steps": self._good_steps}
 
     def restore(self, state):
         """Take back what ``state`` gave."""
         if state:
-            self.loss_scale, self.skipped_steps = state["loss_scale"], state["skipped_steps"]
-            self._good_steps = state["good_steps"]
+            self.loss_scale, self._good_steps = state["loss_scale"], state["good_steps"]
 
     def _adjust(self, finite):
-        self.skipped_steps += not finite
+        self.skipped = not finite and self._scales
+        self.gone_wrong = None if finite or self._scales else "some parameter"
         self._good_steps = self._good_steps + 1 if finite else 0
         if self._dynamic and not finite:
             self.loss_scale = max(self.loss_scale / 2, 1.0)
@@ -163,12 +176,12 @@ class _ScaledLoss(nn.Cell):
         super().__init__(auto_prefix=False)
         self.network_with_loss = network_with_loss
 
-    def construct(self, images, labels, loss_scale):
-        return self.network_with_loss(images, labels) * loss_scale
+    def construct(self, loss_scale, images, labels, kept=None):
+        return self.network_with_loss(images, labels, kept) * loss_scale
 
 
 class _DeviceStepGraph(nn.Cell):
-    """(images, labels, lr, loss scale) -> (loss, whether all gradients were finite)."""
+    """(lr, loss scale, images, labels, dropout mask or None) -> (loss, whether all gradients were finite)."""
 
     def __init__(self, network_with_loss, optimizer, size):
         super().__init__(auto_prefix=False)
@@ -176,8 +189,11 @@ class _DeviceStepGraph(nn.Cell):
         self.value_and_grad = mindspore.value_and_grad(self.scaled_loss, None, optimizer.parameters)
         self.reduce = nn.DistributedGradReducer(optimizer.parameters, mean=True, degree=size) if size > 1 else nn.Identity()
 
-    def construct(self, images, labels, lr, loss_scale):
-        loss, gradients = self.value_and_grad(images, labels, loss_scale)
+    def construct(self, lr, loss_scale, images, labels, kept=None):
+        if kept is None:
+            loss, gradients = self.value_and_grad(loss_scale, images, labels)
+        else:
+            loss, gradients = self.value_and_grad(loss_scale, images, labels, kept)
         # An overflow on one rank is in the mean, so every rank skips the same steps.
         gradients = self.reduce(gradients)
         unscaled, finite = (), mindspore.Tensor(True)
@@ -190,12 +206,22 @@ class _DeviceStepGraph(nn.Cell):
 
 
 def create_train_step(network, config, communicator):
-    """The train step for ``config.device_target``."""
+    """The train step for ``config.device_target``: called with (forward batches, learning rate, number of the step from 0)."""
+    masks = dropout_masks(network, config, communicator)
     if config.amp_level != "O0":
         network = mindspore.amp.auto_mixed_precision(network, config.amp_level)
     network_with_loss = NetworkWithLoss(network, InputNormalizer(config.mean, config.std), config.smoothing)
     kind = HostTrainStep if config.device_target == "CPU" else DeviceTrainStep
-    return kind(network_with_loss, network.trainable_params(), running_statistics(network), config, communicator)
+    return kind(network_with_loss, network.trainable_params(), running_statistics(network), masks, config, communicator)
+
+
+def dropout_masks(network, config, communicator):
+    """A function of (step, forward batch of the step): the further inputs of the network, a mask where it has dropout."""
+    width = getattr(network, "dropout_width", 0)
+    if not width:
+        return lambda step, part: ()
+    masks = DropoutMasks(width, config, communicator.rank, communicator.size)
+    return lambda step, part: (masks(step, part),)
 
 
 def _add_in_place(arrays, others):

@@ -56,6 +56,7 @@ class Config(BaseModel):
     data_path: str
     eval_data_path: str
     dataset_format: Annotated[Literal["auto", "folder", "list", "cifar10"], BeforeValidator(_lower)]
+    bad_samples: Annotated[Literal["error", "replace"], BeforeValidator(_lower)]
     num_parallel_workers: NonNegative
 
     train_crop: Annotated[Literal["random_resized", "padded", "resize"], BeforeValidator(_lower)]
@@ -73,6 +74,7 @@ class Config(BaseModel):
         lambda value: {"cpu": "CPU", "gpu": "GPU", "ascend": "Ascend"}.get(_lower(value), value))]
     device_id: NonNegative | None
     run_distribute: bool | None
+    stall_timeout_s: Annotated[float, Field(ge=1)]
     amp_level: Annotated[Literal["O0", "O2", "O3"], BeforeValidator(
         lambda value: value.upper() if isinstance(value, str) else value)]
     loss_scale: Annotated[float, Field(ge=1)]

@@ -16,6 +16,8 @@ def prepare_process(local_rank, local_size):
     # With AVX-512, the oneDNN inside MindSpore falls back to its reference convolution for plain layouts: a step is
     # 6 to 25 times slower than with its AVX2 kernels (benchmarks/README.md).
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
+    # OpenCV reads it when it is imported: a small file may claim, and decode to, many gigabytes.
+    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(1 << 26))
     _pin_to_own_cores(local_rank, local_size)
 
 

@@ -7,6 +7,14 @@ class UserError(Exception):
     """Shown as one line, ``error: ...``, that says what is wrong and what to do; the process then exits with status 2."""
 
 
+class Stopped(Exception):
+    """The training saved its state because of signal number ``signal``; the process then exits with status 128 + signal."""
+
+    def __init__(self, signal):
+        super().__init__(f"stopped by signal {signal}")
+        self.signal = signal
+
+
 def suggestion(word, known):
     """`` (did you mean 'x'?)`` for the nearest of ``known`` to ``word``, or an empty string."""
     near = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.6)

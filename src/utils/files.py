@@ -5,6 +5,8 @@ from pathlib import Path
 
 from src.utils.errors import UserError
 
+_PARTIAL = ".partial."
+
 
 def write_whole(target, write):
     """Write ``target`` through another name in its folder, flush it to disk, and rename it.
@@ -16,7 +18,7 @@ def write_whole(target, write):
         UserError: where the folder cannot be written, the disk is full, or ``write`` fails.
     """
     target = Path(target)
-    partial = target.with_name(f".{os.getpid()}.partial.{target.name}")
+    partial = target.with_name(f".{os.getpid()}{_PARTIAL}{target.name}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
@@ -27,10 +29,22 @@ def write_whole(target, write):
         reason = getattr(failure, "strerror", None) or (str(failure).strip().splitlines() or [type(failure).__name__])[0]
         raise UserError(f"cannot write '{target}': {reason}") from None
     finally:
-        if partial.exists():
-            # MindSpore makes its files read-only.
-            os.chmod(partial, 0o600)
-            partial.unlink()
+        # A writer may have one of its own behind it: MindSpore writes NAME.tmp first.
+        _remove(target.parent, partial.stem)
+
+
+def remove_partials(folder):
+    """Remove what writers that were killed left in ``folder``; call it while nobody writes there."""
+    _remove(folder, ".", _PARTIAL)
+
+
+def _remove(folder, start, inside=""):
+    """Remove the files of ``folder`` whose names begin so and hold ``inside``."""
+    for leftover in Path(folder).iterdir() if Path(folder).is_dir() else ():
+        if leftover.name.startswith(start) and inside in leftover.name:
+            # MindSpore makes its files read-only, which some file systems keep from being removed.
+            leftover.chmod(0o600)
+            leftover.unlink()
 
 
 def _flush_to_disk(path):

@@ -216,7 +216,7 @@ def test_twenty_steps_are_pytorchs(pair, capsys):
         loss = functional.cross_entropy(pair.theirs(pair.normalised(images)), torch.from_numpy(labels).long(), label_smoothing=0.1)
         loss.backward()
         optimizer.step()
-        ours = step([(Tensor(images), Tensor(labels))], learning_rate(number, steps_per_epoch, config))
+        ours = step([(Tensor(images), Tensor(labels))], learning_rate(number, steps_per_epoch, config), number)
         curves.append((ours, loss.item()))
     losses = max(abs(a - b) / b for a, b in curves)
     theirs = pair.theirs.state_dict()

@@ -1,16 +1,12 @@
 """A run that was killed and resumed ends as the run that was not: the same bits."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 
-from conftest import ROOT, TINY, execute, mpirun, only_run
+from conftest import TINY, execute, mpirun, mpirun_words, only_run
 from src.models.formats import read_weights
 
 # Batch norm, momentum, augmentation, evaluation: all that has state.
@@ -20,21 +16,7 @@ FLAGS = (*TINY, "--block=acb", "--max_epoch=3", "--run_eval=1", "--ckpt_interval
 
 def command(ranks, image_root, output, *more):
     words = ["train.py", f"--data_path={image_root}/train", f"--output_path={output}", *FLAGS, *more]
-    return ["python3", *words] if ranks == 1 else ["mpirun", "--map-by", ":OVERSUBSCRIBE", "-n", str(ranks), "python3", *words]
-
-
-def kill_when(words, condition):
-    """Start ``words``, kill -9 its whole group when ``condition()`` holds."""
-    folder = os.path.dirname(sys.executable)
-    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not condition() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    assert process.poll() is None, "it ended before it could be killed"
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    return ["python3", *words] if ranks == 1 else mpirun_words(ranks, *words)
 
 
 def outcome(output):
@@ -47,11 +29,13 @@ def outcome(output):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks,first_kill", [(1, "cifar_quick-1_5.ckpt"), (1, "cifar_quick-2_3.ckpt"), (2, "cifar_quick-1_10.ckpt")])
-def test_killed_and_resumed_run_ends_with_the_same_bits(image_root, tmp_path, ranks, first_kill):
+def test_killed_and_resumed_run_ends_with_the_same_bits(image_root, tmp_path, start, ranks, first_kill):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run = execute(command(ranks, image_root, whole))
     assert run.status == 0, run
-    kill_when(command(ranks, image_root, killed), lambda: any(killed.glob(f"*/ckpt_0/{first_kill}")))
+    running = start(command(ranks, image_root, killed))
+    running.wait_for(lambda: any(killed.glob(f"*/ckpt_0/{first_kill}")))
+    running.kill()
     run = execute(command(ranks, image_root, killed, "--resume=auto"))
     assert run.status == 0 and "going on from" in run.out, run
     (expected, told, metrics), (arrays, resumed, resumed_metrics) = outcome(whole), outcome(killed)
@@ -76,3 +60,37 @@ def test_resuming_elsewhere_or_otherwise(image_root, tmp_path):
     assert run.status == 0 and "it ran on 1 ranks and goes on with 2" in run.out, run
     lines = (only_run(tmp_path / "out") / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [12, 15, 24, 36]
+
+
+@pytest.mark.slow
+def test_told_to_stop_and_resumed_ends_with_the_same_bits(image_root, tmp_path, start):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run = execute(command(1, image_root, whole))
+    assert run.status == 0, run
+    running = start(command(1, image_root, stopped, "--log_interval=1"))
+    running.wait_for_text("epoch 2/3 step 4/12")
+    running.process.send_signal(signal.SIGTERM)
+    run, _ = running.finish(30)
+    assert run.status == 143 and "stopped by SIGTERM after step" in run.out, run
+    run = execute(command(1, image_root, stopped, "--resume=auto"))
+    assert run.status == 0, run
+    (expected, _, metrics), (arrays, _, resumed_metrics) = outcome(whole), outcome(stopped)
+    assert all(np.array_equal(arrays[name], expected[name]) for name in expected) and resumed_metrics == metrics
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_passed_over_and_other_images_are_refused(image_root, broken_copy, tmp_path):
+    run = execute(command(1, image_root, tmp_path / "out", "--max_steps=15"))
+    assert run.status == 0, run
+    newest = only_run(tmp_path / "out") / "ckpt_0" / "cifar_quick-2_3.ckpt"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.chmod(0o600)
+    newest.write_bytes(content)
+    (broken_copy / "train" / "ant" / "000.jpg").rename(broken_copy / "train" / "bee" / "more.jpg")
+    refused = execute(command(1, broken_copy, tmp_path / "out", "--resume=auto"))
+    assert refused.status == 2 and "other images" in refused.error_lines[0], refused
+    refused = execute(command(1, image_root, tmp_path / "out", f"--resume={newest}"))
+    assert refused.status == 2 and "is damaged" in refused.error_lines[0], refused
+    run = execute(command(1, image_root, tmp_path / "out", "--resume=auto", "--max_steps=16"))
+    assert run.status == 0 and f"passed over, as damaged: {newest}" in run.out, run

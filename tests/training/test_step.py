@@ -9,7 +9,8 @@ from conftest import ROOT, make_config, mpirun
 from src.models import build_model
 from src.parallel.communicator import Communicator
 from src.training.optimizer import DeviceMomentum, HostMomentum, parameter_rules, scalar
-from src.training.step import DeviceTrainStep, ForwardBackward, HostTrainStep, InputNormalizer, NetworkWithLoss, running_statistics
+from src.training.step import (DeviceTrainStep, ForwardBackward, HostTrainStep, InputNormalizer, NetworkWithLoss,
+                               create_train_step, running_statistics)
 
 
 def test_normaliser_is_that_of_the_seeds():
@@ -76,15 +77,17 @@ def test_gradients_agree_with_finite_differences():
         assert (ends[0] - ends[1]) / (2 * change) == pytest.approx(np.linalg.norm(gradients[name]), rel=1e-2)
 
 
-def test_accumulation_equals_the_large_batch():
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_accumulation_equals_the_large_batch(dropout):
+    """With dropout too: a sample's mask does not depend on the batch that it is in."""
     def weights_after(parts):
         mindspore.set_seed(3)
-        network = build_model("alexnet", 5, image_size=64, dropout=0.0)
-        step = HostTrainStep(NetworkWithLoss(network, InputNormalizer((0.5,) * 3, (0.5,) * 3), 0.1),
-                             network.trainable_params(), running_statistics(network), make_config(), Communicator())
+        network = build_model("alexnet", 5, image_size=64, dropout=dropout)
+        config = make_config(dropout=dropout, per_batch_size=8 // parts, accumulation_steps=parts)
+        step = create_train_step(network, config, Communicator())
         random = np.random.default_rng(0)
         images, labels = random.integers(0, 256, (8, 64, 64, 3), np.uint8), np.arange(8, dtype=np.int32) % 5
-        loss = step([(Tensor(i), Tensor(l)) for i, l in zip(np.split(images, parts), np.split(labels, parts))], 0.1)
+        loss = step([(Tensor(i), Tensor(l)) for i, l in zip(np.split(images, parts), np.split(labels, parts))], 0.1, 0)
         return loss, {p.name: p.asnumpy() for p in network.get_parameters()}
     (loss, whole), (loss_in_parts, in_parts) = weights_after(1), weights_after(4)
     assert loss_in_parts == pytest.approx(loss, rel=1e-5)
@@ -99,7 +102,8 @@ def steps_of_both_kinds():
         mindspore.set_seed(4)
         network = build_model("cifar_quick", 5)
         with_loss = NetworkWithLoss(network, InputNormalizer((0.5,) * 3, (0.5,) * 3), 0.1)
-        step = kind(with_loss, network.trainable_params(), running_statistics(network), make_config(**keys), Communicator())
+        step = kind(with_loss, network.trainable_params(), running_statistics(network), lambda step, part: (),
+                    make_config(**keys), Communicator())
         return network, step
     random = np.random.default_rng(0)
     batches = [(Tensor(random.integers(0, 256, (8, 32, 32, 3), np.uint8)), Tensor(np.arange(8, dtype=np.int32) % 5))
@@ -112,7 +116,7 @@ def test_device_step_trains_like_the_host_step(steps_of_both_kinds, keys):
     make, batches = steps_of_both_kinds
     (host_network, host), (network, device) = make(HostTrainStep), make(DeviceTrainStep, **keys)
     for batch in batches:
-        assert device([batch], 0.05) == pytest.approx(host([batch], 0.05), rel=1e-4)
+        assert device([batch], 0.05, 0) == pytest.approx(host([batch], 0.05, 0), rel=1e-4)
     for ours, theirs in zip(network.get_parameters(), host_network.get_parameters()):
         assert np.allclose(ours.asnumpy(), theirs.asnumpy(), rtol=1e-3, atol=1e-5), ours.name
 
@@ -122,12 +126,12 @@ def test_overflow_skips_the_step_and_halves_a_dynamic_scale(steps_of_both_kinds)
     network, step = make(DeviceTrainStep, amp_level="O2", is_dynamic_loss_scale=1)
     step.loss_scale = 1e39  # beyond float32
     before = [p.asnumpy().copy() for p in network.trainable_params()]
-    step([batches[0]], 0.05)
-    assert step.skipped_steps == 1 and step.loss_scale == 5e38
+    step([batches[0]], 0.05, 0)
+    assert step.skipped and step.loss_scale == 5e38
     assert all(np.array_equal(a, p.asnumpy()) for a, p in zip(before, network.trainable_params()))
     step.loss_scale = 1024.0
-    step([batches[0]], 0.05)
-    assert step.skipped_steps == 1 and not np.array_equal(before[0], network.trainable_params()[0].asnumpy())
+    step([batches[0]], 0.05, 0)
+    assert not step.skipped and not np.array_equal(before[0], network.trainable_params()[0].asnumpy())
 
 
 SAME_STEP = """
@@ -146,11 +150,11 @@ mindspore.set_seed(5)
 network = build_model({network!r}, 5, image_size=64, dropout=0.0)
 gradients = {{}}
 step = HostTrainStep(NetworkWithLoss(network, InputNormalizer((.5,) * 3, (.5,) * 3), 0.1), network.trainable_params(),
-                     running_statistics(network), load_config({{"data_path": "none"}}), c)
+                     running_statistics(network), lambda step, part: (), load_config({{"data_path": "none"}}), c)
 step._optimizer = lambda lr, arrays: gradients.update({{p.name: a.copy() for p, a in zip(network.trainable_params(), arrays)}})
 random = np.random.default_rng(0)
 images, labels = random.integers(0, 256, (12, 64, 64, 3), np.uint8), np.arange(12, dtype=np.int32) % 5
-loss = step([(Tensor(images[c.rank::c.size].copy()), Tensor(labels[c.rank::c.size].copy()))], 0.1)
+loss = step([(Tensor(images[c.rank::c.size].copy()), Tensor(labels[c.rank::c.size].copy()))], 0.1, 0)
 statistics = {{p.name: p.asnumpy() for p in running_statistics(network)}}
 np.savez({out!r} + f"/{{c.size}}_{{c.rank}}.npz", **gradients, **statistics)
 print("loss", c.sum([loss])[0] / c.size if c.rank == 0 else c.sum([loss])[0] / c.size)

@@ -1,6 +1,7 @@
 """train.py as a user starts it: outputs, seeds' command lines, ranks, wrong input."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from src.models.formats import read_weights
 
 def test_run_folder_holds_what_the_readme_says(trained_run):
     assert {file.name for file in trained_run.iterdir()} == {
-        "best.ckpt", "ckpt_0", "class_indexing.json", "config.yaml", "curves.png", "log.txt", "metrics.jsonl"}
+        "best.ckpt", "ckpt_0", "class_indexing.json", "config.yaml", "curves.png", "latest.ckpt", "log.txt",
+        "metrics.jsonl"}
     assert {file.name for file in (trained_run / "ckpt_0").iterdir()} == {"cifar_quick-1_12.ckpt", "cifar_quick-2_12.ckpt"}
     assert json.loads((trained_run / "class_indexing.json").read_text()) == {"ant": 0, "bee": 1, "cat": 2}
     config = yaml.safe_load((trained_run / "config.yaml").read_text())
@@ -151,11 +153,44 @@ def test_text_file_among_the_images_ends_every_rank(broken_copy, tmp_path):
 
 
 @pytest.mark.slow
-def test_image_that_breaks_off_ends_every_rank(broken_copy, tmp_path):
-    """It begins like a JPEG, so it is one rank alone that finds it, in the middle of an epoch."""
-    (broken_copy / "train" / "bee" / "003.jpg").write_bytes(b"\xff\xd8\xff\xe0 and no more")
+def test_image_that_one_rank_alone_fails_on_ends_every_rank(broken_copy, tmp_path):
+    """It begins and ends like a JPEG, so that it is found in the middle of an epoch."""
+    (broken_copy / "train" / "bee" / "003.jpg").write_bytes(b"\xff\xd8\xff\xe0 and no more \xff\xd9")
     run = mpirun(3, "train.py", f"--data_path={broken_copy}/train", f"--output_path={tmp_path}/out", *TINY, "--max_epoch=2")
-    assert_one_error(run, "bee/003.jpg")
+    assert_one_error(run, "bee/003.jpg", "--bad_samples=replace")
+    assert (only_run(tmp_path / "out") / "log.txt").exists()
+
+
+def test_truncated_image_is_told_before_the_first_step(broken_copy, tmp_path):
+    file = broken_copy / "train" / "cat" / "015.jpg"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert_one_error(train(f"--data_path={broken_copy}/train", f"--output_path={tmp_path}/out", *TINY), "cat/015.jpg",
+                     "--bad_samples=replace", "check_dataset.py")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_bad_images_are_replaced_and_counted(broken_copy, tmp_path):
+    for name in ("bee/003.jpg", "cat/000.jpg"):
+        (broken_copy / "train" / name).write_bytes(b"")
+    run = mpirun(2, "train.py", f"--data_path={broken_copy}/train", f"--output_path={tmp_path}/out", *TINY, "--max_epoch=2",
+                 "--lr=0.02", "--bad_samples=replace")
+    assert run.status == 0 and run.out.count("2 replaced images") == 2, run
+    lines = (only_run(tmp_path / "out") / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["replaced_images"] for line in lines] == [2, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_numbers_gone_wrong_stop_the_run_and_keep_the_last_checkpoint(image_root, tmp_path, ranks):
+    """The learning rate of the second epoch is beyond all reason."""
+    words = ["train.py", f"--data_path={image_root}/train", f"--output_path={tmp_path}/out", *TINY, "--global_batch_size=4",
+             "--lr=1e20", "--max_epoch=3", "--lr_scheduler=cosine_annealing", "--warmup_epochs=2", "--ckpt_interval_steps=1"]
+    run = execute(["python3", *words]) if ranks == 1 else mpirun(ranks, *words)
+    assert_one_error(run, "step", "learning rate", "is not finite", "last good checkpoint")
+    found = re.search(r"at step (\d+) .*the gradient of (\S+) is not finite; the last good checkpoint is (\S+);", run.error_lines[0])
+    arrays, metadata = read_weights(found[3])
+    assert metadata["step"] == int(found[1]) - 1 and found[2] in arrays
 
 
 def test_without_the_environment_the_error_says_what_to_run(tmp_path):

@@ -1,0 +1,81 @@
+"""How far the loss curves of 1, 2 and 4 ranks part over the same global batches: `python3 benchmarks/repeatability.py [--steps=50] [--networks=alexnet,resnet18]`.
+
+AlexNet has no batch norm (and trains here without dropout): its curves differ by rounding alone. Batch norm sees each
+rank's share of the batch, unless it is synchronised, which CPU has not. Prints a line a network and number of ranks.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from src.parallel.launcher import launched_rank, started_by_mpirun  # noqa: E402
+from src.utils.launch import run_main  # noqa: E402
+
+_BATCH = 8
+
+
+def main(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--networks", default="alexnet,resnet18")
+    parser.add_argument("--ranks", default="1,2,4")
+    options = parser.parse_args(arguments)
+    if started_by_mpirun():
+        print_losses(options.networks, options.steps)
+        return
+    for network in options.networks.split(","):
+        curves = {ranks: measured(ranks, network, options.steps) for ranks in map(int, options.ranks.split(","))}
+        reference = curves[min(curves)]
+        for ranks, curve in curves.items():
+            difference = max(abs(loss - expected) / expected for loss, expected in zip(curve, reference))
+            print(f"repeatability network={network} ranks={ranks} steps={len(curve)} last_loss={curve[-1]:.6f} "
+                  f"largest_relative_difference={difference:.2e}", flush=True)
+
+
+def measured(ranks, network, steps):
+    """Loss of each step on ``ranks`` ranks."""
+    words = ["mpirun", "--map-by", ":OVERSUBSCRIBE", "-n", str(ranks), sys.executable, __file__, f"--networks={network}", f"--steps={steps}"]
+    environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    finished = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def print_losses(network_name, steps):
+    """On the ranks: train on the digits and print the list of losses, means over ranks."""
+    from src.parallel.communicator import connect
+    from src.utils.config import load_config
+    from src.utils.device import prepare_process, select_device
+
+    config = load_config({"config_path": "digits", "network": network_name, "block": "base", "gamma_init": "null", "image_size": "64",
+                          "crop_padding": "2", "eval_resize": "64", "global_batch_size": str(_BATCH), "dropout": "0", "lr": "0.01",
+                          "num_classes": "10"})
+    communicator = connect(True)
+    prepare_process(communicator.local_rank, communicator.local_size)
+    from mindspore import Tensor
+    from src.dataset.batches import TrainBatches
+    from src.dataset.sources import open_images
+    from src.training.schedule import learning_rate
+    from src.training.setup import create_network
+    from src.training.step import create_train_step
+
+    select_device("CPU", 0)
+    network = create_network(config)
+    communicator.broadcast_([parameter.asnumpy() for parameter in network.get_parameters()])
+    batches = TrainBatches(open_images("digits", "train"), config, communicator.rank, communicator.size)
+    step, losses = create_train_step(network, config, communicator), []
+    for number in range(steps):
+        batch = tuple(Tensor(array) for array in batches[number])
+        loss = step([batch], learning_rate(number, batches.steps_per_epoch, config), number)
+        losses.append(float(communicator.sum([loss])[0] / communicator.size))
+    if communicator.is_root:
+        print(json.dumps(losses))
+
+
+if __name__ == "__main__":
+    run_main(main, launched_rank())

@@ -1,0 +1,149 @@
+"""Kill a training at random again and again and see that it ends as the one that was left alone:
+
+    python3 benchmarks/soak.py [--epochs=1000] [--kills=8] [--ranks=2] [--output=FOLDER]
+
+A tiny set, cifar_quick with ACB. The training is killed (kill -9 of a rank, or of mpirun and all ranks) at random moments and
+resumed with --resume=auto. Prints whether the last weights, optimizer state and metrics are the same bits, and how memory and
+open files of the ranks moved in the undisturbed run.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def main(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=1000)
+    parser.add_argument("--kills", type=int, default=8)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--output", default="")
+    options = parser.parse_args(arguments)
+    folder = Path(options.output or tempfile.mkdtemp(prefix="soak_"))
+    write_tiny_set(folder / "images")
+    started = time.monotonic()
+    samples = run_undisturbed(options, folder)
+    alone_s = time.monotonic() - started
+    kills, fallen = run_with_kills(options, folder, alone_s)
+    same = outcome(folder / "alone") == outcome(folder / "killed")
+    print(f"memory and open files of rank 0 while undisturbed, {len(samples)} samples over {alone_s:.0f} s: "
+          f"{samples[0][0]:.0f} MiB and {samples[0][1]} at first, {samples[-1][0]:.0f} MiB and {samples[-1][1]} at last")
+    print(f"soak epochs={options.epochs} ranks={options.ranks} kills={kills} during_a_save={fallen} bit_identical={same} "
+          f"memory_growth_mib={samples[-1][0] - samples[0][0]:.1f} open_files_growth={samples[-1][1] - samples[0][1]} "
+          f"seconds={time.monotonic() - started:.0f}")
+    if not options.output:
+        shutil.rmtree(folder)
+    sys.exit(0 if same else 1)
+
+
+def write_tiny_set(folder):
+    """Sixteen of the bundled digits in two classes."""
+    for split, count in (("train", 8), ("val", 4)):
+        for name in ("3", "8"):
+            (folder / split / name).mkdir(parents=True, exist_ok=True)
+            for file in sorted((ROOT / "data" / "digits" / split / name).iterdir())[:count]:
+                shutil.copy(file, folder / split / name)
+
+
+def begin(options, folder, name, *more):
+    words = ["mpirun", "--map-by", ":OVERSUBSCRIBE", "-n", str(options.ranks), sys.executable, "train.py", "--run_distribute=1",
+             "--config_path=digits", f"--data_path={folder}/images/train", f"--output_path={folder}/{name}",
+             f"--max_epoch={options.epochs}", "--global_batch_size=8", "--lr=0.01", "--flip_probability=0.5",
+             "--ckpt_interval=10", "--ckpt_interval_steps=7", "--eval_interval=10", "--log_interval=1000", *more]
+    environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    with open(folder / f"{name}.log", "a") as log:
+        return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+
+def run_undisturbed(options, folder):
+    """[(MiB, open files) of rank 0] about every second, from the moment that the first checkpoint is there."""
+    process, samples = begin(options, folder, "alone"), []
+    while process.poll() is None:
+        if any((folder / "alone").glob("*/ckpt_0/*.ckpt")):
+            samples += [usage(pid) for pid in ranks_of(process)[:1] if usage(pid)]
+        time.sleep(1)
+    if process.returncode or not samples:
+        sys.exit(f"error: the undisturbed training ended with status {process.returncode}; see {folder}/alone.log")
+    return samples
+
+
+def run_with_kills(options, folder, alone_s):
+    """Kill and resume until the training ends; (kills, those that left a half-written file)."""
+    draw, kills, fallen = random.Random(0), 0, 0
+    process = begin(options, folder, "killed")
+    while process.poll() is None:
+        if kills == options.kills or not progresses(process, folder / "killed"):
+            process.wait()
+            continue
+        time.sleep(draw.uniform(0, alone_s / (options.kills + 1)))
+        if process.poll() is None:
+            kill(process, draw)
+            kills += 1
+            fallen += any((folder / "killed").glob("*/ckpt_0/.*.partial.*"))
+            process = begin(options, folder, "killed", "--resume=auto")
+    if process.returncode:
+        sys.exit(f"error: the resumed training ended with status {process.returncode}; see {folder}/killed.log")
+    return kills, fallen
+
+
+def progresses(process, output):
+    """Wait until the training has written a checkpoint since it began; False where it ended first."""
+    began = time.time_ns()
+    while process.poll() is None:
+        if any(file.stat().st_mtime_ns > began for file in output.glob("*/latest.ckpt") if file.exists()):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def kill(process, draw):
+    """kill -9 of one rank, whereupon mpirun ends the rest, or of all of them at once."""
+    victims = ranks_of(process)
+    if victims and draw.random() < 0.5:
+        os.kill(draw.choice(victims), signal.SIGKILL)
+    else:
+        os.killpg(process.pid, signal.SIGKILL)
+        for pid in victims:
+            if Path(f"/proc/{pid}").exists():
+                os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def ranks_of(process):
+    """Process numbers of the ranks of an mpirun."""
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    return [int(word) for word in found.stdout.split()]
+
+
+def usage(pid):
+    """(resident MiB, open files) of a process, or None where it has ended."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2 ** 20, len(os.listdir(f"/proc/{pid}/fd"))
+    except OSError:
+        return None
+
+
+def outcome(output):
+    """What a run left that must not depend on how often it was killed."""
+    from src.models.formats import read_weights
+    folder = max(output.iterdir())
+    arrays, metadata = read_weights(folder / "latest.ckpt")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    metrics = [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+    return {name: array.tobytes() for name, array in arrays.items()}, metadata["step"], metadata["best_top1"], metrics
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

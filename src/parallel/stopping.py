@@ -1,0 +1,78 @@
+"""Being told to stop: a scheduler's SIGTERM, Ctrl-C, or SIGUSR1, which mpirun passes on without killing anyone."""
+
+import os
+import signal
+import subprocess
+import threading
+from pathlib import Path
+
+_LAUNCHERS = ("prterun", "prted", "mpirun", "orted", "mpiexec")
+# Schedulers give 30 s between SIGTERM and SIGKILL.
+_GRACE_S = 25
+
+
+class StopRequest:
+    """Within it, a signal to stop is noted instead of obeyed, so that the training can finish its step and save.
+
+    mpirun passes SIGTERM and Ctrl-C on to its ranks and kills them 0.1 s later (Open MPI 5.0). It does the same to the
+    ranks that are left when one has died. The two are told apart by looking for the other ranks of this machine: where
+    one is gone this process ends at once, for its step can never end. Otherwise one rank a machine suspends the launcher
+    until the checkpoint is written, for at most 25 s.
+
+    Attributes:
+        signal: number of the signal that came, or 0.
+    """
+
+    def __init__(self, signals, communicator):
+        self.signal = 0
+        self._signals, self._communicator = signals, communicator
+        self._launcher = self._guard = None
+
+    def __enter__(self):
+        self._deferral = self._signals.deferred_to(self._note)
+        self._deferral.__enter__()
+        return self
+
+    def __exit__(self, *exception):
+        self._deferral.__exit__(None, None, None)
+        if self._launcher is not None:
+            os.kill(self._launcher, signal.SIGCONT)
+            os.killpg(self._guard.pid, signal.SIGKILL)
+
+    def _note(self, number):
+        if self.signal:
+            return
+        peers = self._communicator.local_peers()
+        if not all(_alive(pid) for pid in peers):
+            os._exit(128 + number)
+        self.signal = number
+        if self._communicator.size > 1 and number != signal.SIGUSR1:
+            # A rank of another machine may be gone: then this step never ends.
+            threading.Timer(_GRACE_S, lambda: os._exit(128 + number)).start()
+            if self._communicator.local_rank == 0:
+                self._suspend_launcher()
+
+    def _suspend_launcher(self):
+        parent = os.getppid()
+        if _name_of(parent) in _LAUNCHERS:
+            os.kill(parent, signal.SIGSTOP)
+            self._launcher = parent
+            # Should this process die meanwhile, the launcher must not stay suspended.
+            self._guard = subprocess.Popen(
+                ["sh", "-c", f"sleep {_GRACE_S}; kill -CONT {parent}"], start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def _alive(pid):
+    try:
+        # A zombie has ended.
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def _name_of(pid):
+    try:
+        return (Path("/proc") / str(pid) / "comm").read_text().strip()
+    except OSError:
+        return ""

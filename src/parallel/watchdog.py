@@ -1,0 +1,87 @@
+"""Ends a job in which one rank is waited for too long, and names that rank."""
+
+import threading
+import time
+
+from src.utils.launch import end_process
+
+_LOOK_EVERY_S = 1.0
+# Between the first rank that complains and the verdict: every healthy rank's watchdog answers within it.
+_ANSWER_S = 3.0
+_QUESTION, _WAITING, _BUSY = b"?", b"w", b"b"
+
+
+class StallWatchdog(threading.Thread):
+    """A thread of each rank that looks whether the rank has been waiting in a collective operation for too long.
+
+    The first that has asks the others, whose own watchdogs answer whether they wait too. A rank that answers that it is
+    busy, or does not answer at all (stopped, lost with its machine), is the one that is waited for.
+
+    Args:
+        communicator: an MpiCommunicator; its ``waiting_since`` and ``places`` are read.
+        mpi: the module mpi4py.MPI.
+        timeout_s: the longest wait in seconds.
+    """
+
+    def __init__(self, communicator, mpi, timeout_s):
+        super().__init__(daemon=True, name="stall watchdog")
+        self._communicator, self._mpi, self._timeout_s = communicator, mpi, timeout_s
+        # Its own, so that its messages never meet the collectives of the main thread.
+        self._world = mpi.COMM_WORLD.Dup()
+        self._talks = mpi.Query_thread() == mpi.THREAD_MULTIPLE
+        self._sent = []
+
+    def run(self):
+        while True:
+            time.sleep(_LOOK_EVERY_S)
+            self._answer_others()
+            if self._waited() > self._timeout_s:
+                answers = self._ask_others()
+                if self._waited() > self._timeout_s:
+                    self._end(answers)
+
+    def _waited(self):
+        since = self._communicator.waiting_since
+        return time.monotonic() - since if since is not None else 0.0
+
+    def _ask_others(self):
+        """{rank: its answer} of those that answer in time."""
+        answers = {}
+        for rank in range(self._communicator.size):
+            if rank != self._communicator.rank:
+                self._send(_QUESTION, rank)
+        deadline = time.monotonic() + _ANSWER_S
+        while time.monotonic() < deadline:
+            answers.update(self._answer_others())
+            time.sleep(_LOOK_EVERY_S / 10)
+        return answers
+
+    def _answer_others(self):
+        """Answer the questions that have come; returns {rank: answer} of the answers that have come."""
+        answers, status = {}, self._mpi.Status()
+        while self._talks and self._world.Iprobe(status=status):
+            note, source = bytearray(1), status.Get_source()
+            self._world.Recv(note, source=source)
+            if bytes(note) == _QUESTION:
+                self._send(_WAITING if self._waited() else _BUSY, source)
+            else:
+                answers[source] = bytes(note)
+        return answers
+
+    def _send(self, note, rank):
+        if self._talks:
+            # Not waited for: a stopped rank never receives.
+            self._sent.append(self._world.Isend(note, dest=rank))
+
+    def _end(self, answers):
+        places, rank = self._communicator.places, self._communicator.rank
+        missed = [other for other in range(len(places)) if other != rank and answers.get(other) != _WAITING]
+        who = "the ranks have"
+        if missed and self._talks:
+            host, pid = places[missed[0]]
+            state = "is busy" if answers.get(missed[0]) == _BUSY else "gives no sign of life"
+            who = f"rank {missed[0]} (process {pid} on {host}) {state}; the others have"
+        line = (f"error: {who} waited for more than stall_timeout_s={self._timeout_s:g} s; go on from the last checkpoint with "
+                "--resume=auto")
+        first_to_speak = not any(answers.get(other) == _WAITING for other in range(rank))
+        end_process(line, 1, 0 if first_to_speak else rank)

@@ -1,0 +1,38 @@
+"""Signals that end a process, received by a thread: at once, or when the work says it is ready."""
+
+import signal
+import threading
+from contextlib import contextmanager
+
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Signals:
+    """Receives SIGTERM, SIGINT and SIGUSR1 in place of every other thread, this process's C++ libraries included.
+
+    Python's own handlers wait for the main thread, which may be inside MPI for long; MindSpore replaces the handler of
+    SIGINT while a graph runs. Make it before other threads are started: they inherit that these signals are blocked.
+
+    Args:
+        end: called with the number of a signal that nobody defers; should not return.
+    """
+
+    def __init__(self, end):
+        self._end, self._note = end, None
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+        threading.Thread(target=self._listen, daemon=True, name="signals").start()
+
+    @contextmanager
+    def deferred_to(self, note):
+        """Within it, ``note(number)`` is called, in the thread, in place of ``end``."""
+        self._note = note
+        try:
+            yield
+        finally:
+            self._note = None
+
+    def _listen(self):
+        while True:
+            received = signal.sigwaitinfo(ENDING)
+            (self._note or self._end)(received.si_signo)
+

@@ -1,0 +1,111 @@
+"""Images that cannot be decoded: told, replaced in training, counted as wrong in evaluation, listed by the checker."""
+
+import json
+import struct
+import zlib
+
+import numpy as np
+import pytest
+
+from conftest import execute, make_config
+from src.dataset.batches import PADDING_LABEL, UNDECODABLE_LABEL, EvalBatches, TrainBatches
+from src.dataset.sources import BadImage, find_bad_image, open_images, read_image
+from src.utils.errors import UserError
+
+KEYS = {"image_size": 32, "train_crop": "resize", "per_batch_size": 6}
+
+
+@pytest.fixture
+def damaged(broken_copy):
+    """The class folders with three bad training images and one bad validation image."""
+    train, val = broken_copy / "train", broken_copy / "val"
+    whole = (train / "ant" / "000.jpg").read_bytes()
+    (train / "ant" / "000.jpg").write_bytes(whole[:-90])
+    (train / "bee" / "004.jpg").write_bytes(b"")
+    (train / "bee" / "005.jpg").write_text("text")
+    (val / "cat" / "000.jpg").write_bytes(whole[:200])
+    return broken_copy
+
+
+def bomb():
+    """A PNG of some kilobytes that claims 40,000 x 40,000 pixels."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10 ** 6))) + chunk(b"IEND", b"")
+
+
+def test_decompression_bomb_is_refused_by_its_size(tmp_path):
+    (tmp_path / "bomb.png").write_bytes(bomb())
+    with pytest.raises(BadImage, match="bomb.png has too many pixels"):
+        read_image(str(tmp_path / "bomb.png"))
+
+
+def test_first_bad_image_of_each_share_is_found(damaged):
+    images = open_images(str(damaged / "train"), "train")
+    assert "ant/000.jpg" in find_bad_image(images, 0, 1)[0]
+    # 20 and 21 of 48 are bee/004 and bee/005
+    assert "bee/005.jpg" in find_bad_image(images, 1, 2)[0]
+    assert find_bad_image(images, 1, 4) == [find_bad_image(images, 1, 2)[0]] and find_bad_image(images, 2, 4) == []
+
+
+def test_error_names_the_file_and_how_to_go_on(damaged):
+    images = open_images(str(damaged / "train"), "train")
+    batches = TrainBatches(images, make_config(**KEYS, max_epoch=1), 0, 1)
+    with pytest.raises(UserError, match=r"\.jpg .*--bad_samples=replace"):
+        for item in range(len(batches)):
+            batches[item]
+
+
+def test_replacement_is_the_next_image_with_its_label_and_is_counted(damaged):
+    images = open_images(str(damaged / "train"), "train")
+    config = make_config(**KEYS, max_epoch=2, bad_samples="replace")
+    batches, again = TrainBatches(images, config, 0, 1), TrainBatches(images, config, 0, 1)
+    served = [batches[item] for item in range(len(batches))]
+    for (pixels, labels), (others, other_labels) in zip(served, (again[item] for item in range(len(again)))):
+        assert np.array_equal(pixels, others) and np.array_equal(labels, other_labels)
+    assert (np.bincount(np.concatenate([labels for _, labels in served[:8]]))).tolist() == [16, 16, 16]
+    # The colour of the class is in the pixels: none is black, none shows another class than its label.
+    for pixels, labels in served:
+        assert np.array_equal(pixels.mean(axis=(1, 2)).argmax(axis=1), 2 - labels)
+    assert batches.replaced_in(range(8)) == 3 and batches.replaced_in(range(8, 16)) == 3
+    assert batches.replaced_in(range(16)) == 0
+
+
+def test_undecodable_image_of_an_evaluation_is_named_and_counts(damaged):
+    images = open_images(str(damaged / "val"), "val")
+    batches = EvalBatches(images, make_config(**KEYS, eval_resize=32), 0, 1, 10)
+    labels = np.concatenate([batches[item][1] for item in range(len(batches))])
+    assert (labels == UNDECODABLE_LABEL).sum() == 1 and (labels != PADDING_LABEL).sum() == 67
+    assert len(batches.undecodable) == 1 and "cat/000.jpg" in batches.undecodable[0]
+
+
+def test_evaluation_counts_it_as_wrong(trained_run, damaged, tmp_path):
+    run = execute(["python3", "eval.py", f"--data_path={damaged}/val", f"--checkpoint_file_path={trained_run}/best.ckpt",
+                   f"--result_path={tmp_path}/result.json"])
+    assert run.status == 0 and "1 of 67 images cannot be decoded and count as wrong: " in run.out and "cat/000.jpg" in run.out, run
+    (result,) = json.loads((tmp_path / "result.json").read_text())
+    assert result["images"] == 67 and result["undecodable"] == 1 and result["top5"] == pytest.approx(100 * 66 / 67)
+
+
+def test_evaluation_of_nothing_but_bad_images_is_an_error(trained_run, image_root, tmp_path):
+    (tmp_path / "ant").mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / "ant" / name).write_text("text")
+    run = execute(["python3", "eval.py", f"--data_path={tmp_path}", f"--checkpoint_file_path={trained_run}/best.ckpt"])
+    assert run.status == 2 and "none of the 2 images can be decoded" in run.error_lines[0], run
+
+
+def test_checker_lists_every_bad_file(damaged, tmp_path):
+    (damaged / "train" / "cat" / "bomb.png").write_bytes(bomb())
+    corrupt = damaged / "val" / "bee" / "000.jpg"
+    content = bytearray(corrupt.read_bytes())
+    content[-200:-150] = b"\xff\x00" * 25
+    corrupt.write_bytes(content)
+    run = execute(["python3", "scripts/check_dataset.py", f"--data_path={damaged}", f"--result_path={tmp_path}/found.json"])
+    assert run.status == 1 and not run.error_lines, run
+    assert "check_dataset: 116 images, 5 cannot be decoded, 1 damaged" in run.out.splitlines()[-1], run
+    found = {entry["path"].removeprefix(f"{damaged}/"): entry["bad"] for entry in json.loads((tmp_path / "found.json").read_text())}
+    assert found == {"train/ant/000.jpg": True, "train/bee/004.jpg": True, "train/bee/005.jpg": True, "train/cat/bomb.png": True,
+                     "val/bee/000.jpg": False, "val/cat/000.jpg": True}
+    assert execute(["python3", "scripts/check_dataset.py", "--data_path=digits"]).status == 0

@@ -1,0 +1,81 @@
+"""Ranks that die, stop or are told to stop: the job ends, says why, and leaves nothing behind."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from conftest import TINY, mpirun_words, only_run
+from src.models.formats import read_weights
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def training(image_root, tmp_path, start):
+    """training(ranks, launcher words or None) -> a long training on ``ranks`` ranks that has made some steps."""
+    def begin(ranks, words=None, *more):
+        script = ("train.py", f"--data_path={image_root}/train", f"--output_path={tmp_path}/run", *TINY, "--max_epoch=1000",
+                  "--lr=0.01", "--log_interval=1", "--ckpt_interval=1000", *more)
+        started = start([*words, *script] if words else mpirun_words(ranks, *script))
+        started.wait_for_text("step 3/")
+        return started
+    return begin
+
+
+def shared_memory():
+    return {name for name in os.listdir("/dev/shm") if "sm_segment" in name}
+
+
+def assert_gone(pids):
+    assert not [pid for pid in pids if Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_text()]
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_kill_9_of_any_rank_ends_all(training, victim):
+    before = shared_memory()
+    started = training(3)
+    ranks = started.ranks()
+    os.kill(ranks[victim], signal.SIGKILL)
+    run, seconds = started.finish(30)
+    assert run.status == 137 and f"rank {victim} " in run.err, run
+    assert_gone(ranks)
+    assert shared_memory() <= before
+
+
+def test_a_rank_that_makes_no_progress_is_named(training):
+    started = training(3, None, "--stall_timeout_s=4")
+    ranks = started.ranks()
+    os.kill(ranks[1], signal.SIGSTOP)
+    run, seconds = started.finish(30)
+    assert run.status == 1 and len(run.error_lines) == 1, run
+    assert f"rank 1 (process {ranks[1]} " in run.error_lines[0] and "stall_timeout_s=4 s" in run.error_lines[0]
+    assert_gone(ranks)
+
+
+@pytest.mark.parametrize("number,launcher,status", [
+    (signal.SIGTERM, ["python3"], 143), (signal.SIGINT, ["python3"], 130),
+    (signal.SIGTERM, ["python3", "scripts/launch.py", "--nproc_per_node=2"], 143),
+    (signal.SIGINT, ["python3", "scripts/launch.py", "--nproc_per_node=2"], 130),
+    (signal.SIGTERM, None, 1), (signal.SIGUSR1, None, 138)])
+def test_told_to_stop_it_finishes_the_step_and_saves(training, tmp_path, number, launcher, status):
+    """mpirun itself (None) reports its own status, 1, after SIGTERM."""
+    started = training(2, launcher)
+    started.process.send_signal(number)
+    run, seconds = started.finish(30)
+    assert run.status == status and not run.error_lines, run
+    folder = only_run(tmp_path / "run")
+    assert "which is saved; go on with --resume=auto" in (folder / "log.txt").read_text()
+    assert read_weights(folder / "latest.ckpt")[1]["step"] >= 3
+
+
+def test_no_rank_listens_beyond_loopback(training):
+    started = training(2)
+    inodes = {os.readlink(link).strip("socket:[]") for rank in started.ranks() for link in Path(f"/proc/{rank}/fd").iterdir()
+              if os.readlink(link).startswith("socket:")}
+    for table, loopback in (("tcp", "0100007F"), ("tcp6", "0" * 24 + "01000000")):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            listens = fields[3] == "0A"
+            assert not (listens and fields[9] in inodes) or fields[1].startswith(loopback), line
