@@ -1,4 +1,6 @@
-"""How far the loss curves of 1, 2 and 4 ranks part over the same global batches: `python3 benchmarks/repeatability.py [--steps=50] [--networks=alexnet,resnet18]`.
+"""How far the loss curves of 1, 2 and 4 ranks part over the same global batches:
+
+    python3 benchmarks/repeatability.py [--steps=50] [--networks=alexnet,resnet18] [--ranks=1,2,4]
 
 AlexNet has no batch norm (and trains here without dropout): its curves differ by rounding alone. Batch norm sees each
 rank's share of the batch, unless it is synchronised, which CPU has not. Prints a line a network and number of ranks.
@@ -40,7 +42,8 @@ def main(arguments):
 
 def measured(ranks, network, steps):
     """Loss of each step on ``ranks`` ranks."""
-    words = ["mpirun", "--map-by", ":OVERSUBSCRIBE", "-n", str(ranks), sys.executable, __file__, f"--networks={network}", f"--steps={steps}"]
+    words = ["mpirun", "--map-by", ":OVERSUBSCRIBE", "-n", str(ranks), sys.executable, __file__,
+             f"--networks={network}", f"--steps={steps}"]
     environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     finished = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return json.loads(finished.stdout.splitlines()[-1])
@@ -53,7 +56,7 @@ def print_losses(network_name, steps):
     from src.utils.device import prepare_process, select_device
 
     config = load_config({"config_path": "digits", "network": network_name, "block": "base", "gamma_init": "null", "image_size": "64",
-                          "crop_padding": "2", "eval_resize": "64", "global_batch_size": str(_BATCH), "dropout": "0", "lr": "0.01",
+                          "crop_padding": "2", "eval_resize": "64", "global_batch_size": str(_BATCH), "dropout": "0", "lr": "0.02", "warmup_epochs": "0",
                           "num_classes": "10"})
     communicator = connect(True)
     prepare_process(communicator.local_rank, communicator.local_size)

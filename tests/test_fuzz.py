@@ -11,8 +11,8 @@ from src.training.checkpoint import save_checkpoint
 from src.utils.config import ALIASES, Config, read_layer, validated
 from src.utils.errors import UserError
 
-_TOKENS = (b"\0", b"\xff" * 4, b"-1", b"99999999999999999999", b"nan", b": ", b"- ", b"[", b"{", b"&a ", b"*a", b"!!python/object:os.system",
-           b"../", b"/etc/passwd", b"\r\n", b"\t", b"\xef\xbb\xbf", "ä".encode(), b"%s%n")
+_TOKENS = (b"\0", b"\xff" * 4, b"-1", b"99999999999999999999", b"nan", b": ", b"- ", b"[", b"{", b"&a ", b"*a",
+           b"!!python/object:os.system", b"../", b"/etc/passwd", b"\r\n", b"\t", b"\xef\xbb\xbf", "ä".encode(), b"%s%n")
 
 
 def mutated(content, random):

@@ -18,6 +18,7 @@ MOMENTUM_PREFIX = "momentum."
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLE_MAGIC = b"\x80"
+_SAFE_TORCH = (2, 6)
 # Nested dictionaries that training scripts wrap weights in.
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
 
@@ -109,6 +110,9 @@ def _read_torch(path):
     except ImportError:
         raise UserError(f"'{path}' is a PyTorch file and PyTorch is not installed: 'pip install torch', or convert the "
                         "file to .safetensors") from None
+    if tuple(map(int, torch.__version__.split(".")[:2])) < _SAFE_TORCH:
+        raise UserError(f"'{path}' is not read with PyTorch {torch.__version__}, which can be made to run code (CVE-2025-32434); "
+                        "install PyTorch 2.6 or later")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as failure:  # UnpicklingError, RuntimeError, KeyError ... for what a file can hold

@@ -192,8 +192,8 @@ class Trainer:
         if self.communicator.is_root:
             metadata = {"epoch": self._epoch_of(step), "step": step, "steps_per_epoch": self.steps_per_epoch,
                         "world_size": self.communicator.size, "epoch_sums": self._sums, "finished_epoch": self._finished_epoch,
-                        "best_top1": self.best_top1, "labels": self._labels, "step_state": self.step.state(), "fused": False, "class_to_index": self.class_to_index,
-                        "config": self.config.model_dump(mode="json")}
+                        "best_top1": self.best_top1, "labels": self._labels, "step_state": self.step.state(),
+                        "fused": False, "class_to_index": self.class_to_index, "config": self.config.model_dump(mode="json")}
             save_checkpoint(place(self.run_folder), [*self.network.get_parameters(), *self.step.velocities], metadata)
 
     def _go_on_from(self, resumed):

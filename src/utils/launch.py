@@ -26,7 +26,8 @@ def run_main(main, rank=0, defers_signals=False):
     """
     arguments = sys.argv[1:]
     if arguments[:1] in (["-h"], ["--help"]):
-        print(f"{sys.modules[main.__module__].__doc__}Every key of default_config.yaml is a flag: --lr=0.1; that file says what each means.")
+        print(f"{sys.modules[main.__module__].__doc__}"
+              "Every key of default_config.yaml is a flag: --lr=0.1; that file says what each means.")
         return
     signals = Signals(lambda number: end_process(f"error: {_WORDS.get(number, 'stopped')}", 128 + number, rank))
     try:

@@ -24,3 +24,25 @@ def test_acnet_study_prints_its_lines_and_figures(tmp_path):
     row = json.loads(line.partition(" ")[2])
     assert row["network"] == "cifar_quick" and row["fused_top1"] == pytest.approx(row["acb_top1"], abs=0.3)
     assert {file.name for file in tmp_path.iterdir()} == {"rotation.png", "skeleton.png"}
+
+
+def test_checkpoint_cost_prints_its_line():
+    run = execute(["python3", "benchmarks/checkpoint_cost.py", "--network=cifar_quick", "--image_size=32", "--per_batch_size=4"])
+    assert run.status == 0, run
+    assert re.fullmatch(r"checkpoint_cost network=cifar_quick block=base mib=[\d.]+ save_s=[\d.]+ read_s=[\d.]+ step_s=[\d.]+ "
+                        r"steps_between_saves_for_1_percent=\d+", run.out.strip()), run
+
+
+@pytest.mark.slow
+def test_repeatability_prints_a_line_a_number_of_ranks():
+    run = execute(["python3", "benchmarks/repeatability.py", "--steps=3", "--networks=alexnet", "--ranks=1,2"])
+    assert run.status == 0, run
+    found = re.findall(r"^repeatability network=alexnet ranks=(\d) steps=3 last_loss=[\d.]+ largest_relative_difference=(\S+)$",
+                       run.out, re.M)
+    assert [ranks for ranks, _ in found] == ["1", "2"] and float(found[1][1]) < 1e-5, run
+
+
+@pytest.mark.slow
+def test_soak_ends_with_the_same_bits(tmp_path):
+    run = execute(["python3", "benchmarks/soak.py", "--epochs=40", "--kills=2", f"--output={tmp_path}"])
+    assert run.status == 0 and re.search(r"^soak epochs=40 ranks=2 kills=[12] .*bit_identical=True ", run.out, re.M), run

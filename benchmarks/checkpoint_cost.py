@@ -1,0 +1,61 @@
+"""Time writing and reading a checkpoint: `python3 benchmarks/checkpoint_cost.py --network=resnext50_32x4d`.
+
+Prints its size, the medians of writing it (flushed to disk, checksummed) and of reading it with the check, beside the step of
+the same network at --per_batch_size. Takes every configuration key as a flag.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from src.utils.launch import run_main  # noqa: E402
+
+_REPEATS = 5
+_WARMUP = 2
+
+
+def main(arguments):
+    from src.utils.config import load_config, parse_only_flags
+    from src.utils.device import prepare_process, select_device
+
+    config = load_config({"data_path": "none", "num_classes": "1000", "per_batch_size": "16", **parse_only_flags(arguments)})
+    prepare_process(local_rank=0, local_size=1)
+    import numpy as np
+    from mindspore import Tensor
+    from src.models.formats import read_weights
+    from src.parallel.communicator import Communicator
+    from src.training.checkpoint import save_checkpoint
+    from src.training.setup import create_network
+    from src.training.step import create_train_step
+
+    select_device(config.device_target, 0)
+    network = create_network(config)
+    step = create_train_step(network, config, Communicator())
+    size, batch = config.image_size, config.per_batch_size
+    images, labels = Tensor(np.zeros((batch, size, size, 3), np.uint8)), Tensor(np.zeros(batch, np.int32))
+    step_s = median(lambda: step([(images, labels)], 0.0, 0))
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        file = Path(folder) / "a.ckpt"
+        save_s = median(lambda: save_checkpoint(file, [*network.get_parameters(), *step.velocities], {"epoch": 1}))
+        read_s = median(lambda: read_weights(file))
+        mib = file.stat().st_size / 2 ** 20
+    print(f"checkpoint_cost network={config.network} block={config.block} mib={mib:.1f} save_s={save_s:.3f} read_s={read_s:.3f} "
+          f"step_s={step_s:.3f} steps_between_saves_for_1_percent={100 * save_s / step_s:.0f}")
+
+
+def median(action):
+    """Median seconds of ``action()``, the first calls left out."""
+    times = []
+    for _ in range(_WARMUP + _REPEATS):
+        started = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[_WARMUP:])
+
+
+if __name__ == "__main__":
+    run_main(main)
