@@ -18,7 +18,7 @@ def main(arguments):
     communicator = connect(config.run_distribute)
     communicator.watch_for_stalls(config.stall_timeout_s)
     # MindSpore reads its environment when it is imported, so everything that imports it comes after this line.
-    prepare_process(communicator.local_rank, communicator.local_size)
+    prepare_process(communicator.local_rank, communicator.local_size, config.device_target)
     from src.training.checkpoint import find_checkpoints
     from src.training.evaluation import evaluate_checkpoints, report_line, write_results
 

@@ -14,7 +14,7 @@ def main(arguments):
     flags = parse_only_flags(arguments)
     config = load_config(flags)
     # MindSpore reads its environment when it is imported, so everything that imports it comes after this line.
-    prepare_process(local_rank=0, local_size=1)
+    prepare_process(local_rank=0, local_size=1, device_target=config.device_target)
     from src.training.checkpoint import find_checkpoints
     from src.training.export import export_checkpoint
 

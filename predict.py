@@ -17,7 +17,7 @@ def main(arguments):
         raise UserError("no image given: python3 predict.py --checkpoint_file_path=FILE IMAGE_OR_FOLDER...")
     config = load_config(flags)
     # MindSpore reads its environment when it is imported, so everything that imports it comes after this line.
-    prepare_process(local_rank=0, local_size=1)
+    prepare_process(local_rank=0, local_size=1, device_target=config.device_target)
     from src.training.checkpoint import find_checkpoints
     from src.training.evaluation import write_results
     from src.training.inference import open_engine

@@ -18,7 +18,7 @@ def main(arguments, signals):
     communicator = connect(config.run_distribute)
     communicator.watch_for_stalls(config.stall_timeout_s)
     # MindSpore reads its environment when it is imported, so everything that imports it comes after this line.
-    prepare_process(communicator.local_rank, communicator.local_size)
+    prepare_process(communicator.local_rank, communicator.local_size, config.device_target)
     from src.parallel.stopping import StopRequest
     from src.training.records import create_run_folder
     from src.training.resume import find_resume_point, resume_line

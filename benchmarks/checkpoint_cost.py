@@ -23,7 +23,7 @@ def main(arguments):
     from src.utils.device import prepare_process, select_device
 
     config = load_config({"data_path": "none", "num_classes": "1000", "per_batch_size": "16", **parse_only_flags(arguments)})
-    prepare_process(local_rank=0, local_size=1)
+    prepare_process(local_rank=0, local_size=1, device_target=config.device_target)
     import numpy as np
     from mindspore import Tensor
     from src.models.formats import read_weights

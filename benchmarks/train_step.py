@@ -3,6 +3,7 @@
 Random images, no input pipeline; medians over the steps after two of warm-up. Takes every configuration key as a flag.
 """
 
+import resource
 import statistics
 import sys
 import time
@@ -25,7 +26,7 @@ def main(arguments):
     flags, _ = parse_flags([word for word in arguments if not word.startswith("--steps=")])
     config = load_config({"data_path": "none", "num_classes": "1000", **flags})
     communicator = connect(config.run_distribute)
-    prepare_process(communicator.local_rank, communicator.local_size)
+    prepare_process(communicator.local_rank, communicator.local_size, config.device_target)
     import numpy as np
     from mindspore import Tensor
     from src.training.setup import create_network
@@ -48,7 +49,8 @@ def main(arguments):
         rate = batch * communicator.size / median["step"]
         print(f"train_step network={config.network} block={config.block} ranks={communicator.size} per_batch_size={batch} "
               f"images_per_second={rate:.2f} forward_backward_s={median['forward_backward']:.4f} "
-              f"allreduce_s={median['allreduce']:.4f} optimizer_s={median['optimizer']:.4f}")
+              f"allreduce_s={median['allreduce']:.4f} optimizer_s={median['optimizer']:.4f} "
+              f"peak_rss_mib={resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make or update .venv: `bash scripts/setup.sh [--onnx] [--hdf5] [--test] [--parity]`, the options being extras of pyproject.toml.
+# Make or update .venv: `bash scripts/setup.sh [--gpu] [--onnx] [--hdf5] [--test] [--parity]`, the options being extras of pyproject.toml.
 # Needs Linux and Python 3.10-3.12 with pip.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -9,8 +9,8 @@ fail() { echo "error: $*" >&2; exit 2; }
 extras=()
 for argument in "$@"; do
     case $argument in
-        --onnx|--hdf5|--test|--parity) extras+=("${argument#--}") ;;
-        *) fail "unknown argument '$argument'; usage: bash scripts/setup.sh [--onnx] [--hdf5] [--test] [--parity]" ;;
+        --gpu|--onnx|--hdf5|--test|--parity) extras+=("${argument#--}") ;;
+        *) fail "unknown argument '$argument'; usage: bash scripts/setup.sh [--gpu] [--onnx] [--hdf5] [--test] [--parity]" ;;
     esac
 done
 

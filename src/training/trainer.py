@@ -6,6 +6,8 @@ import signal
 import time
 import zlib
 
+from mindspore import Tensor
+
 from src.dataset.batches import TrainBatches, iterate
 from src.training.checkpoint import save_checkpoint
 from src.training.evaluation import Evaluator, undecodable_line
@@ -67,7 +69,7 @@ class Trainer:
             UserError: where the loss or a gradient is no longer finite.
         """
         self._stop_request = stop_request
-        self.communicator.broadcast_([p.asnumpy() for p in (*self.network.get_parameters(), *self.step.velocities)])
+        broadcast_parameters(self.communicator, [*self.network.get_parameters(), *self.step.velocities], self.config.device_target)
         forward_batches = iterate(self.batches)
         step = self.first_step
         at_end_of_epoch = step % self.steps_per_epoch == 0 or step == self.last_step
@@ -207,6 +209,18 @@ class Trainer:
 
     def _rate(self, steps, seconds):
         return steps * self.batches.global_batch / seconds if seconds else 0.0
+
+
+def broadcast_parameters(communicator, parameters, device_target):
+    """Replace each of ``parameters`` by rank 0's, through the host."""
+    if device_target == "CPU":
+        communicator.broadcast_([parameter.asnumpy() for parameter in parameters])
+    elif communicator.size > 1:
+        # asnumpy() is a copy there.
+        for parameter in parameters:
+            array = parameter.asnumpy().copy()
+            communicator.broadcast_([array])
+            parameter.set_data(Tensor(array))
 
 
 def _no_sums():

@@ -3,13 +3,17 @@
 import os
 
 from src.utils.errors import UserError
+from src.utils.gpu import check_device, prepare_gpu
 
 
-def prepare_process(local_rank, local_size):
-    """Environment and processor placement of a rank; call it before MindSpore is imported.
+def prepare_process(local_rank, local_size, device_target="CPU"):
+    """Environment, libraries and processor placement of a rank; call it before MindSpore is imported.
 
     Args:
         local_rank, local_size: this rank's number and the count of ranks on this machine.
+
+    Raises:
+        UserError: where a driver or library of the device is missing.
     """
     # MindSpore's C++ warnings tell a user nothing that our own errors do not.
     os.environ.setdefault("GLOG_v", "3")
@@ -19,6 +23,8 @@ def prepare_process(local_rank, local_size):
     # OpenCV reads it when it is imported: a small file may claim, and decode to, many gigabytes.
     os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(1 << 26))
     _pin_to_own_cores(local_rank, local_size)
+    if device_target == "GPU":
+        prepare_gpu()
 
 
 def available_cores():
@@ -35,6 +41,8 @@ def select_device(target, device_id, ranks=1):
         UserError: where MindSpore has no such device here.
     """
     import mindspore
+    if target == "GPU":
+        check_device(device_id)
     mindspore.set_context(mode=mindspore.GRAPH_MODE)
     try:
         if target == "CPU":

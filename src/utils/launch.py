@@ -45,7 +45,8 @@ def run_main(main, rank=0, defers_signals=False):
     except Exception as failure:  # a defect or an exhausted machine: still one line, and no rank left waiting
         if os.environ.get("ACNET_TRACEBACK"):
             traceback.print_exc()
-        reason = (str(failure).strip().splitlines() or [""])[0]
+        # MindSpore's messages have headings between dashes.
+        reason = next((text for text in str(failure).splitlines() if text.strip() and text[0] != "-"), "")
         end_process(f"error: rank {rank}: {type(failure).__name__}: {reason} (ACNET_TRACEBACK=1 shows where)", 1, rank)
 
 

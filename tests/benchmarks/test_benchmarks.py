@@ -13,7 +13,7 @@ def test_train_step_prints_its_line():
                    "--steps=2"])
     assert run.status == 0, run
     assert re.fullmatch(r"train_step network=cifar_quick block=base ranks=1 per_batch_size=4 images_per_second=[\d.]+ "
-                        r"forward_backward_s=[\d.]+ allreduce_s=[\d.]+ optimizer_s=[\d.]+", run.out.strip()), run
+                        r"forward_backward_s=[\d.]+ allreduce_s=[\d.]+ optimizer_s=[\d.]+ peak_rss_mib=\d+", run.out.strip()), run
 
 
 @pytest.mark.slow
@@ -46,3 +46,14 @@ def test_repeatability_prints_a_line_a_number_of_ranks():
 def test_soak_ends_with_the_same_bits(tmp_path):
     run = execute(["python3", "benchmarks/soak.py", "--epochs=40", "--kills=2", f"--output={tmp_path}"])
     assert run.status == 0 and re.search(r"^soak epochs=40 ranks=2 kills=[12] .*bit_identical=True ", run.out, re.M), run
+
+
+@pytest.mark.slow
+def test_gpu_check_prints_its_lines():
+    run = execute(["python3", "benchmarks/gpu_check.py", "--device_target=CPU", "--networks=cifar_quick+acb", "--batches=4", "--steps=1",
+                   "--image_size=32"])
+    assert run.status == 0, run
+    first, second, third = run.out.splitlines()
+    # CPU against CPU in two processes: the same numbers.
+    assert first.endswith("compared_with=CPU loss_difference=0.00e+00 largest_gradient_norm_difference=0.00e+00"), run
+    assert re.search(r"amp_level=O0 batch=4 images_per_second=[\d.]+", second) and "fused_images_per_second=" in third, run

@@ -72,23 +72,26 @@ def test_kill_9_at_random_moments_of_saving_leaves_whole_files(tmp_path):
     context.set_forkserver_preload(["mindspore"])
     random, interrupted = np.random.default_rng(0), 0
     for _ in range(20):
-        writer = context.Process(target=_save_forever, args=(str(tmp_path),))
+        writer = context.Process(target=_save_forever, args=(str(tmp_path),), daemon=True)
         writer.start()
-        deadline = time.monotonic() + 60
-        before = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.ckpt")}
-        while {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.ckpt")} == before:
+        deadline, before = time.monotonic() + 60, _complete(tmp_path)
+        while _complete(tmp_path) == before:
             assert time.monotonic() < deadline
             time.sleep(0.001)
         time.sleep(random.uniform(0, 0.05))
         os.kill(writer.pid, signal.SIGKILL)
         writer.join()
         interrupted += any(".partial." in name for name in os.listdir(tmp_path))
-        for file in tmp_path.glob("*.ckpt"):
-            if not file.name.startswith("."):
-                assert read_weights(file)[1]["number"] > 0
+        for name in _complete(tmp_path):
+            assert read_weights(tmp_path / name)[1]["number"] > 0
         remove_partials(tmp_path)
         assert all(name.endswith(".ckpt") and name[0] != "." for name in os.listdir(tmp_path))
     assert interrupted >= 3, "too few of the kills fell into a save"
+
+
+def _complete(folder):
+    """{name: time} of the checkpoints that have their names."""
+    return {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(folder) if not entry.name.startswith(".")}
 
 
 @pytest.mark.slow

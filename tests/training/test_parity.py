@@ -6,7 +6,6 @@ off here because the random streams differ.
 """
 
 import math
-from collections import OrderedDict
 
 import cv2
 import numpy as np
@@ -25,107 +24,27 @@ from src.training.step import ForwardBackward, InputNormalizer, NetworkWithLoss,
 torch = pytest.importorskip("torch", reason="PyTorch, a development-only dependency, is not installed")
 nn, functional = torch.nn, torch.nn.functional
 
+from benchmarks.pytorch_reference import Block, build  # noqa: E402 - it wants PyTorch
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLASSES = 10
 LR = 0.0005
 
 
-class TorchBlock(nn.Module):
-    """ResNet's basic block, or with groups ResNeXt's bottleneck."""
-
-    def __init__(self, in_channels, width, out_channels, stride, groups):
-        super().__init__()
-        shapes = ([(in_channels, width, 3, stride, 1), (width, out_channels, 3, 1, 1)] if groups == 1 else
-                  [(in_channels, width, 1, 1, 1), (width, width, 3, stride, groups), (width, out_channels, 1, 1, 1)])
-        for number, (i, o, k, s, g) in enumerate(shapes, 1):
-            setattr(self, f"conv{number}", nn.Conv2d(i, o, k, s, k // 2, groups=g, bias=False))
-            setattr(self, f"bn{number}", nn.BatchNorm2d(o))
-        self.depth = len(shapes)
-        if stride != 1 or in_channels != out_channels:
-            self.downsample = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
-                                            nn.BatchNorm2d(out_channels))
-
-    def forward(self, x):
-        out = x
-        for number in range(1, self.depth + 1):
-            out = getattr(self, f"bn{number}")(getattr(self, f"conv{number}")(out))
-            out = functional.relu(out) if number < self.depth else out
-        return functional.relu(out + (self.downsample(x) if hasattr(self, "downsample") else x))
-
-
-class TorchResNet(nn.Module):
-    def __init__(self, depths, groups):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
-        in_channels = 64
-        for stage, depth in enumerate(depths):
-            channels = 64 << stage
-            width, out_channels = (channels, channels) if groups == 1 else (channels * 2, channels * 4)
-            blocks = []
-            for index in range(depth):
-                blocks.append(TorchBlock(in_channels, width, out_channels, 2 if stage and not index else 1, groups))
-                in_channels = out_channels
-            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
-        self.fc = nn.Linear(in_channels, CLASSES)
-
-    def forward(self, x):
-        x = functional.max_pool2d(functional.relu(self.bn1(self.conv1(x))), 3, 2, 1)
-        for stage in range(1, 5):
-            x = getattr(self, f"layer{stage}")(x)
-        return self.fc(x.mean((2, 3)))
-
-
-def torch_alexnet():
-    features = nn.Sequential(
-        nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(),
-        nn.MaxPool2d(3, 2), nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(), nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2))
-    classifier = nn.Sequential(nn.Dropout(0), nn.Linear(9216, 4096), nn.ReLU(), nn.Dropout(0), nn.Linear(4096, 4096), nn.ReLU(),
-                               nn.Linear(4096, CLASSES))
-    return nn.Sequential(OrderedDict(features=features, pool=nn.AdaptiveAvgPool2d(6), flatten=nn.Flatten(),
-                                     classifier=classifier))
-
-
-class TorchAcb(nn.Module):
-    def __init__(self, in_channels, out_channels):
-        super().__init__()
-        self.square_conv = nn.Conv2d(in_channels, out_channels, 5, padding=2, bias=False)
-        self.hor_conv = nn.Conv2d(in_channels, out_channels, (1, 5), padding=(0, 2), bias=False)
-        self.ver_conv = nn.Conv2d(in_channels, out_channels, (5, 1), padding=(2, 0), bias=False)
-        self.square_bn, self.hor_bn, self.ver_bn = (nn.BatchNorm2d(out_channels) for _ in range(3))
-
-    def forward(self, x):
-        return self.square_bn(self.square_conv(x)) + self.hor_bn(self.hor_conv(x)) + self.ver_bn(self.ver_conv(x))
-
-
-class TorchQuick(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.conv2, self.conv3 = TorchAcb(3, 32), TorchAcb(32, 32), TorchAcb(32, 64)
-        self.fc1, self.classifier = nn.Linear(576, 64), nn.Linear(64, CLASSES)
-
-    def forward(self, x):
-        x = functional.max_pool2d(functional.relu(self.conv1(x)), 3, 2)
-        x = functional.avg_pool2d(functional.relu(self.conv2(x)), 3, 2)
-        x = functional.avg_pool2d(functional.relu(self.conv3(x)), 3, 2)
-        return self.classifier(functional.relu(self.fc1(x.flatten(1))))
-
-
-CASES = {"alexnet": (torch_alexnet, "base", 64), "resnet18": (lambda: TorchResNet((2, 2, 2, 2), 1), "base", 64),
-         "resnext50_32x4d": (lambda: TorchResNet((3, 4, 6, 3), 32), "base", 64), "cifar_quick": (TorchQuick, "acb", 32)}
+CASES = {"alexnet": ("base", 64), "resnet18": ("base", 64), "resnext50_32x4d": ("base", 64), "cifar_quick": ("acb", 32)}
 
 
 class Pair:
     """A network here and in PyTorch with the same weights, and random batches for both."""
 
     def __init__(self, name):
-        make, block, self.size = CASES[name]
+        block, self.size = CASES[name]
         torch.manual_seed(0)
-        self.name, self.theirs = name, make()
+        self.name, self.theirs = name, build(name, CLASSES, block, dropout=0.0)
         # Residual branches begin small, as in Goyal et al. (arXiv:1706.02677, section 5.1), only more so. Without that the
         # comparison is one of rounding: PyTorch's own float32 and float64 loss curves of ResNeXt-50 then part by 0.1.
         for module in self.theirs.modules():
-            if isinstance(module, TorchBlock):
+            if isinstance(module, Block):
                 nn.init.constant_(getattr(module, f"bn{module.depth}").weight, 0.02)
         self.ours = build_model(name, CLASSES, block, image_size=self.size, dropout=0.0)
         assign_weights(self.ours, {key: value.numpy().copy() for key, value in self.theirs.state_dict().items()}, name)
@@ -231,7 +150,7 @@ def test_twenty_steps_are_pytorchs(pair, capsys):
 def test_initialisation_has_pytorchs_distributions():
     """Dense and plain convolution layers: uniform in +-1/sqrt(fan_in), weights and biases alike (PyTorch's default)."""
     ours = {p.name: p.asnumpy() for p in build_model("alexnet", CLASSES).get_parameters()}
-    for name, theirs in torch_alexnet().state_dict().items():
+    for name, theirs in build("alexnet", CLASSES).state_dict().items():
         (own,) = [key for key in ours if torch_name(key, "alexnet") == name]
         assert ours[own].shape == tuple(theirs.shape)
         if ours[own].size >= 1000:

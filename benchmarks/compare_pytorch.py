@@ -1,0 +1,196 @@
+"""Training and evaluation rates beside PyTorch's, in turn, on the same cores:
+
+    python3 benchmarks/compare_pytorch.py [--cases=resnext50_32x4d:16,alexnet:32,resnet18+acb:16] [--ranks=2] [--steps=5] [--rounds=2] [--mode=train|eval]
+
+Training: `--ranks` ranks of one core and one thread each, 224x224, the whole step (forward, backward, mean over ranks, momentum with
+weight decay). Here: train_step.py under mpirun. PyTorch: DistributedDataParallel over gloo, the best of eager NCHW, eager
+channels_last and, with --compile=1, torch.compile. Evaluation: random images through the network on all cores, the engine that
+eval.py picks beside PyTorch's best of NCHW and channels_last. Best of the rounds on both sides.
+Needs `bash scripts/setup.sh --parity`.
+"""
+
+import argparse
+import json
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from src.utils.errors import UserError  # noqa: E402
+from src.utils.launch import run_main  # noqa: E402
+
+_WARMUP = 2
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def main(arguments):
+    options = parse(arguments)
+    if options.worker:
+        WORKERS[options.worker](options)
+        return
+    for case in options.cases.split(","):
+        name, _, batch = case.partition(":")
+        network, _, block = name.partition("+")
+        compare(options, network, block or "base", int(batch))
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", default="resnext50_32x4d:16,alexnet:32,resnet18+acb:16")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--image_size", type=int, default=224)
+    parser.add_argument("--mode", choices=("train", "eval"), default="train")
+    parser.add_argument("--compile", type=int, default=0)
+    for hidden in ("--worker", "--network", "--block", "--layout"):
+        parser.add_argument(hidden, default="", help=argparse.SUPPRESS)
+    parser.add_argument("--batch", type=int, default=0, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def compare(options, network, block, batch):
+    """Run both sides in turn and print the line of one case."""
+    layouts = ["nchw", "channels_last"] + (["compile"] if options.compile else [])
+    ours, theirs = [], {layout: [] for layout in layouts}
+    for _ in range(options.rounds):
+        ours.append(run_ours(options, network, block, batch))
+        for layout in layouts:
+            theirs[layout].append(run_worker("pytorch_" + options.mode, options, network, block, batch, layout))
+    our_best = max(ours, key=lambda result: result["images_per_second"])
+    layout = max(layouts, key=lambda name: max(result["images_per_second"] for result in theirs[name]))
+    their_best = max(theirs[layout], key=lambda result: result["images_per_second"])
+    print(f"compare_pytorch mode={options.mode} network={network} block={block} ranks={options.ranks if options.mode == 'train' else 1} "
+          f"per_batch_size={batch} images_per_second={our_best['images_per_second']:.2f} "
+          f"pytorch_images_per_second={their_best['images_per_second']:.2f} pytorch_layout={layout} "
+          f"ratio={our_best['images_per_second'] / their_best['images_per_second']:.2f} "
+          f"peak_rss_mib={our_best['peak_rss_mib']:.0f} pytorch_peak_rss_mib={their_best['peak_rss_mib']:.0f}", flush=True)
+
+
+def run_ours(options, network, block, batch):
+    if options.mode == "eval":
+        return run_worker("our_eval", options, network, block, batch, "")
+    printed = run(mpirun(options.ranks, ROOT / "benchmarks" / "train_step.py", f"--network={network}", f"--block={block}",
+                         f"--per_batch_size={batch}", f"--steps={options.steps}", f"--image_size={options.image_size}"))
+    found = dict(re.findall(r"(\w+)=(\S+)", printed))
+    return {name: float(found[name]) for name in ("images_per_second", "peak_rss_mib")}
+
+
+def run_worker(worker, options, network, block, batch, layout):
+    words = [__file__, f"--worker={worker}", f"--network={network}", f"--block={block}", f"--batch={batch}", f"--layout={layout}",
+             f"--steps={options.steps}", f"--ranks={options.ranks}", f"--image_size={options.image_size}"]
+    return json.loads(run(mpirun(options.ranks, *words) if worker == "pytorch_train" else [sys.executable, *words]).splitlines()[-1])
+
+
+def mpirun(ranks, *words):
+    return ["mpirun", "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none", "-n", str(ranks), sys.executable, *map(str, words)]
+
+
+def run(words):
+    environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    finished = subprocess.run(words, stdout=subprocess.PIPE, text=True, env=environment)
+    if finished.returncode:
+        raise UserError(f"'{' '.join(words)}' ended with status {finished.returncode}; its error is above")
+    return finished.stdout
+
+
+def pytorch_train(options):
+    """On each rank: DistributedDataParallel's step; rank 0 prints."""
+    rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", 0))
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(len(cores) // options.ranks, 1)
+    os.sched_setaffinity(0, cores[rank * share % len(cores):][:share])
+    import torch
+    from benchmarks.pytorch_reference import build, normalise
+    torch.set_num_threads(share)
+    torch.manual_seed(0)
+    network = build(options.network, 1000, options.block).train()
+    if options.layout != "nchw":
+        network = network.to(memory_format=torch.channels_last)
+    if options.ranks > 1:
+        torch.distributed.init_process_group("gloo", init_method="tcp://127.0.0.1:29511", rank=rank, world_size=options.ranks)
+        network = torch.nn.parallel.DistributedDataParallel(network)
+    if options.layout == "compile":
+        network = torch.compile(network)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    images = torch.randint(0, 256, (options.batch, options.image_size, options.image_size, 3), dtype=torch.uint8)
+    labels = torch.randint(0, 1000, (options.batch,))
+    loss_function = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+
+    def step():
+        inputs = normalise(images, _MEAN, _STD)
+        if options.layout != "nchw":
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_function(network(inputs), labels)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+    seconds = median_seconds(step, options.steps, torch.distributed.barrier if options.ranks > 1 else lambda: None)
+    if rank == 0:
+        print(json.dumps({"images_per_second": options.batch * options.ranks / seconds, "peak_rss_mib": peak_rss_mib()}))
+    if options.ranks > 1:
+        torch.distributed.destroy_process_group()
+
+
+def pytorch_eval(options):
+    import torch
+    from benchmarks.pytorch_reference import build, normalise
+    torch.manual_seed(0)
+    network = build(options.network, 1000, options.block).eval()
+    if options.layout != "nchw":
+        network = network.to(memory_format=torch.channels_last)
+    images = torch.randint(0, 256, (options.batch, options.image_size, options.image_size, 3), dtype=torch.uint8)
+
+    def step():
+        with torch.inference_mode():
+            inputs = normalise(images, _MEAN, _STD)
+            if options.layout != "nchw":
+                inputs = inputs.contiguous(memory_format=torch.channels_last)
+            return network(inputs).numpy()
+    seconds = median_seconds(step, options.steps)
+    print(json.dumps({"images_per_second": options.batch / seconds, "peak_rss_mib": peak_rss_mib()}))
+
+
+def our_eval(options):
+    from src.utils.config import load_config
+    from src.utils.device import prepare_process, select_device
+    config = load_config({"data_path": "none", "network": options.network, "block": options.block, "num_classes": "1000",
+                          "image_size": str(options.image_size)})
+    prepare_process(local_rank=0, local_size=1)
+    import numpy as np
+    from src.training.inference import network_engine
+    from src.training.setup import create_network
+    select_device("CPU", 0)
+    engine = network_engine(create_network(config), config)
+    images = np.random.default_rng(0).integers(0, 256, (options.batch, options.image_size, options.image_size, 3), np.uint8)
+    seconds = median_seconds(lambda: engine(images), options.steps)
+    print(json.dumps({"images_per_second": options.batch / seconds, "peak_rss_mib": peak_rss_mib()}))
+
+
+def median_seconds(step, steps, barrier=lambda: None):
+    times = []
+    for _ in range(steps + _WARMUP):
+        barrier()
+        started = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[_WARMUP:])
+
+
+def peak_rss_mib():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+WORKERS = {"pytorch_train": pytorch_train, "pytorch_eval": pytorch_eval, "our_eval": our_eval}
+
+
+if __name__ == "__main__":
+    run_main(main)

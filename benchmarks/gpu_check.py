@@ -1,0 +1,179 @@
+"""Everything that there is to know of a GPU, in one command on a machine that has one (after `bash scripts/setup.sh --gpu`):
+
+    python3 benchmarks/gpu_check.py [--networks=alexnet,resnet18+acb,resnext50_32x4d] [--batches=64,128,256] [--steps=30]
+
+Each network: loss and gradient norms of one step against CPU in float32; images/s of training in O0, O2 and O3 at the best of
+the batches, beside PyTorch on the same GPU (float32 and autocast, channels_last) where a PyTorch with CUDA is installed; the
+fused ACNet against the plain network in inference. Each measurement is a process of its own. `--device_target=CPU` shows the
+program itself to work where there is no GPU.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from src.utils.errors import UserError  # noqa: E402
+from src.utils.launch import run_main  # noqa: E402
+
+_WARMUP = 5
+
+
+def main(arguments):
+    options = parse(arguments)
+    if options.worker:
+        print(json.dumps(WORKERS[options.worker](options)))
+        return
+    if options.device_target == "GPU":
+        from src.utils.gpu import check_device, prepare_gpu
+        prepare_gpu()
+        check_device(0)
+    for network in options.networks.split(","):
+        report(network, options)
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", default="alexnet,resnet18+acb,resnext50_32x4d")
+    parser.add_argument("--batches", default="64,128,256")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--image_size", type=int, default=224)
+    parser.add_argument("--device_target", choices=("GPU", "CPU"), default="GPU")
+    parser.add_argument("--worker", choices=tuple(WORKERS), default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--network", help=argparse.SUPPRESS)
+    parser.add_argument("--amp_level", default="O0", help=argparse.SUPPRESS)
+    parser.add_argument("--batch", type=int, default=8, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def report(network, options):
+    """Print the lines of one network."""
+    device, cpu = (measured("gradients", options, network, device_target=target) for target in (options.device_target, "CPU"))
+    norms = [abs(device["norms"][name] / norm - 1) for name, norm in cpu["norms"].items() if norm > 1e-6]
+    print(f"gpu_check network={network} compared_with=CPU loss_difference={abs(device['loss'] / cpu['loss'] - 1):.2e} "
+          f"largest_gradient_norm_difference={max(norms):.2e}", flush=True)
+    levels = ("O0", "O2", "O3") if options.device_target == "GPU" else ("O0",)
+    ours = {level: fastest("training", options, network, amp_level=level) for level in levels}
+    theirs = {level: fastest("pytorch", options, network, amp_level=level) for level in levels[:2]}
+    for level, (rate, batch) in ours.items():
+        other = theirs.get(level, theirs[levels[-1] if len(levels) == 1 else "O2"])
+        beside = f" pytorch_images_per_second={other[0]:.1f} pytorch_batch={other[1]} ratio={rate / other[0]:.2f}" if other[0] else ""
+        print(f"gpu_check network={network} amp_level={level} batch={batch} images_per_second={rate:.1f}{beside}", flush=True)
+    plain, fused = (fastest("inference", options, name)[0] for name in (network.partition("+")[0], network))
+    print(f"gpu_check network={network} inference base_images_per_second={plain:.1f} fused_images_per_second={fused:.1f}", flush=True)
+
+
+def measured(worker, options, network, **changes):
+    """What a worker process reports."""
+    values = {**vars(options), **changes, "worker": worker, "network": network}
+    words = [f"--{name}={value}" for name, value in values.items() if value is not None]
+    finished = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True)
+    if finished.returncode:
+        raise UserError(f"{worker} of {network} with {changes} ended with status {finished.returncode}; its error is above")
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def fastest(worker, options, network, **changes):
+    """(images/s, batch) at the best of the batches; (0, 0) where the worker cannot run."""
+    rates = {}
+    for batch in map(int, options.batches.split(",")):
+        rates[batch] = measured(worker, options, network, batch=batch, **changes)["images_per_second"]
+    best = max(rates, key=rates.get)
+    return (rates[best], best) if rates[best] else (0.0, 0)
+
+
+def set_up(options):
+    """(network, configuration, images, labels) on the chosen device."""
+    from src.utils.config import load_config
+    from src.utils.device import prepare_process, select_device
+
+    name, _, block = options.network.partition("+")
+    config = load_config({"data_path": "none", "network": name, "block": block or "base", "num_classes": "1000",
+                          "image_size": str(options.image_size), "per_batch_size": str(options.batch), "dropout": "0",
+                          "amp_level": options.amp_level, "device_target": options.device_target})
+    prepare_process(0, 1, options.device_target)
+    import numpy as np
+    from mindspore import Tensor
+    from src.training.setup import create_network
+
+    select_device(options.device_target, 0)
+    random = np.random.default_rng(0)
+    images = Tensor(random.integers(0, 256, (options.batch, config.image_size, config.image_size, 3), np.uint8))
+    return create_network(config), config, images, Tensor(random.integers(0, 1000, options.batch).astype(np.int32))
+
+
+def gradients_of_one_step(options):
+    import numpy as np
+    from src.training.step import ForwardBackward, InputNormalizer, NetworkWithLoss
+    network, config, images, labels = set_up(options)
+    parameters = network.trainable_params()
+    step = ForwardBackward(NetworkWithLoss(network, InputNormalizer(config.mean, config.std), config.smoothing), parameters)
+    loss, gradients = step.set_train(True)(images, labels)
+    return {"loss": float(loss.asnumpy()),
+            "norms": {p.name: float(np.linalg.norm(g.asnumpy())) for p, g in zip(parameters, gradients)}}
+
+
+def training_rate(options):
+    from src.parallel.communicator import Communicator
+    from src.training.step import create_train_step
+    network, config, images, labels = set_up(options)
+    step = create_train_step(network, config, Communicator())
+    return rate(options, lambda number: step([(images, labels)], 0.01, number))
+
+
+def inference_rate(options):
+    from src.models import fuse
+    from src.training.inference import NetworkEngine
+    network, config, images, _ = set_up(options)
+    engine = NetworkEngine(fuse(network), config)
+    return rate(options, lambda number: engine(images))
+
+
+def pytorch_rate(options):
+    """The same step in PyTorch: momentum SGD, label smoothing, channels_last; 0 where there is no PyTorch for the device."""
+    try:
+        import torch
+        from torchvision import models
+    except ImportError:
+        return {"images_per_second": 0.0}
+    name, _, block = options.network.partition("+")
+    if block or (options.device_target == "GPU" and not torch.cuda.is_available()):
+        return {"images_per_second": 0.0}
+    device = "cuda" if options.device_target == "GPU" else "cpu"
+    network = getattr(models, name)().to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    images = torch.rand(options.batch, 3, options.image_size, options.image_size, device=device).to(memory_format=torch.channels_last)
+    labels = torch.randint(0, 1000, (options.batch,), device=device)
+    scaler = torch.amp.GradScaler(device, enabled=options.amp_level != "O0")
+
+    def step(number):
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device, torch.float16, enabled=options.amp_level != "O0"):
+            loss = torch.nn.functional.cross_entropy(network(images), labels, label_smoothing=0.1)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        loss.item()
+    return rate(options, step)
+
+
+def rate(options, step):
+    """{"images_per_second": by the median step after warm-up}."""
+    times = []
+    for number in range(options.steps + _WARMUP):
+        started = time.perf_counter()
+        step(number)
+        times.append(time.perf_counter() - started)
+    return {"images_per_second": options.batch / statistics.median(times[_WARMUP:])}
+
+
+WORKERS = {"gradients": gradients_of_one_step, "training": training_rate, "inference": inference_rate, "pytorch": pytorch_rate}
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,100 @@
+"""Making the CUDA 11 libraries of PyPI visible to MindSpore, whose wheel carries a GPU plug-in but no way to them."""
+
+import ctypes
+import os
+import re
+import subprocess
+import sysconfig
+from pathlib import Path
+
+from src.utils.errors import UserError
+
+# What libmindspore_gpu.so.11.6 needs (its NEEDED entries) and what those load while they run, with the package that has each.
+LIBRARIES = {
+    "libcudart.so.11.0": "nvidia-cuda-runtime-cu11",
+    "libcublasLt.so.11": "nvidia-cublas-cu11",
+    "libcublas.so.11": "nvidia-cublas-cu11",
+    "libnvrtc-builtins.so.11.8": "nvidia-cuda-nvrtc-cu11",
+    "libnvrtc.so.11.2": "nvidia-cuda-nvrtc-cu11",
+    "libcurand.so.10": "nvidia-curand-cu11",
+    "libcufft.so.10": "nvidia-cufft-cu11",
+    "libcusparse.so.11": "nvidia-cusparse-cu11",
+    "libcusolver.so.11": "nvidia-cusolver-cu11",
+    "libcudnn_ops_infer.so.8": "nvidia-cudnn-cu11",
+    "libcudnn_ops_train.so.8": "nvidia-cudnn-cu11",
+    "libcudnn_cnn_infer.so.8": "nvidia-cudnn-cu11",
+    "libcudnn_cnn_train.so.8": "nvidia-cudnn-cu11",
+    "libcudnn_adv_infer.so.8": "nvidia-cudnn-cu11",
+    "libcudnn_adv_train.so.8": "nvidia-cudnn-cu11",
+    "libcudnn.so.8": "nvidia-cudnn-cu11",
+}
+_DRIVER = "libcuda.so.1"
+_PLUGINS = ("11.1", "11.6")
+_CUDA_HOME = Path(__file__).resolve().parent / "cuda_home"
+_CPU_WORKS = "--device_target=CPU works on this machine"
+
+
+def prepare_gpu(packages=None):
+    """Load the driver and the CUDA libraries, and tell MindSpore which of its plug-ins fits; before MindSpore is imported.
+
+    A library that is loaded is found by its name ever after, so that the user sets no LD_LIBRARY_PATH.
+
+    Args:
+        packages: the site-packages folder to look in; None is this Python's.
+
+    Raises:
+        UserError: that names the missing driver or library and what to install.
+    """
+    found = find_libraries(packages)
+    _load_driver()
+    for path in found:
+        try:
+            ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        except OSError as failure:
+            raise UserError(f"device_target=GPU: {path.name} cannot be loaded ({failure}); run 'bash scripts/setup.sh --gpu' "
+                            f"again, or {_CPU_WORKS}") from None
+    if cuda_release(os.environ.get("CUDA_HOME")) not in _PLUGINS:
+        os.environ["CUDA_HOME"] = str(_CUDA_HOME)
+    # MindSpore starts ldd to see whether the libraries are there, and complains at length where that finds none.
+    folders = dict.fromkeys(str(path.parent) for path in found)
+    os.environ["LD_LIBRARY_PATH"] = ":".join([*folders, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])])
+
+
+def find_libraries(packages=None):
+    """Paths of LIBRARIES in the order in which they are to be loaded. Raises UserError for the first that is missing."""
+    root = Path(packages or sysconfig.get_paths()["purelib"]) / "nvidia"
+    present = {file.name: file for file in root.glob("*/lib/*.so.*")}
+    for name, package in LIBRARIES.items():
+        if name not in present:
+            raise UserError(f"device_target=GPU needs {name} (of the package {package}): run 'bash scripts/setup.sh --gpu'; "
+                            f"{_CPU_WORKS}")
+    return [present[name] for name in LIBRARIES]
+
+
+def cuda_release(home):
+    """"11.6" as the nvcc of the CUDA folder ``home`` tells it, or None where there is none."""
+    try:
+        told = subprocess.run([f"{home}/bin/nvcc", "--version"], capture_output=True, text=True, timeout=10).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    release = re.search(r"release (\d+\.\d+)", told)
+    return release[1] if release else None
+
+
+def check_device(device_id):
+    """Raise UserError where the driver has no GPU number ``device_id``."""
+    driver, count = _load_driver(), ctypes.c_int(0)
+    status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    if status:
+        raise UserError(f"device_target=GPU: the NVIDIA driver finds no GPU (CUDA error {status}); {_CPU_WORKS}")
+    if device_id >= count.value:
+        raise UserError(f"device_target=GPU: GPU number {device_id} is asked for and this machine has {count.value}; start one rank "
+                        "a GPU, or choose with --device_id")
+
+
+def _load_driver():
+    try:
+        return ctypes.CDLL(_DRIVER, mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        raise UserError(f"device_target=GPU needs an NVIDIA driver: {_DRIVER} is not installed (it comes with the driver, not from "
+                        f"PyPI; in a container, with the NVIDIA container toolkit); {_CPU_WORKS}") from None
