@@ -1,7 +1,6 @@
 """Checkpoints to files for deployment, each loaded back and compared before it counts as written."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +11,12 @@ from mindspore import Tensor, nn
 from src.dataset.sources import open_images
 from src.dataset.transforms import eval_transform
 from src.models import fuse
-from src.models.formats import METADATA, quiet_mindspore, read_weights
+from src.models.formats import METADATA, read_weights
 from src.models.name_maps import torch_name
 from src.models.weights import assign_weights
 from src.training.checkpoint import save_checkpoint
-from src.training.inference import OnnxEngine, import_onnx, load_mindir, mindir_sidecar
+from src.training.inference import load_mindir, mindir_sidecar
+from src.training.onnx_engine import OnnxEngine, export_quietly, write_onnx
 from src.training.recorded import RecordedModel
 from src.training.step import InputNormalizer
 from src.utils.errors import UserError
@@ -123,43 +123,11 @@ def _write_safetensors(network, target, metadata, _):
 
 def _write_mindir(network, target, metadata, image_size):
     inputs = Tensor(shape=[None, 3, image_size, image_size], dtype=mindspore.float32)
-    write_whole(target, lambda partial: _export(network, inputs, partial, "MINDIR"))
+    write_whole(target, lambda partial: export_quietly(network, inputs, partial, "MINDIR"))
     write_whole(mindir_sidecar(target), lambda partial: partial.write_text(json.dumps(metadata), encoding="utf-8"))
 
 
-def _write_onnx(network, target, metadata, image_size):
-    onnx = import_onnx()
-
-    def write(partial):
-        _export(network, Tensor(np.zeros((1, 3, image_size, image_size), np.float32)), partial, "ONNX")
-        model = onnx.load(str(partial))
-        _repair_onnx(model)
-        onnx.helper.set_model_props(model, {METADATA: json.dumps(metadata)})
-        os.chmod(partial, 0o644)
-        onnx.save(model, str(partial))
-
-    write_whole(target, write)
-
-
-_WRITERS = {"CKPT": _write_ckpt, "SAFETENSORS": _write_safetensors, "MINDIR": _write_mindir, "ONNX": _write_onnx}
-
-
-def _repair_onnx(model):
-    """Mend what MindSpore 2.10 exports wrongly, and leave the batch size open."""
-    for node in model.graph.node:
-        attributes = {attribute.name: attribute for attribute in node.attribute}
-        if node.op_type == "Conv" and len(set(attributes["kernel_shape"].ints)) > 1:
-            # MindSpore writes its own order, top bottom left right; ONNX's is top left bottom right.
-            top, bottom, left, right = attributes["pads"].ints
-            attributes["pads"].ints[:] = [top, left, bottom, right]
-    for value in (*model.graph.input, *model.graph.output):
-        value.type.tensor_type.shape.dim[0].dim_param = "batch"
-    del model.graph.value_info[:]
-
-
-def _export(network, inputs, partial, file_format):
-    with quiet_mindspore():
-        mindspore.export(network, inputs, file_name=str(partial), file_format=file_format)
+_WRITERS = {"CKPT": _write_ckpt, "SAFETENSORS": _write_safetensors, "MINDIR": _write_mindir, "ONNX": write_onnx}
 
 
 def _probes(config):

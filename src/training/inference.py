@@ -4,17 +4,14 @@ import json
 from pathlib import Path
 
 import mindspore
-import numpy as np
 from mindspore import Tensor, nn
 
 from src.models.formats import METADATA, quiet_mindspore, read_weights
 from src.models.weights import assign_weights
+from src.training.onnx_engine import OnnxEngine, import_onnxruntime, onnx_is_installed
 from src.training.recorded import RecordedModel
 from src.training.step import InputNormalizer
-from src.utils.device import available_cores
 from src.utils.errors import UserError
-
-_INSTALL_ONNX = "ONNX needs two more packages: run 'bash scripts/setup.sh --onnx'"
 
 
 class NetworkEngine:
@@ -32,28 +29,15 @@ class NetworkEngine:
         return logits
 
 
-class OnnxEngine:
-    """Inference with an exported .onnx by onnxruntime."""
+def network_engine(network, config):
+    """The engine that ``config.eval_engine`` names; "auto" is onnxruntime on CPU where it is installed, else MindSpore.
 
-    def __init__(self, path, config):
-        runtime = import_onnxruntime()
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = available_cores()
-        try:
-            self._session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as failure:  # onnxruntime's own kinds of exception, one a status code
-            raise UserError(f"'{path}' is damaged or not an ONNX model: {str(failure).splitlines()[0]}") from None
-        self._input = self._session.get_inputs()[0].name
-        self._mean, self._std = (np.asarray(value, np.float32) for value in (config.mean, config.std))
-
-    def __call__(self, images):
-        images = images.asnumpy() if isinstance(images, Tensor) else images
-        normalised = (images.astype(np.float32) / np.float32(255) - self._mean) / self._std
-        return self.logits(np.ascontiguousarray(normalised.transpose(0, 3, 1, 2)))
-
-    def logits(self, inputs):
-        """Logits of normalised (N, 3, S, S) float32 inputs."""
-        return self._session.run(None, {self._input: inputs})[0]
+    onnxruntime computes the same to rounding and is 1.7 to 2.9 times faster there (benchmarks/README.md).
+    """
+    choice = config.eval_engine
+    if choice == "auto":
+        choice = "onnx" if config.device_target == "CPU" and onnx_is_installed() else "mindspore"
+    return OnnxEngine.of_network(network, config) if choice == "onnx" else NetworkEngine(network, config)
 
 
 def open_engine(path, flags, reuse=None):
@@ -79,11 +63,11 @@ def open_engine(path, flags, reuse=None):
     arrays, metadata = read_weights(path)
     recorded = RecordedModel.of(arrays, metadata, flags, path.parent)
     if reuse is not None and reuse[0] == recorded and isinstance(reuse[1], NetworkEngine):
-        engine = reuse[1]
-    else:
-        engine = NetworkEngine(recorded.build(), recorded.config)
-    assign_weights(engine.network, arrays, path)
-    return recorded, engine, metadata
+        assign_weights(reuse[1].network, arrays, path)
+        return recorded, reuse[1], metadata
+    network = recorded.build()
+    assign_weights(network, arrays, path)
+    return recorded, network_engine(network, recorded.config), metadata
 
 
 def exported_metadata(path):
@@ -118,26 +102,6 @@ def load_mindir(path):
             return nn.GraphCell(mindspore.load(str(path)))
     except Exception as failure:  # MindSpore raises many kinds for damaged files
         raise UserError(f"'{path}' is damaged or not a MindIR model") from failure
-
-
-def import_onnx():
-    """The package onnx, an optional extra. Raises UserError that says what to install."""
-    try:
-        import onnx
-        import onnxruntime  # noqa: F401 - what is written is checked with it
-    except ImportError:
-        raise UserError(_INSTALL_ONNX) from None
-    return onnx
-
-
-def import_onnxruntime():
-    """The package onnxruntime, an optional extra. Raises UserError that says what to install."""
-    try:
-        import onnxruntime
-    except ImportError:
-        raise UserError(_INSTALL_ONNX) from None
-    onnxruntime.set_default_logger_severity(4)
-    return onnxruntime
 
 
 class _Classifier(nn.Cell):

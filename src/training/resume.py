@@ -16,8 +16,8 @@ _RECORDED = {"step", "config", "epoch_sums", "finished_epoch", "best_top1", "wor
 # Keys that may differ between a run and its continuation: they say where, how fast and how often, not what is computed.
 _FREE_KEYS = {"checkpoint_file_path", "allow_head_mismatch", "resume", "output_path", "result_path", "save_figure", "file_format",
               "fuse", "log_interval", "keep_checkpoint_max", "ckpt_interval", "ckpt_interval_steps", "run_eval", "eval_interval",
-              "eval_data_path", "num_parallel_workers", "device_target", "device_id", "run_distribute", "max_steps", "data_path",
-              "per_batch_size", "global_batch_size", "stall_timeout_s"}
+              "eval_data_path", "eval_engine", "num_parallel_workers", "device_target", "device_id", "run_distribute",
+              "max_steps", "data_path", "per_batch_size", "global_batch_size", "stall_timeout_s"}
 
 
 @dataclass(frozen=True)

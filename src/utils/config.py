@@ -104,6 +104,7 @@ class Config(BaseModel):
     allow_head_mismatch: bool
     run_eval: bool
     eval_interval: Positive
+    eval_engine: Annotated[Literal["auto", "mindspore", "onnx"], BeforeValidator(_lower)]
     output_path: str
     ckpt_interval: Positive
     ckpt_interval_steps: NonNegative
@@ -272,7 +273,7 @@ def _empty_to_none(flags):
     """`--device_id=` and `--device_id=null` reset a key to "not set"; text keys stay text."""
     text_keys = {name for name, field in Config.model_fields.items() if field.annotation is str}
     return {key: None if key not in text_keys and str(value).lower() in ("", "null", "none", "auto")
-            and key not in ("dataset_format",) else value for key, value in flags.items()}
+            and key not in ("dataset_format", "eval_engine") else value for key, value in flags.items()}
 
 
 def _is_number(word):

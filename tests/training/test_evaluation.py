@@ -48,3 +48,15 @@ def test_missing_class_in_the_validation_folder_shifts_nothing(trained_run, imag
     assert run.status == 0, run
     assert json.loads(result.read_text())[0]["images"] == 23
     assert json.loads(result.read_text())[0]["top1"] > 90  # the blue class is learnt; shifted labels would give 0
+
+
+@pytest.mark.parametrize("engine", ["mindspore", "onnx"])
+def test_every_engine_finds_the_same(trained_run, image_root, tmp_path, engine):
+    if engine == "onnx":
+        pytest.importorskip("onnxruntime")
+    run = execute(["python3", "eval.py", f"--data_path={image_root}/val", f"--checkpoint_file_path={trained_run}/best.ckpt",
+                   f"--eval_engine={engine}", f"--result_path={tmp_path}/result.json"])
+    assert run.status == 0, run
+    recorded = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()]
+    (result,) = json.loads((tmp_path / "result.json").read_text())
+    assert result["top1"] == pytest.approx(max(line["top1"] for line in recorded), abs=1e-3)
