@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from src.dataset.packed import PackedImages, is_packed
 from src.utils.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
@@ -37,14 +38,16 @@ class ImageSet:
     Attributes:
         class_to_index: class name -> label, labels from 0.
         labels: (N,) int32.
-        paths: N image files, or None where ``pixels`` holds the images.
+        paths: N image files, or None where ``pixels`` or ``packed`` holds the images.
         pixels: (N, H, W, 3) uint8 RGB, or None.
+        packed: encoded images of a packed set, or None.
     """
 
     class_to_index: dict
     labels: np.ndarray
     paths: list | None = None
     pixels: np.ndarray | None = None
+    packed: PackedImages | None = None
 
     def __len__(self):
         return len(self.labels)
@@ -55,20 +58,21 @@ class ImageSet:
 
     def name(self, index):
         """What to call image ``index`` in a message."""
+        if self.packed is not None:
+            return self.packed.name(index)
         return self.paths[index] if self.paths is not None else f"record {index}"
 
     def load(self, index):
         """Image ``index`` as (H, W, 3) uint8 RGB. Raises BadImage that names an undecodable file."""
         if self.pixels is not None:
             return self.pixels[index]
+        if self.packed is not None:
+            return decode_image(self.packed.encoded(index), self.packed.name(index))
         return read_image(self.paths[index])
 
 
 def read_image(path):
-    """An image file as (H, W, 3) uint8 RGB, as stored: EXIF orientation is not applied, as in the seeds' decoders.
-
-    Files of 256 MiB and more and images of more than 2^26 pixels (``prepare_process`` sets that) are refused: a small file
-    may decode to many gigabytes.
+    """An image file as (H, W, 3) uint8 RGB; see ``decode_image``.
 
     Raises:
         BadImage: where the file cannot be read or is no image, or too large a one.
@@ -77,6 +81,21 @@ def read_image(path):
         encoded = np.fromfile(path, np.uint8, count=_LARGEST_FILE)
     except OSError as failure:
         raise BadImage(f"cannot read the image {path}: {failure.strerror}") from None
+    return decode_image(encoded, path)
+
+
+def decode_image(encoded, name):
+    """The content of an image file, (N,) uint8, as (H, W, 3) uint8 RGB.
+
+    As stored: EXIF orientation is not applied, as in the seeds' decoders. Files of 256 MiB and more and images of more than
+    2^26 pixels (``prepare_process`` sets that) are refused: a small file may decode to many gigabytes.
+
+    Args:
+        name: what to call it in a message.
+
+    Raises:
+        BadImage: where it is no image, or too large a one.
+    """
     image, reason = None, "is empty" if not encoded.size else "is not an image that can be decoded"
     if 0 < encoded.size < _LARGEST_FILE:
         try:
@@ -87,7 +106,7 @@ def read_image(path):
     elif encoded.size:
         reason = f"is larger than {_LARGEST_FILE >> 20} MiB"
     if image is None:
-        raise BadImage(f"{path} {reason}")
+        raise BadImage(f"{name} {reason}")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
@@ -113,7 +132,7 @@ def open_images(data_path, split, dataset_format="auto", class_to_index=None):
 
     Args:
         data_path: "digits"; a folder with one folder a class; a root with train/ and val/, or with train_list.txt and
-            val_list.txt; a list file with "PATH LABEL" lines; a folder of CIFAR-10's binary files.
+            val_list.txt; a list file with "PATH LABEL" lines; a packed set; a folder of CIFAR-10's binary files.
         split: "train" or "val": which part of a root, of CIFAR-10 or of the digits.
         dataset_format: "auto", "folder", "list" or "cifar10".
         class_to_index: the training's map; labels follow it, so that a missing class shifts nothing.
@@ -126,6 +145,8 @@ def open_images(data_path, split, dataset_format="auto", class_to_index=None):
         raise UserError("this recipe needs data: pass --data_path=DIR (a folder with one folder of images a class)")
     if not path.exists():
         raise UserError(f"data_path '{data_path}' does not exist")
+    if path.is_file() and is_packed(path):
+        return _from_packed(path, class_to_index)
     if path.is_file():
         return _from_list(path, split, class_to_index)
     cifar = _cifar_folder(path)
@@ -146,8 +167,8 @@ def validation_path(data_path):
     path = Path(data_path)
     if data_path == "digits" or _cifar_folder(path) or (path / "val").is_dir() or (path / "val_list.txt").is_file():
         return data_path
-    for sibling in ("val", "val_list.txt", "validation", "test"):
-        if path.name in ("train", "train_list.txt") and (path.parent / sibling).exists():
+    for sibling in ("val", "val_list.txt", "val.mindrecord", "validation", "test"):
+        if path.name in ("train", "train_list.txt", "train.mindrecord") and (path.parent / sibling).exists():
             return str(path.parent / sibling)
     return None
 
@@ -194,6 +215,18 @@ def _images_in(folder):
         subfolders.sort()
         found += [os.path.join(directory, file) for file in sorted(files) if file.lower().endswith(EXTENSIONS)]
     return found
+
+
+def _from_packed(path, class_to_index):
+    packed = PackedImages(path)
+    known = class_to_index or packed.class_to_index
+    unknown = [name for name in packed.class_to_index if name not in known]
+    if unknown:
+        raise UserError(f"class '{unknown[0]}' in {path} is none of the {len(known)} classes of the training")
+    renumbered = np.zeros(max(packed.class_to_index.values()) + 1, np.int32)
+    for name, label in packed.class_to_index.items():
+        renumbered[label] = known[name]
+    return ImageSet(dict(known), renumbered[packed.labels], packed=packed)
 
 
 def _from_list(list_file, split, class_to_index):

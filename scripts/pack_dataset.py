@@ -1,0 +1,70 @@
+"""Pack a data set into a MindRecord file to train from: `--data_path=FILE.mindrecord`.
+
+    python3 scripts/pack_dataset.py --data_path=DIR --result_path=train.mindrecord [--split=train|val] [--short_side=256] [--quality=90]
+                                    [--num_parallel_workers=N]
+
+DIR as in train.py. --short_side=0 (the default) keeps every file's bytes. Started again after an interruption, it goes on.
+train.mindrecord and val.mindrecord side by side are found as training and validation images.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from src.utils.errors import UserError  # noqa: E402
+from src.utils.launch import run_main  # noqa: E402
+
+
+def main(arguments):
+    from src.utils.device import available_cores, prepare_process
+
+    options = parse(arguments)
+    prepare_process(local_rank=0, local_size=1)
+    from tqdm import tqdm
+
+    from src.dataset.packed import pack
+    from src.dataset.sources import open_images
+
+    classes = None
+    if options.split == "val" and has_both(options.data_path):
+        classes = open_images(options.data_path, "train").class_to_index
+    images = open_images(options.data_path, options.split, class_to_index=classes)
+    if images.paths is None:
+        raise UserError(f"the images of '{options.data_path}' are packed already")
+    started = time.perf_counter()
+    with tqdm(total=len(images), unit="image", disable=not sys.stderr.isatty(), leave=False) as bar:
+        pack(images, options.result_path, options.short_side, options.quality,
+             options.num_parallel_workers or available_cores(), bar.update)
+    print(f"packed {len(images)} images of {images.num_classes} classes into {options.result_path}, verified; "
+          f"{len(images) / (time.perf_counter() - started):.0f} images/s")
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.error = fail
+    parser.add_argument("--data_path", required=True)
+    parser.add_argument("--result_path", required=True)
+    parser.add_argument("--split", choices=("train", "val"), default="train")
+    parser.add_argument("--short_side", type=int, default=0)
+    parser.add_argument("--quality", type=int, default=90)
+    parser.add_argument("--num_parallel_workers", type=int, default=0)
+    options = parser.parse_args(arguments)
+    if options.short_side < 0 or not 1 <= options.quality <= 100 or options.num_parallel_workers < 0:
+        fail("--short_side and --num_parallel_workers must be 0 or more, --quality 1 to 100")
+    return options
+
+
+def has_both(data_path):
+    """Whether ``data_path`` is a root that holds a training part too."""
+    return any((Path(data_path) / name).exists() for name in ("train", "train_list.txt")) or data_path == "digits"
+
+
+def fail(message):
+    raise UserError(message)
+
+
+if __name__ == "__main__":
+    run_main(main)

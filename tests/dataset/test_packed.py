@@ -1,0 +1,110 @@
+"""Packed data sets: the same images as the folder's, complete or refused, readable by MindSpore."""
+
+import os
+
+import cv2
+import numpy as np
+import pytest
+
+from conftest import TINY, execute, make_config, write_image_folder
+from src.dataset.batches import TrainBatches
+from src.dataset.packed import PackedImages, pack, part_name
+from src.dataset.sources import open_images
+from src.utils.errors import UserError
+
+
+@pytest.fixture
+def images(image_root):
+    return open_images(str(image_root / "train"), "train")
+
+
+def packed_into(path, images, short_side=0, part_images=20):
+    written = []
+    pack(images, path, short_side, 90, 2, written.append, part_images)
+    assert sum(written) == len(images)
+    return open_images(str(path), "train")
+
+
+def test_packed_batches_are_those_of_the_folder(images, tmp_path):
+    packed = packed_into(tmp_path / "train.mindrecord", images)
+    assert {name for name in os.listdir(tmp_path) if not name.endswith(".db")} == {
+        "train.mindrecord", "train.mindrecord.1", "train.mindrecord.2"}
+    config = make_config(image_size=32, per_batch_size=7, max_epoch=2)
+    ours, theirs = TrainBatches(packed, config, 0, 1), TrainBatches(images, config, 0, 1)
+    assert len(ours) == len(theirs) and packed.class_to_index == images.class_to_index
+    for item in range(len(ours)):
+        assert all(np.array_equal(a, b) for a, b in zip(ours[item], theirs[item]))
+
+
+def test_mindspores_own_reader_finds_the_same(images, tmp_path):
+    import mindspore.dataset
+    packed_into(tmp_path / "a.mindrecord", images, part_images=100)
+    rows = list(mindspore.dataset.MindDataset(str(tmp_path / "a.mindrecord"), shuffle=False).create_dict_iterator(
+        num_epochs=1, output_numpy=True))
+    assert [int(row["label"]) for row in rows] == images.labels.tolist()
+    assert all(row["image"].tobytes() == open(path, "rb").read() for row, path in zip(rows, images.paths))
+
+
+def test_long_images_are_resized_and_short_ones_keep_their_bytes(tmp_path):
+    write_image_folder(tmp_path, "train", ("a",), 2, size=(80, 50))
+    cv2.imwrite(str(tmp_path / "train" / "a" / "small.png"), np.zeros((20, 30, 3), np.uint8))
+    images = open_images(str(tmp_path / "train"), "train")
+    packed = packed_into(tmp_path / "a.mindrecord", images, short_side=25)
+    assert [packed.load(index).shape for index in range(3)] == [(25, 40, 3), (25, 40, 3), (20, 30, 3)]
+    assert packed.packed.encoded(2).tobytes() == open(images.paths[2], "rb").read()
+    # Resizing keeps the picture: mean colours agree to a grey level or two.
+    assert np.abs(packed.load(0).mean(axis=(0, 1)) - images.load(0).mean(axis=(0, 1))).max() < 2
+
+
+def test_interrupted_packing_keeps_whole_parts(images, tmp_path):
+    path = tmp_path / "train.mindrecord"
+    packed_into(path, images)
+    times = {number: os.stat(part_name(path, number)).st_mtime_ns for number in range(3)}
+    for suffix in ("", ".db"):
+        os.unlink(part_name(path, 1) + suffix)
+    with pytest.raises(UserError, match=r"train.mindrecord.1' is missing"):
+        PackedImages(path)
+    packed_into(path, images)
+    after = {number: os.stat(part_name(path, number)).st_mtime_ns for number in range(3)}
+    assert after[0] == times[0] and after[2] == times[2] and after[1] != times[1]
+    with pytest.raises(UserError, match="of other images or options"):
+        packed_into(path, images, short_side=25)
+
+
+def test_damaged_files_are_refused(images, tmp_path):
+    path = tmp_path / "train.mindrecord"
+    packed_into(path, images, part_images=100)
+    content = path.read_bytes()
+    for damaged in (b"", b"text", content[:100], content[:17 << 20 >> 1], b"\xff" * 8 + content[8:]):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="train.mindrecord"):
+            open_images(str(path), "train")
+
+
+@pytest.mark.slow
+def test_training_from_packed_files_is_training_from_the_folder(image_root, tmp_path):
+    for split in ("train", "val"):
+        run = execute(["python3", "scripts/pack_dataset.py", f"--data_path={image_root}", f"--split={split}",
+                       f"--result_path={tmp_path}/{split}.mindrecord"])
+        assert run.status == 0 and "verified" in run.out, run
+    metrics = []
+    for number, data in enumerate((f"{image_root}/train", f"{tmp_path}/train.mindrecord")):
+        run = execute(["python3", "train.py", f"--data_path={data}", f"--output_path={tmp_path}/{number}", *TINY, "--max_epoch=2",
+                       "--lr=0.02", "--run_eval=1"])
+        assert run.status == 0, run
+        metrics.append([line.rpartition("images/s")[2] + line.partition(" images/s")[0].rpartition(" ")[0]
+                        for line in run.out.splitlines() if line.startswith("epoch ") and "TOP1" in line])
+    assert metrics[0] == metrics[1] and len(metrics[0]) == 2
+
+
+@pytest.mark.parametrize("flags,words", [
+    (["--data_path=/nowhere", "--result_path=a.mindrecord"], "/nowhere"),
+    (["--data_path=digits"], "--result_path"),
+    (["--data_path=digits", "--result_path=/proc/none/a.mindrecord"], "cannot write"),
+    (["--data_path=digits", "--result_path=a.mindrecord", "--quality=101"], "--quality"),
+])
+def test_wrong_packing_commands_are_one_line(tmp_path, flags, words):
+    from conftest import ROOT
+    run = execute(["python3", ROOT / "scripts" / "pack_dataset.py", *flags], cwd=tmp_path)
+    assert run.status == 2 and len(run.error_lines) == 1 and words in run.error_lines[0], run
+    assert not list(tmp_path.iterdir())
