@@ -7,6 +7,7 @@ import mindspore.amp
 import numpy as np
 from mindspore import ParameterTuple, nn, ops
 
+from src.training.convolutions import speed_up_gradients
 from src.training.dropout import DropoutMasks
 from src.training.optimizer import DeviceMomentum, HostMomentum, parameter_rules, scalar
 from src.utils.errors import UserError
@@ -208,6 +209,8 @@ class _DeviceStepGraph(nn.Cell):
 def create_train_step(network, config, communicator):
     """The train step for ``config.device_target``: called with (forward batches, learning rate, number of the step from 0)."""
     masks = dropout_masks(network, config, communicator)
+    if config.device_target == "CPU":
+        speed_up_gradients(network)
     if config.amp_level != "O0":
         network = mindspore.amp.auto_mixed_precision(network, config.amp_level)
     network_with_loss = NetworkWithLoss(network, InputNormalizer(config.mean, config.std), config.smoothing)

@@ -27,18 +27,31 @@ def outcome(output):
     return arrays, metadata, [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
 
 
+@pytest.fixture(scope="module")
+def undisturbed(image_root, tmp_path_factory):
+    """undisturbed(ranks) -> the outcome of the run that was never stopped."""
+    found = {}
+
+    def on(ranks):
+        if ranks not in found:
+            output = tmp_path_factory.mktemp("whole")
+            run = execute(command(ranks, image_root, output))
+            assert run.status == 0, run
+            found[ranks] = outcome(output)
+        return found[ranks]
+    return on
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks,first_kill", [(1, "cifar_quick-1_5.ckpt"), (1, "cifar_quick-2_3.ckpt"), (2, "cifar_quick-1_10.ckpt")])
-def test_killed_and_resumed_run_ends_with_the_same_bits(image_root, tmp_path, start, ranks, first_kill):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run = execute(command(ranks, image_root, whole))
-    assert run.status == 0, run
+def test_killed_and_resumed_run_ends_with_the_same_bits(image_root, tmp_path, start, undisturbed, ranks, first_kill):
+    killed = tmp_path / "killed"
     running = start(command(ranks, image_root, killed))
     running.wait_for(lambda: any(killed.glob(f"*/ckpt_0/{first_kill}")))
     running.kill()
     run = execute(command(ranks, image_root, killed, "--resume=auto"))
     assert run.status == 0 and "going on from" in run.out, run
-    (expected, told, metrics), (arrays, resumed, resumed_metrics) = outcome(whole), outcome(killed)
+    (expected, told, metrics), (arrays, resumed, resumed_metrics) = undisturbed(ranks), outcome(killed)
     assert set(arrays) == set(expected) and any(name.startswith("momentum.") for name in arrays)
     for name, value in expected.items():
         assert np.array_equal(arrays[name], value), name
@@ -63,10 +76,8 @@ def test_resuming_elsewhere_or_otherwise(image_root, tmp_path):
 
 
 @pytest.mark.slow
-def test_told_to_stop_and_resumed_ends_with_the_same_bits(image_root, tmp_path, start):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    run = execute(command(1, image_root, whole))
-    assert run.status == 0, run
+def test_told_to_stop_and_resumed_ends_with_the_same_bits(image_root, tmp_path, start, undisturbed):
+    stopped = tmp_path / "stopped"
     running = start(command(1, image_root, stopped, "--log_interval=1"))
     running.wait_for_text("epoch 2/3 step 4/12")
     running.process.send_signal(signal.SIGTERM)
@@ -74,7 +85,7 @@ def test_told_to_stop_and_resumed_ends_with_the_same_bits(image_root, tmp_path, 
     assert run.status == 143 and "stopped by SIGTERM after step" in run.out, run
     run = execute(command(1, image_root, stopped, "--resume=auto"))
     assert run.status == 0, run
-    (expected, _, metrics), (arrays, _, resumed_metrics) = outcome(whole), outcome(stopped)
+    (expected, _, metrics), (arrays, _, resumed_metrics) = undisturbed(1), outcome(stopped)
     assert all(np.array_equal(arrays[name], expected[name]) for name in expected) and resumed_metrics == metrics
 
 
