@@ -57,3 +57,37 @@ def test_gpu_check_prints_its_lines():
     # CPU against CPU in two processes: the same numbers.
     assert first.endswith("compared_with=CPU loss_difference=0.00e+00 largest_gradient_norm_difference=0.00e+00"), run
     assert re.search(r"amp_level=O0 batch=4 images_per_second=[\d.]+", second) and "fused_images_per_second=" in third, run
+
+
+def test_allreduce_prints_its_line():
+    run = execute(["python3", "benchmarks/allreduce.py", "--networks=cifar_quick", "--ranks=2", "--repeats=2", "--mccl=0"])
+    assert run.status == 0, run
+    assert re.fullmatch(r"allreduce network=cifar_quick ranks=2 tensors=13 mib=[\d.]+ ours_s=[\d.]+ raw_mpi_s=[\d.]+ of_raw_rate=[\d.]+",
+                        run.out.strip()), run
+
+
+def test_input_pipeline_prints_its_lines():
+    run = execute(["python3", "benchmarks/input_pipeline.py", "--images=24", "--batch=8", "--rounds=1", "--pytorch=0"])
+    assert run.status == 0, run
+    train, evaluation, operations = run.out.splitlines()
+    for line, part in ((train, "train"), (evaluation, "eval")):
+        assert re.fullmatch(rf"input_pipeline part={part} workers=2 batch=8 folder_images_per_second=\d+ "
+                            r"packed_256_images_per_second=\d+", line), run
+    assert "decode=" in operations and "normalise_s=" in operations
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_compare_pytorch_prints_its_line(mode):
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    run = execute(["python3", "benchmarks/compare_pytorch.py", f"--mode={mode}", "--cases=cifar_quick+acb:4", "--image_size=32",
+                   "--steps=1", "--rounds=1"])
+    assert run.status == 0, run
+    assert re.search(rf"^compare_pytorch mode={mode} network=cifar_quick block=acb ranks=\d per_batch_size=4 images_per_second=[\d.]+ "
+                     r"pytorch_images_per_second=[\d.]+ pytorch_layout=\w+ ratio=[\d.]+", run.out, re.M), run
+
+
+def test_scaling_model_reproduces_the_ring_that_alexnets_rows_imply():
+    run = execute(["python3", "benchmarks/scaling_model.py"])
+    # 2048 images / 20,000 images/s - 256 / 8,500 = 72.3 ms for 7/4 of 244.4 MB
+    assert run.status == 0 and "left_for_reduction_s=0.0723 which_is_a_ring_of_gb_per_second=5.9" in run.out, run

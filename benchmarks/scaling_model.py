@@ -1,0 +1,52 @@
+"""Step time on many ranks from a model of compute and reduction: `python3 benchmarks/scaling_model.py`. docs/scaling.md explains it.
+
+step = compute + reduction, reduction = (2 (n - 1) / n) bytes / bandwidth + hops latency, nothing overlapped. Between nodes the
+better of ring, hops = 2 (n - 1), and tree, hops = 2 log2 n with every byte twice over a link.
+"""
+
+import math
+
+_LATENCY_S = 10e-6
+_GPUS = 8
+# network: (bytes of float32 gradients, images a step and device, compute seconds of that step)
+_SEEDS = {
+    "resnext50_32x4d": (4 * 25_028_904, 128, 128 / 109.97),
+    "resnet18+acb": (4 * 19_030_000, 32, 1 / 5.78),
+    "alexnet": (4 * 61_100_840, 256, 256 / 8500),
+}
+_LINKS = {"25 Gbit/s": 25e9 / 8, "100 Gbit/s": 100e9 / 8}
+
+
+def reduction(size, ranks, bandwidth, latency=_LATENCY_S):
+    """Seconds to sum ``size`` bytes over ``ranks``, by the better of ring and tree."""
+    if ranks == 1:
+        return 0.0
+    ring = 2 * (ranks - 1) / ranks * size / bandwidth + 2 * (ranks - 1) * latency
+    tree = 2 * size / bandwidth + 2 * math.ceil(math.log2(ranks)) * latency
+    return min(ring, tree)
+
+
+def bandwidth_of(size, ranks, seconds):
+    """Bytes a second of a ring that takes ``seconds``, latency left out."""
+    return 2 * (ranks - 1) / ranks * size / seconds
+
+
+def main():
+    size, images, compute = _SEEDS["alexnet"]
+    eight = _GPUS * images / 20000
+    link = bandwidth_of(size, _GPUS, eight - compute)
+    print(f"scaling_model alexnet devices=8 step_s={eight:.4f} compute_s={compute:.4f} left_for_reduction_s={eight - compute:.4f} "
+          f"which_is_a_ring_of_gb_per_second={link / 1e9:.1f}")
+    for network, (size, images, compute) in _SEEDS.items():
+        inside = reduction(size, _GPUS, link)
+        print(f"scaling_model {network} devices=8 reduction_s={inside:.4f} of_step={inside / (compute + inside):.2f}")
+        for name, bandwidth in _LINKS.items():
+            for nodes in (64, 1024):
+                for label, factor in (("float32", 1.0), ("float16", 0.5)):
+                    step = compute + factor * inside + reduction(factor * size, nodes, bandwidth)
+                    print(f"scaling_model {network} nodes={nodes} link={name.replace(' ', '')} gradients={label} step_s={step:.3f} "
+                          f"images_per_second={nodes * _GPUS * images / step:,.0f} efficiency={compute / step:.2f}")
+
+
+if __name__ == "__main__":
+    main()
