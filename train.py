@@ -19,17 +19,20 @@ def main(arguments, signals):
     communicator.watch_for_stalls(config.stall_timeout_s)
     # MindSpore reads its environment when it is imported, so everything that imports it comes after this line.
     prepare_process(communicator.local_rank, communicator.local_size, config.device_target)
-    from src.parallel.stopping import StopRequest
-    from src.training.records import create_run_folder
-    from src.training.resume import find_resume_point, resume_line
-    from src.training.setup import (check_device_keys, create_network, open_eval_images, open_train_images, resolve_classes,
-                                    start_from_checkpoint)
-    from src.training.trainer import Trainer
+    from src.training.data import check_device_keys, open_eval_images, open_train_images, resolve_classes
 
     check_device_keys(config)
     train_images = open_train_images(config, communicator)
     config = resolve_classes(config, train_images)
     eval_images = open_eval_images(config, train_images) if config.run_eval else None
+
+    # Only now, because MindSpore takes seconds to import and wrong commands have been told by here.
+    from src.parallel.stopping import StopRequest
+    from src.training.records import create_run_folder
+    from src.training.resume import find_resume_point, resume_line
+    from src.training.setup import create_network, start_from_checkpoint
+    from src.training.trainer import Trainer
+
     select_device(config.device_target, config.device_id if config.device_id is not None else communicator.local_rank,
                   communicator.size)
     network = create_network(config)

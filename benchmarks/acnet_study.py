@@ -59,7 +59,8 @@ def study_run(network_name, block, seed, epochs):
     from src.training.evaluation import Evaluator
     from src.training.inference import NetworkEngine
     from src.training.records import create_run_folder
-    from src.training.setup import create_network, resolve_classes
+    from src.training.data import resolve_classes
+    from src.training.setup import create_network
     from src.training.trainer import Trainer
     from src.utils.config import load_config
 

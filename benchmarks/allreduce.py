@@ -11,19 +11,17 @@ import argparse
 import json
 import os
 import socket
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.timing import median_seconds  # noqa: E402
 from src.parallel.launcher import launched_rank  # noqa: E402
 from src.utils.errors import UserError  # noqa: E402
 from src.utils.launch import run_main  # noqa: E402
 
-_WARMUP = 2
 _MCCL_TIMEOUT_S = 240
 
 
@@ -91,16 +89,6 @@ def gradient_shapes(name):
     return [parameter.shape for parameter in build_model(network, 1000, block or "base").trainable_params()]
 
 
-def median_seconds(action, before, repeats):
-    times = []
-    for _ in range(_WARMUP + repeats):
-        before()
-        started = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[_WARMUP:])
-
-
 def ours(options):
     """On each rank: our reduction and MPI's of one buffer; rank 0 prints."""
     from src.parallel.communicator import connect
@@ -111,8 +99,8 @@ def ours(options):
     from mpi4py import MPI
     gradients = [np.ones(shape, np.float32) for shape in gradient_shapes(options.networks)]
     buffer = np.ones(sum(gradient.size for gradient in gradients), np.float32)
-    ours_s = median_seconds(lambda: communicator.mean_(gradients), communicator.barrier, options.repeats)
-    raw_s = median_seconds(lambda: MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, buffer), communicator.barrier, options.repeats)
+    ours_s = median_seconds(lambda: communicator.mean_(gradients), options.repeats, communicator.barrier)
+    raw_s = median_seconds(lambda: MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, buffer), options.repeats, communicator.barrier)
     if communicator.is_root:
         print(json.dumps({"ours_s": ours_s, "raw_s": raw_s, "tensors": len(gradients), "mib": buffer.nbytes / 2 ** 20}))
 
@@ -138,7 +126,7 @@ def mccl(options):
 
     count = sum(int(np.prod(shape)) for shape in gradient_shapes(options.networks))
     cell, buffer = Reduce(), Tensor(np.ones(count, np.float32))
-    print(json.dumps(median_seconds(lambda: cell(buffer).asnumpy(), lambda: None, min(options.repeats, 3))))
+    print(json.dumps(median_seconds(lambda: cell(buffer).asnumpy(), min(options.repeats, 3))))
 
 
 WORKERS = {"ours": ours, "mccl": mccl}

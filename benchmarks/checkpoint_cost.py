@@ -4,18 +4,16 @@ Prints its size, the medians of writing it (flushed to disk, checksummed) and of
 the same network at --per_batch_size. Takes every configuration key as a flag.
 """
 
-import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.timing import median_seconds  # noqa: E402
 from src.utils.launch import run_main  # noqa: E402
 
 _REPEATS = 5
-_WARMUP = 2
 
 
 def main(arguments):
@@ -37,24 +35,14 @@ def main(arguments):
     step = create_train_step(network, config, Communicator())
     size, batch = config.image_size, config.per_batch_size
     images, labels = Tensor(np.zeros((batch, size, size, 3), np.uint8)), Tensor(np.zeros(batch, np.int32))
-    step_s = median(lambda: step([(images, labels)], 0.0, 0))
+    step_s = median_seconds(lambda: step([(images, labels)], 0.0, 0), _REPEATS)
     with tempfile.TemporaryDirectory(dir=".") as folder:
         file = Path(folder) / "a.ckpt"
-        save_s = median(lambda: save_checkpoint(file, [*network.get_parameters(), *step.velocities], {"epoch": 1}))
-        read_s = median(lambda: read_weights(file))
+        save_s = median_seconds(lambda: save_checkpoint(file, [*network.get_parameters(), *step.velocities], {"epoch": 1}), _REPEATS)
+        read_s = median_seconds(lambda: read_weights(file), _REPEATS)
         mib = file.stat().st_size / 2 ** 20
     print(f"checkpoint_cost network={config.network} block={config.block} mib={mib:.1f} save_s={save_s:.3f} read_s={read_s:.3f} "
           f"step_s={step_s:.3f} steps_between_saves_for_1_percent={100 * save_s / step_s:.0f}")
-
-
-def median(action):
-    """Median seconds of ``action()``, the first calls left out."""
-    times = []
-    for _ in range(_WARMUP + _REPEATS):
-        started = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[_WARMUP:])
 
 
 if __name__ == "__main__":

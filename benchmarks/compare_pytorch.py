@@ -1,6 +1,7 @@
 """Training and evaluation rates beside PyTorch's, in turn, on the same cores:
 
-    python3 benchmarks/compare_pytorch.py [--cases=resnext50_32x4d:16,alexnet:32,resnet18+acb:16] [--ranks=2] [--steps=5] [--rounds=2] [--mode=train|eval]
+    python3 benchmarks/compare_pytorch.py [--cases=resnext50_32x4d:16,alexnet:32,resnet18+acb:16] [--mode=train|eval]
+                                          [--ranks=2] [--steps=5] [--rounds=2]
 
 Training: `--ranks` ranks of one core and one thread each, 224x224, the whole step (forward, backward, mean over ranks, momentum with
 weight decay). Here: train_step.py under mpirun. PyTorch: DistributedDataParallel over gloo, the best of eager NCHW, eager
@@ -14,19 +15,17 @@ import json
 import os
 import re
 import resource
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.timing import median_seconds  # noqa: E402
 from src.utils.errors import UserError  # noqa: E402
 from src.utils.launch import run_main  # noqa: E402
 
-_WARMUP = 2
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -173,16 +172,6 @@ def our_eval(options):
     images = np.random.default_rng(0).integers(0, 256, (options.batch, options.image_size, options.image_size, 3), np.uint8)
     seconds = median_seconds(lambda: engine(images), options.steps)
     print(json.dumps({"images_per_second": options.batch / seconds, "peak_rss_mib": peak_rss_mib()}))
-
-
-def median_seconds(step, steps, barrier=lambda: None):
-    times = []
-    for _ in range(steps + _WARMUP):
-        barrier()
-        started = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[_WARMUP:])
 
 
 def peak_rss_mib():

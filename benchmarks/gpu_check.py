@@ -9,19 +9,17 @@ program itself to work where there is no GPU.
 """
 
 import argparse
+import itertools
 import json
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.timing import median_seconds  # noqa: E402
 from src.utils.errors import UserError  # noqa: E402
 from src.utils.launch import run_main  # noqa: E402
-
-_WARMUP = 5
 
 
 def main(arguments):
@@ -164,12 +162,8 @@ def pytorch_rate(options):
 
 def rate(options, step):
     """{"images_per_second": by the median step after warm-up}."""
-    times = []
-    for number in range(options.steps + _WARMUP):
-        started = time.perf_counter()
-        step(number)
-        times.append(time.perf_counter() - started)
-    return {"images_per_second": options.batch / statistics.median(times[_WARMUP:])}
+    numbers = itertools.count()
+    return {"images_per_second": options.batch / median_seconds(lambda: step(next(numbers)), options.steps)}
 
 
 WORKERS = {"gradients": gradients_of_one_step, "training": training_rate, "inference": inference_rate, "pytorch": pytorch_rate}

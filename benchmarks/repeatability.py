@@ -56,8 +56,8 @@ def print_losses(network_name, steps):
     from src.utils.device import prepare_process, select_device
 
     config = load_config({"config_path": "digits", "network": network_name, "block": "base", "gamma_init": "null", "image_size": "64",
-                          "crop_padding": "2", "eval_resize": "64", "global_batch_size": str(_BATCH), "dropout": "0", "lr": "0.02", "warmup_epochs": "0",
-                          "num_classes": "10"})
+                          "crop_padding": "2", "eval_resize": "64", "global_batch_size": str(_BATCH), "dropout": "0",
+                          "lr": "0.02", "warmup_epochs": "0", "num_classes": "10"})
     communicator = connect(True)
     prepare_process(communicator.local_rank, communicator.local_size)
     from mindspore import Tensor

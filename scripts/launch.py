@@ -51,7 +51,8 @@ def parse(arguments):
     parser.add_argument("--nproc_per_node", "--nproc-per-node", type=int, default=1, help="ranks on this machine")
     parser.add_argument("--visible_devices", default="", help="devices, as in 0,1,2,3; rank i takes the i-th")
     parser.add_argument("--env_sh", default="", help="shell file whose environment the ranks get")
-    parser.add_argument("--server_id", default="", help="this machine's address; accepted for the seed's sake: ranks of one machine find each other without it")
+    parser.add_argument("--server_id", default="",
+                        help="this machine's address; accepted for the seed's sake: ranks of one machine need none")
     parser.add_argument("--mode", choices=("train", "test"), default="train")
     parser.add_argument("script")
     parser.add_argument("script_arguments", nargs=argparse.REMAINDER)

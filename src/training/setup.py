@@ -1,51 +1,13 @@
-"""What training and evaluation share before they begin: checks, data and network from a configuration."""
+"""The network of a run, from its configuration."""
 
-from src.dataset.batches import HOW_TO_GO_ON
-from src.dataset.sources import find_bad_image, open_images, validation_path
+import mindspore
+
 from src.models import build_model
 from src.models.weights import load_weights
-from src.utils.errors import UserError
-
-
-def check_device_keys(config):
-    """Raise UserError for keys that the chosen device does not support."""
-    if config.device_target == "CPU":
-        if config.amp_level != "O0":
-            raise UserError(f"amp_level={config.amp_level} needs device_target=GPU or Ascend; CPU trains in float32 (O0)")
-        if config.sync_bn:
-            raise UserError("sync_bn=1 needs device_target=GPU or Ascend; on CPU running statistics are averaged over "
-                            "ranks, batch statistics are each rank's own")
-
-
-def resolve_classes(config, images):
-    """The configuration with num_classes of the data. Raises UserError where a given number differs."""
-    if config.num_classes not in (0, images.num_classes):
-        raise UserError(f"num_classes={config.num_classes} but the data in '{config.data_path}' has "
-                        f"{images.num_classes} classes")
-    return config.model_copy(update={"num_classes": images.num_classes})
-
-
-def open_train_images(config, communicator):
-    """The training images of ``config``. Raises UserError, on every rank, for data that cannot be used."""
-    images = open_images(config.data_path, "train", config.dataset_format)
-    if config.bad_samples == "error":
-        found = sum(communicator.gather(find_bad_image(images, communicator.rank, communicator.size)), [])
-        if found:
-            raise UserError(f"{found[0]}; {HOW_TO_GO_ON}")
-    return images
-
-
-def open_eval_images(config, train_images):
-    """The validation images of a run, labelled as in its training. Raises UserError where none are found."""
-    path = config.eval_data_path or validation_path(config.data_path)
-    if path is None:
-        raise UserError(f"run_eval=1 but no validation data lies beside '{config.data_path}'; pass --eval_data_path=DIR")
-    return open_images(path, "val", config.dataset_format, train_images.class_to_index)
 
 
 def create_network(config, fused=False):
     """The network that ``config`` describes, with seeded weights, or those of checkpoint_file_path in training."""
-    import mindspore
     mindspore.set_seed(config.seed)
     return build_model(config.network, config.num_classes, config.block, fused=fused, gamma_init=config.gamma_init,
                        image_size=config.image_size, dropout=config.dropout, sync_bn=config.sync_bn)

@@ -1,0 +1,41 @@
+"""The images of a run and what must be right before it begins. Nothing here needs MindSpore, which takes seconds to import."""
+
+from src.dataset.batches import HOW_TO_GO_ON
+from src.dataset.sources import find_bad_image, open_images, validation_path
+from src.utils.errors import UserError
+
+
+def check_device_keys(config):
+    """Raise UserError for keys that the chosen device does not support."""
+    if config.device_target == "CPU":
+        if config.amp_level != "O0":
+            raise UserError(f"amp_level={config.amp_level} needs device_target=GPU or Ascend; CPU trains in float32 (O0)")
+        if config.sync_bn:
+            raise UserError("sync_bn=1 needs device_target=GPU or Ascend; on CPU running statistics are averaged over "
+                            "ranks, batch statistics are each rank's own")
+
+
+def resolve_classes(config, images):
+    """The configuration with num_classes of the data. Raises UserError where a given number differs."""
+    if config.num_classes not in (0, images.num_classes):
+        raise UserError(f"num_classes={config.num_classes} but the data in '{config.data_path}' has "
+                        f"{images.num_classes} classes")
+    return config.model_copy(update={"num_classes": images.num_classes})
+
+
+def open_train_images(config, communicator):
+    """The training images of ``config``. Raises UserError, on every rank, for data that cannot be used."""
+    images = open_images(config.data_path, "train", config.dataset_format)
+    if config.bad_samples == "error":
+        found = sum(communicator.gather(find_bad_image(images, communicator.rank, communicator.size)), [])
+        if found:
+            raise UserError(f"{found[0]}; {HOW_TO_GO_ON}")
+    return images
+
+
+def open_eval_images(config, train_images):
+    """The validation images of a run, labelled as in its training. Raises UserError where none are found."""
+    path = config.eval_data_path or validation_path(config.data_path)
+    if path is None:
+        raise UserError(f"run_eval=1 but no validation data lies beside '{config.data_path}'; pass --eval_data_path=DIR")
+    return open_images(path, "val", config.dataset_format, train_images.class_to_index)
