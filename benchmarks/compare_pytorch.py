@@ -15,6 +15,7 @@ import json
 import os
 import re
 import resource
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,8 @@ def parse(arguments):
     parser.add_argument("--compile", type=int, default=0)
     for hidden in ("--worker", "--network", "--block", "--layout"):
         parser.add_argument(hidden, default="", help=argparse.SUPPRESS)
-    parser.add_argument("--batch", type=int, default=0, help=argparse.SUPPRESS)
+    for hidden in ("--batch", "--port"):
+        parser.add_argument(hidden, type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
@@ -84,8 +86,14 @@ def run_ours(options, network, block, batch):
 
 def run_worker(worker, options, network, block, batch, layout):
     words = [__file__, f"--worker={worker}", f"--network={network}", f"--block={block}", f"--batch={batch}", f"--layout={layout}",
-             f"--steps={options.steps}", f"--ranks={options.ranks}", f"--image_size={options.image_size}"]
+             f"--steps={options.steps}", f"--ranks={options.ranks}", f"--image_size={options.image_size}", f"--port={free_port()}"]
     return json.loads(run(mpirun(options.ranks, *words) if worker == "pytorch_train" else [sys.executable, *words]).splitlines()[-1])
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def mpirun(ranks, *words):
@@ -114,7 +122,7 @@ def pytorch_train(options):
     if options.layout != "nchw":
         network = network.to(memory_format=torch.channels_last)
     if options.ranks > 1:
-        torch.distributed.init_process_group("gloo", init_method="tcp://127.0.0.1:29511", rank=rank, world_size=options.ranks)
+        torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{options.port}", rank=rank, world_size=options.ranks)
         network = torch.nn.parallel.DistributedDataParallel(network)
     if options.layout == "compile":
         network = torch.compile(network)
@@ -134,9 +142,11 @@ def pytorch_train(options):
         return loss.item()
     seconds = median_seconds(step, options.steps, torch.distributed.barrier if options.ranks > 1 else lambda: None)
     if rank == 0:
-        print(json.dumps({"images_per_second": options.batch * options.ranks / seconds, "peak_rss_mib": peak_rss_mib()}))
+        print(json.dumps({"images_per_second": options.batch * options.ranks / seconds, "peak_rss_mib": peak_rss_mib()}), flush=True)
     if options.ranks > 1:
-        torch.distributed.destroy_process_group()
+        torch.distributed.barrier()
+    # Without taking gloo down: a rank that leaves first makes the other's threads abort now and then.
+    os._exit(0)
 
 
 def pytorch_eval(options):

@@ -13,7 +13,7 @@ mkdir -p "$output"
 echo "== training cifar_quick with asymmetric convolution blocks on digits, 2 ranks"
 mpirun -n 2 python3 train.py --config_path=configs/digits.yaml --run_distribute=1 --output_path="$output"
 run=$(ls -d "$output"/*/)
-checkpoint=$(ls "$run"ckpt_0/cifar_quick-20_*.ckpt)
+checkpoint=$(readlink -f "$run"latest.ckpt)
 echo "== evaluating the trained network"
 mpirun -n 2 python3 eval.py --checkpoint_file_path="$checkpoint" --result_path="$run"eval.json
 echo "== fusing each block into one convolution"

@@ -45,12 +45,12 @@ def test_kill_9_of_any_rank_ends_all(training, victim):
 
 
 def test_a_rank_that_makes_no_progress_is_named(training):
-    started = training(3, None, "--stall_timeout_s=4")
+    started = training(3, None, "--stall_timeout_s=2")
     ranks = started.ranks()
     os.kill(ranks[1], signal.SIGSTOP)
     run, seconds = started.finish(30)
     assert run.status == 1 and len(run.error_lines) == 1, run
-    assert f"rank 1 (process {ranks[1]} " in run.error_lines[0] and "stall_timeout_s=4 s" in run.error_lines[0]
+    assert f"rank 1 (process {ranks[1]} " in run.error_lines[0] and "stall_timeout_s=2 s" in run.error_lines[0]
     assert_gone(ranks)
 
 
