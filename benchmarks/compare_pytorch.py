@@ -145,7 +145,7 @@ def pytorch_train(options):
         print(json.dumps({"images_per_second": options.batch * options.ranks / seconds, "peak_rss_mib": peak_rss_mib()}), flush=True)
     if options.ranks > 1:
         torch.distributed.barrier()
-    # Without taking gloo down: a rank that leaves first makes the other's threads abort now and then.
+    # Without taking gloo down: once a rank aborted there (status 134).
     os._exit(0)
 
 
