@@ -17,9 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.processes import last_line, mpirun_words  # noqa: E402
 from benchmarks.timing import median_seconds  # noqa: E402
 from src.parallel.launcher import launched_rank  # noqa: E402
-from src.utils.errors import UserError  # noqa: E402
 from src.utils.launch import run_main  # noqa: E402
 
 _MCCL_TIMEOUT_S = 240
@@ -32,7 +32,7 @@ def main(arguments):
         return
     for network in options.networks.split(","):
         for ranks in map(int, options.ranks.split(",")):
-            found = json.loads(run(["mpirun", "--map-by", ":OVERSUBSCRIBE", "-n", str(ranks), *worker("ours", options, network)]))
+            found = json.loads(last_line(mpirun_words(ranks, *worker("ours", options, network))))
             if options.mccl:
                 found["mccl_s"] = measure_mccl(options, network, ranks)
             print(f"allreduce network={network} ranks={ranks} tensors={found['tensors']} mib={found['mib']:.1f} "
@@ -52,15 +52,7 @@ def parse(arguments):
 
 
 def worker(name, options, network):
-    return [sys.executable, __file__, f"--worker={name}", f"--networks={network}", f"--repeats={options.repeats}"]
-
-
-def run(words, **changes):
-    environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", **changes}
-    finished = subprocess.run(words, stdout=subprocess.PIPE, text=True, env=environment)
-    if finished.returncode:
-        raise UserError(f"'{' '.join(words)}' ended with status {finished.returncode}")
-    return finished.stdout.splitlines()[-1]
+    return [__file__, f"--worker={name}", f"--networks={network}", f"--repeats={options.repeats}"]
 
 
 def measure_mccl(options, network, ranks):
@@ -70,7 +62,7 @@ def measure_mccl(options, network, ranks):
         port = probe.getsockname()[1]
     common = {"MS_WORKER_NUM": str(ranks), "MS_SCHED_HOST": "127.0.0.1", "MS_SCHED_PORT": str(port), "GLOG_v": "3"}
     roles = [("MS_SCHED", 0)] + [("MS_WORKER", rank) for rank in range(ranks)]
-    processes = [subprocess.Popen(worker("mccl", options, network), stdout=subprocess.PIPE, text=True,
+    processes = [subprocess.Popen([sys.executable, *worker("mccl", options, network)], stdout=subprocess.PIPE, text=True,
                                   env={**os.environ, **common, "MS_ROLE": role, "MS_NODE_ID": str(rank)}) for role, rank in roles]
     try:
         printed = [process.communicate(timeout=_MCCL_TIMEOUT_S)[0] for process in processes[1:]]

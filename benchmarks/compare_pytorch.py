@@ -16,15 +16,14 @@ import os
 import re
 import resource
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.processes import last_line, mpirun_words  # noqa: E402
 from benchmarks.timing import median_seconds  # noqa: E402
-from src.utils.errors import UserError  # noqa: E402
 from src.utils.launch import run_main  # noqa: E402
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -78,7 +77,7 @@ def compare(options, network, block, batch):
 def run_ours(options, network, block, batch):
     if options.mode == "eval":
         return run_worker("our_eval", options, network, block, batch, "")
-    printed = run(mpirun(options.ranks, ROOT / "benchmarks" / "train_step.py", f"--network={network}", f"--block={block}",
+    printed = last_line(mpirun_words(options.ranks, ROOT / "benchmarks" / "train_step.py", f"--network={network}", f"--block={block}",
                          f"--per_batch_size={batch}", f"--steps={options.steps}", f"--image_size={options.image_size}"))
     found = dict(re.findall(r"(\w+)=(\S+)", printed))
     return {name: float(found[name]) for name in ("images_per_second", "peak_rss_mib")}
@@ -87,25 +86,13 @@ def run_ours(options, network, block, batch):
 def run_worker(worker, options, network, block, batch, layout):
     words = [__file__, f"--worker={worker}", f"--network={network}", f"--block={block}", f"--batch={batch}", f"--layout={layout}",
              f"--steps={options.steps}", f"--ranks={options.ranks}", f"--image_size={options.image_size}", f"--port={free_port()}"]
-    return json.loads(run(mpirun(options.ranks, *words) if worker == "pytorch_train" else [sys.executable, *words]).splitlines()[-1])
+    return json.loads(last_line(mpirun_words(options.ranks, *words) if worker == "pytorch_train" else [sys.executable, *words]))
 
 
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def mpirun(ranks, *words):
-    return ["mpirun", "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none", "-n", str(ranks), sys.executable, *map(str, words)]
-
-
-def run(words):
-    environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    finished = subprocess.run(words, stdout=subprocess.PIPE, text=True, env=environment)
-    if finished.returncode:
-        raise UserError(f"'{' '.join(words)}' ended with status {finished.returncode}; its error is above")
-    return finished.stdout
 
 
 def pytorch_train(options):

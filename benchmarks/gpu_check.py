@@ -136,14 +136,14 @@ def pytorch_rate(options):
     """The same step in PyTorch: momentum SGD, label smoothing, channels_last; 0 where there is no PyTorch for the device."""
     try:
         import torch
-        from torchvision import models
+        from benchmarks.pytorch_reference import build
     except ImportError:
         return {"images_per_second": 0.0}
     name, _, block = options.network.partition("+")
-    if block or (options.device_target == "GPU" and not torch.cuda.is_available()):
+    if options.device_target == "GPU" and not torch.cuda.is_available():
         return {"images_per_second": 0.0}
     device = "cuda" if options.device_target == "GPU" else "cpu"
-    network = getattr(models, name)().to(device, memory_format=torch.channels_last)
+    network = build(name, 1000, block or "base", dropout=0.0).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
     images = torch.rand(options.batch, 3, options.image_size, options.image_size, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(0, 1000, (options.batch,), device=device)

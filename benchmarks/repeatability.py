@@ -8,14 +8,13 @@ rank's share of the batch, unless it is synchronised, which CPU has not. Prints 
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.processes import last_line, mpirun_words  # noqa: E402
 from src.parallel.launcher import launched_rank, started_by_mpirun  # noqa: E402
 from src.utils.launch import run_main  # noqa: E402
 
@@ -42,11 +41,7 @@ def main(arguments):
 
 def measured(ranks, network, steps):
     """Loss of each step on ``ranks`` ranks."""
-    words = ["mpirun", "--map-by", ":OVERSUBSCRIBE", "-n", str(ranks), sys.executable, __file__,
-             f"--networks={network}", f"--steps={steps}"]
-    environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    finished = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-    return json.loads(finished.stdout.splitlines()[-1])
+    return json.loads(last_line(mpirun_words(ranks, __file__, f"--networks={network}", f"--steps={steps}")))
 
 
 def print_losses(network_name, steps):

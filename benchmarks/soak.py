@@ -22,6 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.processes import mpirun_environment, mpirun_words  # noqa: E402
+
 
 def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -33,14 +35,13 @@ def main(arguments):
     folder = Path(options.output or tempfile.mkdtemp(prefix="soak_"))
     write_tiny_set(folder / "images")
     started = time.monotonic()
-    samples = run_undisturbed(options, folder)
-    alone_s = time.monotonic() - started
-    kills, fallen = run_with_kills(options, folder, alone_s)
+    samples, trained_s = run_undisturbed(options, folder)
+    kills, fallen = run_with_kills(options, folder, trained_s)
     same = outcome(folder / "alone") == outcome(folder / "killed")
     # In the last moments curves.png is drawn, which loads a library.
-    samples = samples[:-2] or samples
+    samples = samples[:-10] or samples
     fifths = [samples[(len(samples) - 1) * part // 5] for part in range(6)]
-    print(f"rank 0 while undisturbed, at the beginning and after each fifth of {alone_s:.0f} s: "
+    print(f"rank 0 while undisturbed, at the beginning and after each fifth of {trained_s:.0f} s: "
           + ", ".join(f"{mib:.0f} MiB {files} files" for mib, files in fifths))
     print(f"soak epochs={options.epochs} ranks={options.ranks} kills={kills} during_a_save={fallen} bit_identical={same} "
           f"memory_growth_mib={fifths[5][0] - fifths[1][0]:.1f} open_files_growth={fifths[5][1] - fifths[1][1]} "
@@ -60,36 +61,40 @@ def write_tiny_set(folder):
 
 
 def begin(options, folder, name, *more):
-    words = ["mpirun", "--map-by", ":OVERSUBSCRIBE", "-n", str(options.ranks), sys.executable, "train.py", "--run_distribute=1",
+    words = [*mpirun_words(options.ranks, "train.py", "--run_distribute=1"),
              "--config_path=digits", f"--data_path={folder}/images/train", f"--output_path={folder}/{name}",
              f"--max_epoch={options.epochs}", "--global_batch_size=8", "--lr=0.01", "--flip_probability=0.5",
              "--ckpt_interval=10", "--ckpt_interval_steps=7", "--eval_interval=10", "--log_interval=1000", *more]
-    environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     with open(folder / f"{name}.log", "a") as log:
-        return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(words, cwd=ROOT, env=mpirun_environment(), stdout=log, stderr=log, start_new_session=True)
 
 
 def run_undisturbed(options, folder):
-    """[(MiB, open files) of rank 0] about every second, from the moment that the first checkpoint is there."""
-    process, samples = begin(options, folder, "alone"), []
-    while process.poll() is None:
-        if any((folder / "alone").glob("*/ckpt_0/*.ckpt")):
-            samples += [usage(pid) for pid in ranks_of(process)[:1] if usage(pid)]
-        time.sleep(1)
+    """[(MiB, open files) of rank 0] a few times a second, and the seconds of it, from the first checkpoint to the end."""
+    process, samples, trained_s = begin(options, folder, "alone"), [], 0
+    if progresses(process, folder / "alone"):
+        began = time.monotonic()
+        while process.poll() is None:
+            samples += filter(None, map(usage, ranks_of(process)[:1]))
+            time.sleep(0.2)
+        trained_s = time.monotonic() - began
     if process.returncode or not samples:
         sys.exit(f"error: the undisturbed training ended with status {process.returncode}; see {folder}/alone.log")
-    return samples
+    return samples, trained_s
 
 
-def run_with_kills(options, folder, alone_s):
-    """Kill and resume until the training ends; (kills, those that left a half-written file)."""
+def run_with_kills(options, folder, trained_s):
+    """Kill and resume until the training ends; (kills, those that left a half-written file).
+
+    The moments are drawn so that all kills together fit into the time that the undisturbed training took after its start.
+    """
     draw, kills, fallen = random.Random(0), 0, 0
     process = begin(options, folder, "killed")
     while process.poll() is None:
         if kills == options.kills or not progresses(process, folder / "killed"):
             process.wait()
             continue
-        time.sleep(draw.uniform(0, alone_s / (options.kills + 1)))
+        time.sleep(draw.uniform(0, trained_s / (options.kills + 1)))
         if process.poll() is None:
             kill(process, draw)
             kills += 1

@@ -33,7 +33,7 @@ def main(arguments):
         classes = open_images(options.data_path, "train").class_to_index
     images = open_images(options.data_path, options.split, class_to_index=classes)
     if images.paths is None:
-        raise UserError(f"the images of '{options.data_path}' are packed already")
+        raise UserError(f"the images of '{options.data_path}' are not files of their own; there is nothing to pack")
     started = time.perf_counter()
     with tqdm(total=len(images), unit="image", disable=not sys.stderr.isatty(), leave=False) as bar:
         pack(images, options.result_path, options.short_side, options.quality,

@@ -18,7 +18,7 @@ PADDING_LABEL = -1
 # Of images that cannot be decoded: they count, as wrong.
 UNDECODABLE_LABEL = -2
 _PREFETCHED_BATCHES = 2
-HOW_TO_GO_ON = ("replace or remove it, or train with --bad_samples=replace; scripts/check_dataset.py lists all such files")
+HOW_TO_GO_ON = "replace or remove it, or train with --bad_samples=replace; scripts/check_dataset.py lists all such files"
 # Images in a row that are tried in place of one that cannot be decoded.
 _SUBSTITUTES = 100
 

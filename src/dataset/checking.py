@@ -33,7 +33,7 @@ def image_sets(data_path, dataset_format):
     if beside:
         sets["val"] = open_images(beside, "val", dataset_format, sets["train"].class_to_index)
     if all(images.paths is None for images in sets.values()):
-        raise UserError(f"the images of '{data_path}' are records of a fixed size, not files; there is nothing to check")
+        raise UserError(f"the images of '{data_path}' are not files of their own; there is nothing to check")
     return sets
 
 

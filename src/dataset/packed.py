@@ -11,8 +11,10 @@ import shutil
 import sqlite3
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import cv2
 import numpy as np
@@ -61,9 +63,6 @@ class PackedImages:
         if len(self.labels) != first.description["images"]:
             raise UserError(f"'{path}' holds {len(self.labels)} of {first.description['images']} images; pack the data set again")
 
-    def __len__(self):
-        return len(self.labels)
-
     def encoded(self, index):
         """The bytes of image ``index``, (N,) uint8."""
         part, inside = self._place(index)
@@ -98,7 +97,7 @@ def open_part(path):
         with open(path, "rb") as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         header = _header(content)
-        with sqlite3.connect(f"file:{path}.db?mode=ro", uri=True) as index:
+        with closing(sqlite3.connect(f"file:{quote(str(path))}.db?mode=ro", uri=True)) as index:
             rows = index.execute("SELECT PAGE_ID_BLOB, PAGE_OFFSET_BLOB, PAGE_OFFSET_BLOB_END, label_0, name_0 FROM INDEXES "
                                  "ORDER BY ROW_ID").fetchall()
         description = json.loads(header["schema"][0]["desc"])

@@ -29,12 +29,11 @@ class StopRequest:
         self._launcher = self._guard = None
 
     def __enter__(self):
-        self._deferral = self._signals.deferred_to(self._note)
-        self._deferral.__enter__()
+        self._signals.defer_to(self._note)
         return self
 
     def __exit__(self, *exception):
-        self._deferral.__exit__(None, None, None)
+        self._signals.defer_to(None)
         if self._launcher is not None:
             os.kill(self._launcher, signal.SIGCONT)
             os.killpg(self._guard.pid, signal.SIGKILL)

@@ -2,7 +2,6 @@
 
 import signal
 import threading
-from contextlib import contextmanager
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -22,14 +21,9 @@ class Signals:
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         threading.Thread(target=self._listen, daemon=True, name="signals").start()
 
-    @contextmanager
-    def deferred_to(self, note):
-        """Within it, ``note(number)`` is called, in the thread, in place of ``end``."""
+    def defer_to(self, note):
+        """From now on call ``note(number)``, in the thread, in place of ``end``; None undoes it."""
         self._note = note
-        try:
-            yield
-        finally:
-            self._note = None
 
     def _listen(self):
         while True:

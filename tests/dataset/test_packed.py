@@ -26,8 +26,10 @@ def packed_into(path, images, short_side=0, part_images=20):
 
 
 def test_packed_batches_are_those_of_the_folder(images, tmp_path):
-    packed = packed_into(tmp_path / "train.mindrecord", images)
-    assert {name for name in os.listdir(tmp_path) if not name.endswith(".db")} == {
+    folder = tmp_path / "a folder, 50 % #1?"
+    folder.mkdir()
+    packed = packed_into(folder / "train.mindrecord", images)
+    assert {name for name in os.listdir(folder) if not name.endswith(".db")} == {
         "train.mindrecord", "train.mindrecord.1", "train.mindrecord.2"}
     config = make_config(image_size=32, per_batch_size=7, max_epoch=2)
     ours, theirs = TrainBatches(packed, config, 0, 1), TrainBatches(images, config, 0, 1)
