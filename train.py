@@ -28,6 +28,7 @@ def main(arguments, signals):
 
     # Only now, because MindSpore takes seconds to import and wrong commands have been told by here.
     from src.parallel.stopping import StopRequest
+    from src.training.graph_cache import user_graph_cache
     from src.training.records import create_run_folder
     from src.training.resume import find_resume_point, resume_line
     from src.training.setup import create_network, start_from_checkpoint
@@ -43,7 +44,7 @@ def main(arguments, signals):
     if communicator.is_root:
         run_folder = resumed.run_folder if resumed else create_run_folder(config.output_path)
     log = create_logger(communicator.rank, run_folder and run_folder.log).info
-    trainer = Trainer(network, config, communicator, train_images, eval_images, run_folder, log, resumed)
+    trainer = Trainer(network, config, communicator, train_images, eval_images, run_folder, log, resumed, user_graph_cache(config))
     if run_folder:
         run_folder.write_start(config, train_images.class_to_index)
     if config.data_path == DIGITS:

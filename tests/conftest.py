@@ -27,6 +27,12 @@ mindspore.set_device("CPU")
 TINY = ("--image_size=32", "--network=cifar_quick", "--train_crop=padded", "--per_batch_size=4")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Keep compiled graphs out of the user's cache, and share them among the commands of this session."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 class Run:
     """A finished command: its status, output and errors; ``error_lines`` are the lines that begin with error:."""
 

@@ -14,10 +14,10 @@ from src.utils.errors import UserError
 _RECORDED = {"step", "config", "epoch_sums", "finished_epoch", "best_top1", "world_size", "step_state",
              "steps_per_epoch", "labels"}
 # Keys that may differ between a run and its continuation: they say where, how fast and how often, not what is computed.
-_FREE_KEYS = {"checkpoint_file_path", "allow_head_mismatch", "resume", "output_path", "result_path", "save_figure", "file_format",
+FREE_KEYS = {"checkpoint_file_path", "allow_head_mismatch", "resume", "output_path", "result_path", "save_figure", "file_format",
               "fuse", "log_interval", "keep_checkpoint_max", "ckpt_interval", "ckpt_interval_steps", "run_eval", "eval_interval",
               "eval_data_path", "eval_engine", "num_parallel_workers", "device_target", "device_id", "run_distribute",
-              "max_steps", "data_path", "per_batch_size", "global_batch_size", "stall_timeout_s"}
+              "max_steps", "data_path", "per_batch_size", "global_batch_size", "stall_timeout_s", "compile_cache"}
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def find_resume_point(config, communicator):
         raise UserError(f"'{path}' is no checkpoint of a training; start from its weights with --checkpoint_file_path={path}")
     point = ResumePoint(Path(path), arrays, metadata, tuple(found[:found.index(path)]))
     present = config.model_dump(mode="json")
-    differing = [key for key, value in metadata["config"].items() if key not in _FREE_KEYS and present.get(key) != value]
+    differing = [key for key, value in metadata["config"].items() if key not in FREE_KEYS and present.get(key) != value]
     if differing:
         shown = ", ".join(f"{key}={metadata['config'][key]} there and {present.get(key)} here" for key in differing[:3])
         raise UserError(f"'{path}' is of another training: {shown}" + (" ..." if len(differing) > 3 else ""))

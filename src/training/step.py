@@ -84,9 +84,10 @@ class HostTrainStep:
 
     skipped = False
 
-    def __init__(self, network_with_loss, parameters, statistics, masks, config, communicator):
+    def __init__(self, network_with_loss, parameters, statistics, masks, config, communicator, graph_cache=None):
         self._names, self._masks, self.gone_wrong = [p.name for p in parameters], masks, None
         self._forward_backward = ForwardBackward(network_with_loss, parameters).set_train(True)
+        self._config, self._graph_cache = config, graph_cache
         self._optimizer = HostMomentum(parameters, parameter_rules(parameters, config), config.momentum)
         self._statistics, self._communicator = statistics, communicator
         self.velocities = self._optimizer.velocities
@@ -97,7 +98,11 @@ class HostTrainStep:
         started = time.perf_counter()
         losses, total = [], None
         for part, (images, labels) in enumerate(batches):
-            loss, tensors = self._forward_backward(images, labels, *self._masks(number, part))
+            inputs = (images, labels, *self._masks(number, part))
+            if self._graph_cache is not None:
+                self._graph_cache.compile(self._forward_backward, inputs, self._config)
+                self._graph_cache = None
+            loss, tensors = self._forward_backward(*inputs)
             losses.append(float(loss.asnumpy()))
             gradients = [tensor.asnumpy() for tensor in tensors]
             total = gradients if total is None else _add_in_place(gradients, total)
@@ -206,16 +211,20 @@ class _DeviceStepGraph(nn.Cell):
         return loss / loss_scale, finite
 
 
-def create_train_step(network, config, communicator):
-    """The train step for ``config.device_target``: called with (forward batches, learning rate, number of the step from 0)."""
+def create_train_step(network, config, communicator, graph_cache=None):
+    """The train step for ``config.device_target``: called with (forward batches, learning rate, number of the step from 0).
+
+    Args:
+        graph_cache: a GraphCache to take the compiled graph from; None compiles anew. On CPU only.
+    """
     masks = dropout_masks(network, config, communicator)
     if config.device_target == "CPU":
         speed_up_gradients(network)
     if config.amp_level != "O0":
         network = mindspore.amp.auto_mixed_precision(network, config.amp_level)
     network_with_loss = NetworkWithLoss(network, InputNormalizer(config.mean, config.std), config.smoothing)
-    kind = HostTrainStep if config.device_target == "CPU" else DeviceTrainStep
-    return kind(network_with_loss, network.trainable_params(), running_statistics(network), masks, config, communicator)
+    parts = (network_with_loss, network.trainable_params(), running_statistics(network), masks, config, communicator)
+    return HostTrainStep(*parts, graph_cache) if config.device_target == "CPU" else DeviceTrainStep(*parts)
 
 
 def dropout_masks(network, config, communicator):

@@ -35,9 +35,10 @@ class Trainer:
         run_folder: a RunFolder on rank 0, None elsewhere.
         log: called with a line of text.
         resumed: the ResumePoint to go on from, or None.
+        graph_cache: the GraphCache to take the compiled training step from, or None.
     """
 
-    def __init__(self, network, config, communicator, train_images, eval_images, run_folder, log, resumed=None):
+    def __init__(self, network, config, communicator, train_images, eval_images, run_folder, log, resumed=None, graph_cache=None):
         self.network, self.config, self.communicator = network, config, communicator
         self.run_folder, self.log = run_folder, log
         self.batches = TrainBatches(train_images, config, communicator.rank, communicator.size)
@@ -45,7 +46,7 @@ class Trainer:
         self.last_step = self.steps_per_epoch * config.max_epoch
         if config.max_steps:
             self.last_step = min(self.last_step, config.max_steps)
-        self.step = create_train_step(network, config, communicator)
+        self.step = create_train_step(network, config, communicator, graph_cache)
         self.first_step, self.best_top1, self._finished_epoch = 0, -1.0, True
         # Over the steps of the epoch: losses (means over ranks), steps skipped for overflow, images replaced.
         self._sums = _no_sums()

@@ -79,6 +79,7 @@ class Config(BaseModel):
         lambda value: value.upper() if isinstance(value, str) else value)]
     loss_scale: Annotated[float, Field(ge=1)]
     is_dynamic_loss_scale: bool
+    compile_cache: bool
 
     seed: Annotated[int, Field(ge=0, lt=2 ** 32)]
     per_batch_size: Positive

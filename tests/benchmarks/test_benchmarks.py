@@ -59,6 +59,15 @@ def test_gpu_check_prints_its_lines():
     assert re.search(r"amp_level=O0 batch=4 images_per_second=[\d.]+", second) and "fused_images_per_second=" in third, run
 
 
+def test_start_up_prints_a_line_with_the_cache_and_one_without():
+    run = execute(["python3", "benchmarks/start_up.py", "--networks=cifar_quick:32", "--repeats=1"])
+    assert run.status == 0, run
+    for cached, line in enumerate(run.out.splitlines()):
+        assert re.fullmatch(rf"start_up network=cifar_quick image_size=32 compile_cache={cached} until_first_step_s=[\d.]+ "
+                            r"import_s=[\d.]+ data_s=[\d.]+ build_s=[\d.]+ compile_s=[\d.]+ rest_of_first_step_s=[\d.]+ "
+                            r"later_step_s=[\d.]+", line), run
+
+
 def test_allreduce_prints_its_line():
     run = execute(["python3", "benchmarks/allreduce.py", "--networks=cifar_quick", "--ranks=2", "--repeats=2", "--mccl=0"])
     assert run.status == 0, run

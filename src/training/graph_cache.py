@@ -1,0 +1,139 @@
+"""A compiled graph kept from one run to the next, so that a second run of the same network starts without compiling.
+
+MindSpore writes and reads such graphs itself, but checks little of what they depend on, and writes in place. Here each has a
+folder of its own, named by a digest of all that it may depend on, complete or absent, and checked before it is used.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import mindspore
+
+from src.training.resume import FREE_KEYS
+from src.utils.config import PROJECT_ROOT
+
+# The learning rate and the update are no part of a graph on CPU.
+_UPDATE_KEYS = {"max_epoch", "accumulation_steps", "lr", "lr_scheduler", "warmup_epochs", "T_max", "eta_min", "lr_epochs", "lr_gamma",
+                "momentum", "weight_decay", "decay_norm_and_bias", "bias_lr_factor"}
+_CHECKSUMS = "checksums.json"
+_PARTIAL = ".partial."
+_KEPT = 64
+_ABANDONED_S = 24 * 3600
+
+
+class GraphCache:
+    """The compiled graphs of one user. A process may compile one graph with it: MindSpore looks at the folder once.
+
+    Args:
+        folder: where to keep them; it is made if need be, and a folder that cannot be written only costs the time to compile.
+    """
+
+    def __init__(self, folder):
+        self._folder = Path(folder)
+
+    def compile(self, cell, inputs, config):
+        """Compile ``cell`` for ``inputs``, or take the graph that an earlier process compiled of the same.
+
+        Returns:
+            Whether it was taken.
+        """
+        kept = self._folder / _digest(cell, inputs, config)
+        if _is_whole(kept):
+            os.utime(kept)
+            with _mindspore_keeps_graphs_in(kept):
+                cell.compile(*inputs)
+            return True
+        growing = kept.with_name(f"{kept.name}{_PARTIAL}{os.getpid()}")
+        try:
+            shutil.rmtree(kept, ignore_errors=True)
+            growing.mkdir(parents=True)
+        except OSError:
+            cell.compile(*inputs)
+            return False
+        with _mindspore_keeps_graphs_in(growing):
+            cell.compile(*inputs)
+        _complete(growing, kept)
+        self._prune()
+        return False
+
+    def _prune(self):
+        """Remove all but the graphs used last, and what processes that were killed left half-written."""
+        by_use = sorted(self._folder.iterdir(), key=lambda folder: folder.stat().st_mtime, reverse=True)
+        old = [folder for folder in by_use if _PARTIAL in folder.name and time.time() - folder.stat().st_mtime > _ABANDONED_S]
+        for folder in [folder for folder in by_use if _PARTIAL not in folder.name][_KEPT:] + old:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def user_graph_cache(config):
+    """The GraphCache under $XDG_CACHE_HOME or ~/.cache, or None where compile_cache is off or the device is not a CPU."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not config.compile_cache or config.device_target != "CPU" or not os.path.isabs(home):
+        return None
+    return GraphCache(Path(home) / "acnet-mindspore" / "graphs")
+
+
+def _digest(cell, inputs, config):
+    """Of the software, the cell and its parameters, the configuration, the inputs' types and what the environment tells MindSpore."""
+    parts = {
+        "software": [mindspore.__version__, platform.python_version(), platform.machine()],
+        "sources": _digest_of_files(sorted((PROJECT_ROOT / "src").rglob("*.py"))),
+        "cell": re.sub(r" at 0x[0-9a-f]+", "", repr(cell)),
+        "parameters": [(p.name, p.shape, str(p.dtype), p.requires_grad) for p in cell.get_parameters()],
+        "config": {key: value for key, value in config.model_dump(mode="json").items() if key not in FREE_KEYS | _UPDATE_KEYS},
+        "inputs": [(tensor.shape, str(tensor.dtype)) for tensor in inputs],
+        "environment": sorted((name, value) for name, value in os.environ.items() if name.startswith("MS_")),
+    }
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _digest_of_files(files):
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _mindspore_keeps_graphs_in(folder):
+    """Let MindSpore take the graph that ``folder`` holds, without looking further, or write it there."""
+    changes = {"MS_COMPILER_CACHE_ENABLE": "1", "MS_COMPILER_CACHE_PATH": str(folder), "MS_DEV_FORCE_USE_COMPILE_CACHE": "1"}
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _complete(growing, kept):
+    """Record the checksums of what was written and give it its name, unless another process was first."""
+    try:
+        (growing / _CHECKSUMS).write_text(json.dumps(_checksums(growing)))
+        os.rename(growing, kept)
+    except OSError:
+        shutil.rmtree(growing, ignore_errors=True)
+
+
+def _is_whole(folder):
+    """Whether ``folder`` has a graph in it and every byte is as it was written."""
+    try:
+        recorded = json.loads((folder / _CHECKSUMS).read_text())
+        return bool(recorded) and recorded == _checksums(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def _checksums(folder):
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in sorted(folder.rglob("*")) if file.is_file() and file.name != _CHECKSUMS}

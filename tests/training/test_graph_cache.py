@@ -1,0 +1,70 @@
+"""A compiled graph is taken from an earlier run only where it is the same, whole, and gives the same bits."""
+
+import json
+
+import pytest
+
+from conftest import TINY, execute, only_run
+
+
+@pytest.fixture
+def train(image_root, tmp_path):
+    """train(name, *flags) -> (losses, bytes of the last checkpoint's weights) of three steps with graphs kept under tmp_path/cache."""
+    def run(name, *flags):
+        output = tmp_path / name
+        finished = execute(["python3", "train.py", f"--data_path={image_root}/train", f"--output_path={output}", *TINY,
+                            "--max_steps=3", *flags], XDG_CACHE_HOME=str(tmp_path / "cache"))
+        assert finished.status == 0, finished
+        return outcome(output)
+    return run
+
+
+def outcome(output):
+    from src.models.formats import read_weights
+    arrays, _ = read_weights(only_run(output) / "latest.ckpt")
+    lines = (only_run(output) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines], {name: array.tobytes() for name, array in arrays.items()}
+
+
+def graphs(tmp_path):
+    return sorted((tmp_path / "cache" / "acnet-mindspore" / "graphs").iterdir())
+
+
+def test_same_bits_with_a_kept_graph_a_damaged_one_and_none(train, tmp_path):
+    anew = train("anew", "--compile_cache=0")
+    assert not (tmp_path / "cache" / "acnet-mindspore").exists()
+    assert train("first") == anew
+    (kept,) = graphs(tmp_path)
+    # Another learning rate is no other graph.
+    assert train("second") == anew and train("other_lr", "--lr=0.02")[1] != anew[1] and graphs(tmp_path) == [kept]
+    (mindir,) = kept.rglob("*.mindir")
+    whole = mindir.read_bytes()
+    mindir.chmod(0o600)
+    mindir.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    assert train("damaged") == anew
+    assert graphs(tmp_path) == [kept] and mindir.read_bytes()[100] == whole[100]
+
+
+def test_the_kept_graph_is_what_runs(train, tmp_path):
+    smoothed, (of_smoothed,) = train("smoothed"), graphs(tmp_path)
+    of_smoothed.rename(tmp_path / "aside")
+    plain, (of_plain,) = train("plain", "--label_smooth=0"), graphs(tmp_path)
+    assert of_plain.name != of_smoothed.name and plain[0] != smoothed[0]
+    # In the other's place the graph with smoothing computes the loss with smoothing.
+    of_plain.rename(tmp_path / "of_plain")
+    (tmp_path / "aside").rename(of_plain)
+    assert train("exchanged", "--label_smooth=0") == smoothed
+
+
+def test_killed_while_it_compiles(image_root, tmp_path, start, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    words = ["python3", "train.py", f"--data_path={image_root}/train", *TINY, "--max_steps=1"]
+    begun = start([*words, f"--output_path={tmp_path}/killed"])
+    begun.wait_for(lambda: list(tmp_path.glob("cache/acnet-mindspore/graphs/*.partial.*")))
+    begun.kill()
+    run = execute([*words, f"--output_path={tmp_path}/after"])
+    assert run.status == 0 and [graph for graph in graphs(tmp_path) if ".partial." not in graph.name], run
+    # A folder that cannot be used costs nothing but the time to compile.
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert execute([*words, f"--output_path={tmp_path}/without"]).status == 0
