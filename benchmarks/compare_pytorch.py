@@ -58,20 +58,29 @@ def parse(arguments):
 
 def compare(options, network, block, batch):
     """Run both sides in turn and print the line of one case."""
+    ours, theirs, layout = best_of_both(options, network, block, batch)
+    print(f"compare_pytorch mode={options.mode} network={network} block={block} ranks={options.ranks if options.mode == 'train' else 1} "
+          f"per_batch_size={batch} images_per_second={ours['images_per_second']:.2f} "
+          f"pytorch_images_per_second={theirs['images_per_second']:.2f} pytorch_layout={layout} "
+          f"ratio={ours['images_per_second'] / theirs['images_per_second']:.2f} "
+          f"peak_rss_mib={ours['peak_rss_mib']:.0f} pytorch_peak_rss_mib={theirs['peak_rss_mib']:.0f}", flush=True)
+
+
+def best_of_both(options, network, block, batch):
+    """(our result, PyTorch's, the layout that was its best) over ``options.rounds`` rounds in turn; a result is a dictionary."""
     layouts = ["nchw", "channels_last"] + (["compile"] if options.compile else [])
-    ours, theirs = [], {layout: [] for layout in layouts}
+    ours, theirs = [], {}
     for _ in range(options.rounds):
         ours.append(run_ours(options, network, block, batch))
         for layout in layouts:
-            theirs[layout].append(run_worker("pytorch_" + options.mode, options, network, block, batch, layout))
-    our_best = max(ours, key=lambda result: result["images_per_second"])
-    layout = max(layouts, key=lambda name: max(result["images_per_second"] for result in theirs[name]))
-    their_best = max(theirs[layout], key=lambda result: result["images_per_second"])
-    print(f"compare_pytorch mode={options.mode} network={network} block={block} ranks={options.ranks if options.mode == 'train' else 1} "
-          f"per_batch_size={batch} images_per_second={our_best['images_per_second']:.2f} "
-          f"pytorch_images_per_second={their_best['images_per_second']:.2f} pytorch_layout={layout} "
-          f"ratio={our_best['images_per_second'] / their_best['images_per_second']:.2f} "
-          f"peak_rss_mib={our_best['peak_rss_mib']:.0f} pytorch_peak_rss_mib={their_best['peak_rss_mib']:.0f}", flush=True)
+            result = run_worker("pytorch_" + options.mode, options, network, block, batch, layout)
+            theirs[layout] = max(theirs.get(layout, result), result, key=_rate)
+    layout = max(layouts, key=lambda name: _rate(theirs[name]))
+    return max(ours, key=_rate), theirs[layout], layout
+
+
+def _rate(result):
+    return result["images_per_second"]
 
 
 def run_ours(options, network, block, batch):

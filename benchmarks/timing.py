@@ -15,3 +15,14 @@ def median_seconds(action, repeats, before=lambda: None):
         action()
         times.append(time.perf_counter() - started)
     return statistics.median(times[WARMUP:])
+
+
+def medians_in_turn(actions, repeats):
+    """{name: median seconds} of {name: action}, each called once a round, so that a noisy moment meets them all."""
+    times = {name: [] for name in actions}
+    for _ in range(WARMUP + repeats):
+        for name, action in actions.items():
+            started = time.perf_counter()
+            action()
+            times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(found[WARMUP:]) for name, found in times.items()}

@@ -95,6 +95,15 @@ def test_compare_pytorch_prints_its_line():
                      r"pytorch_images_per_second=[\d.]+ pytorch_layout=\w+ ratio=[\d.]+", run.out, re.M), run
 
 
+@pytest.mark.slow
+def test_acb_cost_prints_its_lines():
+    run = execute(["python3", "benchmarks/acb_cost.py", "--networks=cifar_quick", "--batch=4", "--image_size=32", "--steps=1",
+                   "--rounds=1", "--pytorch=0"])
+    assert run.status == 0, run
+    assert re.findall(r"^acb_cost mode=(\w+) (?:engine=(\w+) )?network=cifar_quick .*(?:cost|fused_over_base)=[\d.]+$", run.out, re.M) == [
+        ("train", ""), ("eval", "mindspore"), ("eval", "onnx")], run
+
+
 def test_scaling_model_reproduces_the_ring_that_alexnets_rows_imply():
     run = execute(["python3", "benchmarks/scaling_model.py"])
     # 2048 images / 20,000 images/s - 256 / 8,500 = 72.3 ms for 7/4 of 244.4 MB
