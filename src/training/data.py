@@ -13,6 +13,8 @@ def check_device_keys(config):
         if config.sync_bn:
             raise UserError("sync_bn=1 needs device_target=GPU or Ascend; on CPU running statistics are averaged over "
                             "ranks, batch statistics are each rank's own")
+    elif config.gradient_compression != "none":
+        raise UserError(f"gradient_compression={config.gradient_compression} works on CPU only; NCCL and HCCL reduce there")
 
 
 def resolve_classes(config, images):

@@ -21,7 +21,7 @@ from src.utils.config import PROJECT_ROOT
 
 # The learning rate and the update are no part of a graph on CPU.
 _UPDATE_KEYS = {"max_epoch", "accumulation_steps", "lr", "lr_scheduler", "warmup_epochs", "T_max", "eta_min", "lr_epochs", "lr_gamma",
-                "momentum", "weight_decay", "decay_norm_and_bias", "bias_lr_factor"}
+                "momentum", "weight_decay", "decay_norm_and_bias", "bias_lr_factor", "gradient_compression"}
 _CHECKSUMS = "checksums.json"
 _PARTIAL = ".partial."
 _KEPT = 64

@@ -7,6 +7,7 @@ import mindspore.amp
 import numpy as np
 from mindspore import ParameterTuple, nn, ops
 
+from src.parallel.compression import COMPRESSIONS
 from src.training.convolutions import speed_up_gradients
 from src.training.dropout import DropoutMasks
 from src.training.optimizer import DeviceMomentum, HostMomentum, parameter_rules, scalar
@@ -90,6 +91,7 @@ class HostTrainStep:
         self._config, self._graph_cache = config, graph_cache
         self._optimizer = HostMomentum(parameters, parameter_rules(parameters, config), config.momentum)
         self._statistics, self._communicator = statistics, communicator
+        self._compression = COMPRESSIONS[config.gradient_compression]
         self.velocities = self._optimizer.velocities
         self.seconds = {}
 
@@ -110,7 +112,12 @@ class HostTrainStep:
             for gradient in total:
                 gradient *= np.float32(1 / len(losses))
         computed = time.perf_counter()
-        self._communicator.mean_(total + [parameter.asnumpy() for parameter in self._statistics])
+        statistics = [parameter.asnumpy() for parameter in self._statistics]
+        if self._compression is None:
+            self._communicator.mean_(total + statistics)
+        else:
+            self._communicator.mean_(total, self._compression)
+            self._communicator.mean_(statistics)
         reduced = time.perf_counter()
         wrong = self._optimizer(lr, total)
         self.gone_wrong = self._names[wrong] if wrong is not None else None

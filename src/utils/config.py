@@ -2,7 +2,8 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from types import NoneType
+from typing import Annotated, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -80,6 +81,7 @@ class Config(BaseModel):
     loss_scale: Annotated[float, Field(ge=1)]
     is_dynamic_loss_scale: bool
     compile_cache: bool
+    gradient_compression: Annotated[Literal["none", "float16", "bfloat16"], BeforeValidator(_lower)]
 
     seed: Annotated[int, Field(ge=0, lt=2 ** 32)]
     per_batch_size: Positive
@@ -271,10 +273,9 @@ def _recipe_file(recipe):
 
 
 def _empty_to_none(flags):
-    """`--device_id=` and `--device_id=null` reset a key to "not set"; text keys stay text."""
-    text_keys = {name for name, field in Config.model_fields.items() if field.annotation is str}
-    return {key: None if key not in text_keys and str(value).lower() in ("", "null", "none", "auto")
-            and key not in ("dataset_format", "eval_engine") else value for key, value in flags.items()}
+    """`--device_id=` and `--device_id=null` reset a key that may be unset."""
+    nullable = {name for name, field in Config.model_fields.items() if NoneType in get_args(field.annotation)}
+    return {key: None if key in nullable and str(value).lower() in ("", "null", "none", "auto") else value for key, value in flags.items()}
 
 
 def _is_number(word):

@@ -96,6 +96,14 @@ def test_compare_pytorch_prints_its_line():
 
 
 @pytest.mark.slow
+def test_gradient_compression_prints_a_line_a_form():
+    run = execute(["python3", "benchmarks/gradient_compression.py", "--epochs=1", "--cases=none:1,float16:1"])
+    assert run.status == 0, run
+    assert re.findall(r"^gradient_compression form=(\w+) seed=(\d) ranks=2 epochs=1 first_difference=", run.out, re.M) == [
+        ("none", "1"), ("float16", "1")], run
+
+
+@pytest.mark.slow
 def test_acb_cost_prints_its_lines():
     run = execute(["python3", "benchmarks/acb_cost.py", "--networks=cifar_quick", "--batch=4", "--image_size=32", "--steps=1",
                    "--rounds=1", "--pytorch=0"])

@@ -62,3 +62,32 @@ def test_mpirun_without_distribution_is_refused(monkeypatch):
 
 def test_importing_starts_no_mpi():
     assert "mpi4py.MPI" not in sys.modules
+
+
+COMPRESSED = """
+import sys; sys.path.insert(0, {root!r})
+import numpy as np
+from src.parallel.communicator import connect
+from src.parallel.compression import COMPRESSIONS
+c = connect(True)
+for form, digits in (("float16", 11), ("bfloat16", 8)):
+    all_ranks = [np.random.default_rng(rank).normal(size=300001).astype(np.float32) for rank in range(c.size)]
+    big, small = all_ranks[c.rank].copy(), all_ranks[c.rank][:7].reshape(7, 1).copy()
+    c.mean_([big, small], COMPRESSIONS[form])
+    mean = np.mean(all_ranks, axis=0)
+    # Each of the values added, and their mean, was rounded to so many binary digits.
+    bound = 2.0 ** -digits * (np.mean(np.abs(all_ranks), axis=0) + np.abs(mean)) * 1.01
+    assert (np.abs(big - mean) <= bound).all() and (np.abs(small[:, 0] - mean[:7]) <= bound[:7]).all(), form
+    assert len({{array.tobytes() for array in c.gather(big)}}) == 1
+    broken = np.array([1, np.inf, np.nan] if c.rank else [1, 1, 1], np.float32)
+    c.mean_([broken], COMPRESSIONS[form])
+    assert broken[0] == 1 and not np.isfinite(broken[1:]).any(), (form, broken)
+print("agreed", c.rank)
+"""
+
+
+def test_compressed_means_are_the_same_bits_on_every_rank_and_as_exact_as_their_digits(tmp_path):
+    script = tmp_path / "compressed.py"
+    script.write_text(COMPRESSED.format(root=str(ROOT)))
+    run = mpirun(3, script)
+    assert run.status == 0 and run.out.count("agreed") == 3, run
