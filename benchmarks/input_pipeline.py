@@ -53,7 +53,7 @@ def write_jpegs(folder, count):
     random = np.random.default_rng(0)
     for number in range(count):
         coarse = cv2.resize(random.integers(0, 256, (24, 32, 3), np.uint8), (500, 375), interpolation=cv2.INTER_CUBIC)
-        grain = random.normal(0, 9, (375, 500, 1))
+        grain = random.normal(0, 2.5, (375, 500, 1))
         cv2.imwrite(str(folder / f"{number:05d}.jpg"), np.clip(coarse + grain, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 90])
 
 

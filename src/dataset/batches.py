@@ -4,7 +4,7 @@ A source below answers "batch i" from (seed, epoch, indices) alone and fills who
 costs less than a chain of operations with one Python call an image; GeneratorDataset prefetches ahead of the training.
 """
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import cv2
 import numpy as np
@@ -62,7 +62,7 @@ class TrainBatches:
         self.first = first
         self.last = steps * config.accumulation_steps if last is None else last
         self.failure = None
-        self._pool = _thread_pool(config)
+        self._threads = _Threads(config.num_parallel_workers or available_cores())
         self._order = (None, None)
         self._replaced = {}
 
@@ -124,7 +124,7 @@ class EvalBatches:
         self.images, self.config, self.batch = images, config, batch
         self.indices = rank_share(np.arange(len(images)), rank, size)
         self.failure, self.undecodable = None, []
-        self._pool = _thread_pool(config)
+        self._threads = _Threads(config.num_parallel_workers or available_cores())
 
     def __len__(self):
         return -(-len(self.indices) // self.batch)
@@ -163,18 +163,30 @@ def _fill(source, indices, make, batch):
     images = np.zeros((batch, size, size, 3), np.uint8)
     labels = np.full(batch, PADDING_LABEL, np.int32)
 
-    def place(slot):
-        images[slot], labels[slot] = make(int(indices[slot]))
+    # Each thread takes the next slot itself: handing one over costs more than the smaller operations on an image.
+    slots = iter(range(len(indices)))
+
+    def work():
+        for slot in slots:
+            images[slot], labels[slot] = make(int(indices[slot]))
 
     try:
-        list(source._pool.map(place, range(len(indices))))
+        source._threads.all_do(work)
     except Exception as failure:
         source.failure = failure
         raise
     return images, labels
 
 
-def _thread_pool(config):
-    # One level of threads: the pool's. OpenCV's own would multiply them.
-    cv2.setNumThreads(0)
-    return ThreadPoolExecutor(config.num_parallel_workers or available_cores())
+class _Threads:
+    """``count`` threads that live as long as this object."""
+
+    def __init__(self, count):
+        # One level of threads: these. OpenCV's own would multiply them.
+        cv2.setNumThreads(0)
+        self._count, self._pool = count, ThreadPoolExecutor(count)
+
+    def all_do(self, work):
+        """Call ``work()`` on every thread; when all are done, raise what one of them raised."""
+        for done in wait([self._pool.submit(work) for _ in range(self._count)]).done:
+            done.result()

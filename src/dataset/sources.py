@@ -78,7 +78,10 @@ def read_image(path):
         BadImage: where the file cannot be read or is no image, or too large a one.
     """
     try:
-        encoded = np.fromfile(path, np.uint8, count=_LARGEST_FILE)
+        # Not np.fromfile with a count, which allocates for the count first.
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            encoded = np.frombuffer(file.read(min(size, _LARGEST_FILE)), np.uint8)
     except OSError as failure:
         raise BadImage(f"cannot read the image {path}: {failure.strerror}") from None
     return decode_image(encoded, path)
@@ -99,7 +102,7 @@ def decode_image(encoded, name):
     image, reason = None, "is empty" if not encoded.size else "is not an image that can be decoded"
     if 0 < encoded.size < _LARGEST_FILE:
         try:
-            image = cv2.imdecode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+            image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
         except cv2.error as failure:
             if "MAX_IMAGE" in str(failure):
                 reason = "has too many pixels, as a decompression bomb has"
@@ -107,7 +110,7 @@ def decode_image(encoded, name):
         reason = f"is larger than {_LARGEST_FILE >> 20} MiB"
     if image is None:
         raise BadImage(f"{name} {reason}")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return image
 
 
 def find_bad_image(images, rank, size):

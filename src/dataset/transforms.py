@@ -95,12 +95,12 @@ def _random_part(random, height, width, scale, ratio):
 
 
 def _adjust_brightness(image, factor):
-    return cv2.LUT(image, _line(factor, 0.0))
+    return _line(image, factor, 0.0)
 
 
 def _adjust_contrast(image, factor):
     mean = float(cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0])
-    return cv2.LUT(image, _line(factor, mean * (1 - factor)))
+    return _line(image, factor, mean * (1 - factor))
 
 
 def _adjust_saturation(image, factor):
@@ -108,6 +108,6 @@ def _adjust_saturation(image, factor):
     return cv2.addWeighted(image, factor, grey, 1 - factor, 0)
 
 
-def _line(slope, offset):
-    """Table of ``slope * value + offset`` for the 256 values, rounded and saturated."""
-    return np.clip(np.rint(np.arange(256) * slope + offset), 0, 255).astype(np.uint8)
+def _line(image, slope, offset):
+    """``slope * value + offset`` of each value, rounded and saturated."""
+    return cv2.addWeighted(image, slope, image, 0, offset)
