@@ -70,7 +70,8 @@ def evaluate(options, network):
                                   max(options.steps, _SHORTEST_EVALUATION))
         print(f"acb_cost mode=eval engine={name} network={network} batch={options.batch} "
               f"base_images_per_second={options.batch / seconds['base']:.1f} "
-              f"fused_images_per_second={options.batch / seconds['acb']:.1f} fused_over_base={seconds['base'] / seconds['acb']:.3f}", flush=True)
+              f"fused_images_per_second={options.batch / seconds['acb']:.1f} "
+              f"fused_over_base={seconds['base'] / seconds['acb']:.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--cases", default="none:1,float16:1,bfloat16:1,none:2", help="FORM:SEED, the first is what others are compared with")
+    parser.add_argument("--cases", default="none:1,float16:1,bfloat16:1,none:2",
+                        help="FORM:SEED,...; the others are compared with the first")
     options = parser.parse_args(arguments)
     reference = None
     for case in options.cases.split(","):
@@ -30,8 +31,8 @@ def main(arguments):
         losses = [epoch["loss"] for epoch in epochs]
         reference = reference or losses
         differences = [abs(loss - expected) / expected for loss, expected in zip(losses, reference)]
-        print(f"gradient_compression form={form} seed={seed} ranks={options.ranks} epochs={len(losses)} first_difference={differences[0]:.2e} "
-              f"largest_difference={max(differences):.2e} last_loss={losses[-1]:.6f} top1={epochs[-1]['top1']:.2f}", flush=True)
+        print(f"gradient_compression form={form} seed={seed} ranks={options.ranks} epochs={len(losses)} "
+              f"first_difference={differences[0]:.2e} largest_difference={max(differences):.2e} last_loss={losses[-1]:.6f} top1={epochs[-1]['top1']:.2f}", flush=True)
 
 
 def trained(options, form, seed):

@@ -145,9 +145,8 @@ def print_operations(images):
     random = transforms.sample_generator(1, 0, 0)
     operations = {
         "draw": (lambda index: transforms.sample_generator(1, 0, index), range(len(encoded))),
-        "decode": (lambda data: cv2.imdecode(data, cv2.IMREAD_COLOR), encoded),
+        "decode": (lambda data: cv2.imdecode(data, cv2.IMREAD_COLOR_RGB), encoded),
         "decode_half": (lambda data: cv2.imdecode(data, cv2.IMREAD_REDUCED_COLOR_2), encoded),
-        "bgr_to_rgb": (lambda image: cv2.cvtColor(image, cv2.COLOR_BGR2RGB), decoded),
         "crop_resize": (lambda image: transforms.random_resized_crop(image, random, _SIZE, config.crop_scale, config.crop_ratio), decoded),
         "flip": (lambda image: cv2.flip(image, 1), small),
         "jitter": (lambda image: transforms.color_jitter(image, random, 0.4, 0.4, 0.4), small),

@@ -88,6 +88,10 @@ class Started:
     def wait_for_text(self, text):
         self.wait_for(lambda: text in self._out.read_text())
 
+    def errors(self):
+        """What it has written to standard error so far."""
+        return self._err.read_text()
+
     def ranks(self):
         """Process numbers of the ranks, in order of rank."""
         found = {}

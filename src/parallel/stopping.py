@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -17,7 +18,7 @@ class StopRequest:
     mpirun passes SIGTERM and Ctrl-C on to its ranks and kills them 0.1 s later (Open MPI 5.0). It does the same to the
     ranks that are left when one has died. The two are told apart by looking for the other ranks of this machine: where
     one is gone this process ends at once, for its step can never end. Otherwise one rank a machine suspends the launcher
-    until the checkpoint is written, for at most 25 s.
+    until the checkpoint is written, for at most 25 s. A second Ctrl-C ends a process that is alone at once.
 
     Attributes:
         signal: number of the signal that came, or 0.
@@ -39,8 +40,13 @@ class StopRequest:
             os.killpg(self._guard.pid, signal.SIGKILL)
 
     def _note(self, number):
+        alone_and_interrupted = number == signal.SIGINT and self._communicator.size == 1
         if self.signal:
+            if alone_and_interrupted:
+                self._signals.end(number)
             return
+        if alone_and_interrupted:
+            sys.stderr.write("\nfinishing the step, then saving; Ctrl-C again ends at once, without saving\n")
         peers = self._communicator.local_peers()
         if not all(_alive(pid) for pid in peers):
             os._exit(128 + number)

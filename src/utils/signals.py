@@ -17,7 +17,7 @@ class Signals:
     """
 
     def __init__(self, end):
-        self._end, self._note = end, None
+        self.end, self._note = end, None
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         threading.Thread(target=self._listen, daemon=True, name="signals").start()
 
@@ -28,5 +28,5 @@ class Signals:
     def _listen(self):
         while True:
             received = signal.sigwaitinfo(ENDING)
-            (self._note or self._end)(received.si_signo)
+            (self._note or self.end)(received.si_signo)
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,19 @@ def test_told_to_stop_it_finishes_the_step_and_saves(training, tmp_path, number,
     folder = only_run(tmp_path / "run")
     assert "which is saved; go on with --resume=auto" in (folder / "log.txt").read_text()
     assert read_weights(folder / "latest.ckpt")[1]["step"] >= 3
+
+
+def test_a_second_ctrl_c_ends_a_long_step_at_once(image_root, tmp_path, start):
+    started = start(["python3", "train.py", f"--data_path={image_root}/train", f"--output_path={tmp_path}/run", *TINY,
+                     "--network=alexnet", "--image_size=64", "--per_batch_size=1", "--accumulation_steps=48", "--max_epoch=1000"])
+    started.wait_for_text(" steps of ")
+    time.sleep(0.5)
+    started.process.send_signal(signal.SIGINT)
+    started.wait_for(lambda: "Ctrl-C again" in started.errors())
+    started.process.send_signal(signal.SIGINT)
+    run, seconds = started.finish(10)
+    assert run.status == 130 and run.error_lines == ["error: interrupted"], run
+    assert not list((only_run(tmp_path / "run") / "ckpt_0").glob("*.ckpt"))
 
 
 def test_no_rank_listens_beyond_loopback(training):
