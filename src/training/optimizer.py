@@ -13,7 +13,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from src.models.formats import MOMENTUM_PREFIX
 
 # Elements updated at a time: few enough that the four arrays of a chunk stay in a core's cache.
-_CHUNK = 1 << 15
+_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class HostMomentum:
         self._scratch = np.empty(_CHUNK, np.float32)
 
     def __call__(self, lr, gradients):
-        """Update with learning rate ``lr`` from arrays ``gradients``, in the parameters' order; they are overwritten.
+        """Update with learning rate ``lr`` from arrays ``gradients``, in the parameters' order.
 
         Returns:
             Index of the first parameter whose gradient is not finite, or None.
@@ -65,11 +65,14 @@ class HostMomentum:
             # A sum of finite numbers may overflow, so that only a closer look convicts.
             if not np.isfinite(g.sum()) and not np.isfinite(g).all():
                 finite = False
+            v *= self._momentum
             if decay:
                 np.multiply(w, decay, out=scratch)
-                g += scratch
-            v *= self._momentum
-            v += g
+                # Into the scratch, which stays in the cache, and not into the gradient.
+                scratch += g
+                v += scratch
+            else:
+                v += g
             np.multiply(v, lr, out=scratch)
             w -= scratch
         return finite
