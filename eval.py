@@ -21,10 +21,13 @@ def main(arguments):
     prepare_process(communicator.local_rank, communicator.local_size, config.device_target)
     from src.training.checkpoint import find_checkpoints
     from src.training.evaluation import evaluate_checkpoints, report_line, write_results
+    from src.training.inference import faster_engine_hint
 
     paths = find_checkpoints(config.checkpoint_file_path)
     select_device(config.device_target, config.device_id if config.device_id is not None else communicator.local_rank)
     log = create_logger(communicator.rank).info
+    if hint := faster_engine_hint(config):
+        log(hint)
     results = evaluate_checkpoints(paths, flags, communicator, log)
     if len(results) > 1:
         log("best: " + report_line(max(results, key=lambda result: result["top1"])))

@@ -46,14 +46,14 @@ class GraphCache:
         """
         kept = self._folder / _digest(cell, inputs, config)
         if _is_whole(kept):
-            os.utime(kept)
+            _mark_as_used(kept)
             with _mindspore_keeps_graphs_in(kept):
                 cell.compile(*inputs)
             return True
         growing = kept.with_name(f"{kept.name}{_PARTIAL}{os.getpid()}")
         try:
-            shutil.rmtree(kept, ignore_errors=True)
-            growing.mkdir(parents=True)
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            growing.mkdir()
         except OSError:
             cell.compile(*inputs)
             return False
@@ -65,9 +65,10 @@ class GraphCache:
 
     def _prune(self):
         """Remove all but the graphs used last, and what processes that were killed left half-written."""
-        by_use = sorted(self._folder.iterdir(), key=lambda folder: folder.stat().st_mtime, reverse=True)
-        old = [folder for folder in by_use if _PARTIAL in folder.name and time.time() - folder.stat().st_mtime > _ABANDONED_S]
-        for folder in [folder for folder in by_use if _PARTIAL not in folder.name][_KEPT:] + old:
+        used = {folder: _last_used(folder) for folder in self._folder.iterdir()}
+        abandoned = [folder for folder in used if _PARTIAL in folder.name and used[folder] < time.time() - _ABANDONED_S]
+        whole = sorted((folder for folder in used if _PARTIAL not in folder.name), key=used.get, reverse=True)
+        for folder in whole[_KEPT:] + abandoned:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -117,12 +118,34 @@ def _mindspore_keeps_graphs_in(folder):
 
 
 def _complete(growing, kept):
-    """Record the checksums of what was written and give it its name, unless another process was first."""
+    """Record the checksums of what was written and give it its name, unless another process was first.
+
+    A whole graph is never taken away, for another process may be reading it.
+    """
     try:
         (growing / _CHECKSUMS).write_text(json.dumps(_checksums(growing)))
+        if kept.exists() and not _is_whole(kept):
+            os.rename(kept, f"{growing}.damaged")
         os.rename(growing, kept)
     except OSError:
-        shutil.rmtree(growing, ignore_errors=True)
+        pass
+    for leftover in (growing, Path(f"{growing}.damaged")):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _last_used(folder):
+    """Seconds since the epoch; now for one that another process has just renamed."""
+    try:
+        return folder.stat().st_mtime
+    except OSError:
+        return time.time()
+
+
+def _mark_as_used(folder):
+    try:
+        os.utime(folder)
+    except OSError:
+        pass
 
 
 def _is_whole(folder):

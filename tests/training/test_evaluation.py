@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from conftest import execute, mpirun
+from conftest import execute, make_config, mpirun
 from src.training.evaluation import count_correct
 
 
@@ -60,3 +60,12 @@ def test_every_engine_finds_the_same(trained_run, image_root, tmp_path, engine):
     recorded = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()]
     (result,) = json.loads((tmp_path / "result.json").read_text())
     assert result["top1"] == pytest.approx(max(line["top1"] for line in recorded), abs=1e-3)
+
+
+def test_who_could_evaluate_faster_is_told(monkeypatch):
+    from src.training import inference
+    assert inference.faster_engine_hint(make_config(eval_engine="mindspore")) is None
+    monkeypatch.setattr(inference, "onnx_is_installed", lambda: False)
+    assert "scripts/setup.sh --onnx" in inference.faster_engine_hint(make_config())
+    monkeypatch.setattr(inference, "onnx_is_installed", lambda: True)
+    assert inference.faster_engine_hint(make_config()) is None

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from conftest import TINY, execute, only_run
+from conftest import ROOT, TINY, execute, only_run
 
 
 @pytest.fixture
@@ -68,3 +68,47 @@ def test_killed_while_it_compiles(image_root, tmp_path, start, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert execute([*words, f"--output_path={tmp_path}/without"]).status == 0
+
+
+FILLED = """
+import os, sys; sys.path.insert(0, {root!r})
+from pathlib import Path
+from conftest import make_config
+from src.training.graph_cache import GraphCache
+
+class Cell:
+    "Writes and reads as MindSpore does, which takes one folder a process and so one round."
+    def get_parameters(self):
+        return []
+    def __repr__(self):
+        return "cell"
+    def compile(self):
+        file = Path(os.environ["MS_COMPILER_CACHE_PATH"]) / "graph"
+        if file.exists():
+            assert file.read_text() == "graph" * 1000
+        else:
+            file.write_text("graph" * 1000)
+
+configs = [make_config(seed=seed) for seed in range(100)]
+children = []
+for _ in range(8):
+    child = os.fork()
+    if not child:
+        cache, taken = GraphCache({folder!r}), 0
+        for config in configs:
+            taken += cache.compile(Cell(), (), config)
+        os._exit(0)
+    children.append(child)
+assert all(os.waitpid(child, 0)[1] == 0 for child in children)
+left = list(Path({folder!r}).iterdir())
+# More than 64 are pruned, while others look.
+assert len(left) == 64 and all((folder / "checksums.json").exists() for folder in left), left
+"""
+
+
+def test_processes_that_fill_it_at_once_leave_whole_graphs(tmp_path):
+    """Each finds the others' folders come and go while it looks at them."""
+    script = tmp_path / "fill.py"
+    script.write_text(FILLED.format(root=str(ROOT / "tests"), folder=str(tmp_path / "graphs")))
+    run = execute(["python3", script], PYTHONPATH=str(ROOT))
+    assert run.status == 0, run
