@@ -2,9 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
+from mindspore import Tensor, nn
 
-from conftest import ROOT, TINY, execute, only_run
+from conftest import ROOT, TINY, execute, make_config, only_run
+from src.training.graph_cache import GraphCache
 
 
 @pytest.fixture
@@ -64,10 +67,13 @@ def test_killed_while_it_compiles(image_root, tmp_path, start, monkeypatch):
     begun.kill()
     run = execute([*words, f"--output_path={tmp_path}/after"])
     assert run.status == 0 and [graph for graph in graphs(tmp_path) if ".partial." not in graph.name], run
-    # A folder that cannot be used costs nothing but the time to compile.
+
+
+def test_a_folder_that_cannot_be_made_costs_nothing_but_the_compiling(tmp_path):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert execute([*words, f"--output_path={tmp_path}/without"]).status == 0
+    cell, inputs = nn.ReLU(), (Tensor(np.array([-1, 2], np.float32)),)
+    assert not GraphCache(tmp_path / "file" / "graphs").compile(cell, inputs, make_config())
+    assert cell(*inputs).asnumpy().tolist() == [0, 2]
 
 
 FILLED = """
@@ -101,8 +107,8 @@ for _ in range(8):
     children.append(child)
 assert all(os.waitpid(child, 0)[1] == 0 for child in children)
 left = list(Path({folder!r}).iterdir())
-# More than 64 are pruned, while others look.
-assert len(left) == 64 and all((folder / "checksums.json").exists() for folder in left), left
+# Of 100, 64 stay, give or take one a process, which wrote or removed its last while others counted.
+assert 64 - 8 <= len(left) <= 64 + 8 and all((folder / "checksums.json").exists() for folder in left), left
 """
 
 

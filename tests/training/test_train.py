@@ -102,14 +102,13 @@ def test_world_sizes_follow_the_same_loss(image_root, tmp_path):
 
 def test_compressed_gradients_train_nearly_the_same(image_root, tmp_path):
     losses = {}
-    for form in ("none", "float16", "bfloat16"):
+    for form in ("none", "float16"):
         run = mpirun(2, "train.py", f"--data_path={image_root}/train", f"--output_path={tmp_path}/{form}", *TINY, "--max_epoch=1",
                      "--lr=0.05", f"--gradient_compression={form}")
         assert run.status == 0, run
         losses[form] = json.loads((only_run(tmp_path / form) / "metrics.jsonl").read_text())["loss"]
-    # 11 and 8 binary digits of each gradient
-    for form, bound in (("float16", 2e-3), ("bfloat16", 2e-2)):
-        assert losses[form] != losses["none"] and losses[form] == pytest.approx(losses["none"], rel=bound), losses
+    # 11 binary digits of each gradient
+    assert losses["float16"] != losses["none"] and losses["float16"] == pytest.approx(losses["none"], rel=2e-3), losses
 
 
 def train(*flags, cwd=ROOT):
