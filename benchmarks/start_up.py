@@ -5,6 +5,7 @@ imports, the data set, building the network, compiling and the rest of the first
 """
 
 import argparse
+import atexit
 import json
 import os
 import statistics
@@ -72,10 +73,8 @@ def watch(started, arguments):
 
     device.prepare_process = prepare_and_place_clocks
     sys.argv = [str(ROOT / "train.py"), *arguments]
-    try:
-        run_main(train.main, launched_rank(), defers_signals=True)
-    finally:
-        print(json.dumps(clock.parts()))
+    atexit.register(lambda: print(json.dumps(clock.parts())))
+    run_main(train.main, launched_rank(), defers_signals=True)
 
 
 class _Clock:

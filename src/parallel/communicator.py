@@ -1,5 +1,6 @@
 """How ranks talk. Alone, rank is 0, size is 1 and every operation is the identity, so that no caller asks which it is."""
 
+import atexit
 import os
 import re
 import socket
@@ -75,7 +76,7 @@ class MpiCommunicator(Communicator):
             _unlink_shared_memory(self.local_size)
         machine.Free()
         self._packed = np.empty(0, np.float32)
-        self.waiting_since = None
+        self.waiting_since, self._watchdog = None, None
         self.places = self._world.allgather((socket.gethostname(), os.getpid()))
 
     def mean_(self, arrays, compression=None):
@@ -115,7 +116,14 @@ class MpiCommunicator(Communicator):
             self._world.Barrier()
 
     def watch_for_stalls(self, timeout_s):
-        StallWatchdog(self, self._mpi, timeout_s).start()
+        self._watchdog = StallWatchdog(self, self._mpi, timeout_s)
+        self._watchdog.start()
+
+    def close(self):
+        """Leave MPI, when every rank does; no other method may be called after."""
+        if self._watchdog is not None:
+            self._watchdog.stop()
+        self._mpi.Finalize()
 
     def local_peers(self):
         host, mine = self.places[self.rank]
@@ -201,4 +209,7 @@ def connect(run_distribute):
     except (ImportError, RuntimeError) as failure:
         raise UserError(f"MPI cannot be loaded ({str(failure).splitlines()[0]}); run 'bash scripts/setup.sh', "
                         "then 'source .venv/bin/activate'") from None
-    return MpiCommunicator(MPI)
+    communicator = MpiCommunicator(MPI)
+    # mpi4py would finalise MPI too, but only in Python's own finalisation, which run_main leaves out.
+    atexit.register(communicator.close)
+    return communicator

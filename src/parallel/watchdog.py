@@ -29,16 +29,20 @@ class StallWatchdog(threading.Thread):
         # Its own, so that its messages never meet the collectives of the main thread.
         self._world = mpi.COMM_WORLD.Dup()
         self._talks = mpi.Query_thread() == mpi.THREAD_MULTIPLE
-        self._sent = []
+        self._sent, self._stopped = [], threading.Event()
 
     def run(self):
-        while True:
-            time.sleep(_LOOK_EVERY_S)
+        while not self._stopped.wait(_LOOK_EVERY_S):
             self._answer_others()
             if self._waited() > self._timeout_s:
                 answers = self._ask_others()
                 if self._waited() > self._timeout_s:
                     self._end(answers)
+
+    def stop(self):
+        """Watch no longer, and call MPI no more once this returns."""
+        self._stopped.set()
+        self.join()
 
     def _waited(self):
         since = self._communicator.waiting_since

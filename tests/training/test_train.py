@@ -93,7 +93,7 @@ def test_world_sizes_follow_the_same_loss(image_root, tmp_path):
     for ranks in (1, 2):
         run = mpirun(ranks, "train.py", f"--data_path={image_root}/train", f"--output_path={tmp_path}/{ranks}",
                      "--network=alexnet", "--image_size=64", "--dropout=0", "--global_batch_size=12", "--max_epoch=3",
-                     "--lr=0.01")
+                     "--ckpt_interval=3", "--lr=0.01")
         assert run.status == 0, run
         lines = (only_run(tmp_path / str(ranks)) / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines])
