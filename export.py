@@ -1,5 +1,6 @@
-"""Export a checkpoint: `python3 export.py --checkpoint_file_path=FILE --file_format=CKPT|MINDIR|ONNX|SAFETENSORS [--fuse=0|1] [--result_path=FILE]`.
+"""Export a checkpoint: `python3 export.py --checkpoint_file_path=FILE --file_format=FORMAT [--fuse=0|1] [--result_path=FILE]`.
 
+FORMAT is CKPT, MINDIR, ONNX or SAFETENSORS.
 ACNet checkpoints are fused into the plain network unless --fuse=0. What was written is loaded back and compared before it counts.
 """
 

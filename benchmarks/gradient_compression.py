@@ -32,7 +32,8 @@ def main(arguments):
         reference = reference or losses
         differences = [abs(loss - expected) / expected for loss, expected in zip(losses, reference)]
         print(f"gradient_compression form={form} seed={seed} ranks={options.ranks} epochs={len(losses)} "
-              f"first_difference={differences[0]:.2e} largest_difference={max(differences):.2e} last_loss={losses[-1]:.6f} top1={epochs[-1]['top1']:.2f}", flush=True)
+              f"first_difference={differences[0]:.2e} largest_difference={max(differences):.2e} last_loss={losses[-1]:.6f} "
+              f"top1={epochs[-1]['top1']:.2f}", flush=True)
 
 
 def trained(options, form, seed):

@@ -86,7 +86,8 @@ def run_undisturbed(options, folder):
 def run_with_kills(options, folder, trained_s):
     """Kill and resume until the training ends; (kills, those that left a half-written file).
 
-    The moments are drawn so that all kills together fit into the time that the undisturbed training took after its start.
+    The moments are drawn so that all kills together fit into the time that the undisturbed training took after its start,
+    with some to spare for a machine that is faster now.
     """
     draw, kills, fallen = random.Random(0), 0, 0
     process = begin(options, folder, "killed")
@@ -94,7 +95,7 @@ def run_with_kills(options, folder, trained_s):
         if kills == options.kills or not progresses(process, folder / "killed"):
             process.wait()
             continue
-        time.sleep(draw.uniform(0, trained_s / (options.kills + 1)))
+        time.sleep(draw.uniform(0, trained_s / (options.kills + 2)))
         if process.poll() is None:
             kill(process, draw)
             kills += 1

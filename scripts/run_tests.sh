@@ -14,4 +14,5 @@ for argument in "$@"; do
 done
 bash scripts/setup.sh "${extras[@]}"
 source .venv/bin/activate
-exec python3 -m pytest ${arguments[@]+"${arguments[@]}"}
+# Two at a time: most tests wait for one core's work, compiling or starting a process. A later -n, 0 too, wins.
+exec python3 -m pytest -n 2 --dist worksteal ${arguments[@]+"${arguments[@]}"}

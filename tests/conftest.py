@@ -173,6 +173,22 @@ def start(tmp_path):
 
 
 @pytest.fixture
+def measured(record_property):
+    """measured(text): print a figure that a test found at the end of the whole run."""
+    return lambda text: record_property("measured", text)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The figures of ``measured``."""
+    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    found = [text for report in reports for name, text in report.user_properties if name == "measured"]
+    if found:
+        terminalreporter.section("measured")
+        for text in found:
+            terminalreporter.write_line(text)
+
+
+@pytest.fixture
 def broken_copy(image_root, tmp_path):
     """A copy of ``image_root`` that a test may damage."""
     shutil.copytree(image_root, tmp_path / "copy")

@@ -61,7 +61,7 @@ def test_dilated_block_equals_its_plain_convolution(kernel_size, padding, dilati
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in ("cifar_quick", "resnet18") else pytest.mark.slow)
                                   for name in NETWORKS if name != "resnext101_32x4d"])
-def test_fused_network_equals_the_trained_one(name, record_property, capsys):
+def test_fused_network_equals_the_trained_one(name, measured):
     size = 64 if name == "alexnet" else 32
     network = build_model(name, 10, "acb", image_size=size)
     randomise(network)
@@ -70,8 +70,7 @@ def test_fused_network_equals_the_trained_one(name, record_property, capsys):
     network.set_train(False)
     x = Tensor(np.random.default_rng(2).normal(size=(2, 3, size, size)).astype(np.float32))
     difference = largest_relative_difference(fused(x).asnumpy(), network(x).asnumpy())
-    with capsys.disabled():
-        print(f"\nfusion of {name}: largest relative difference {difference:.1e}")
+    measured(f"fusion of {name}: largest relative difference {difference:.1e}")
     assert 0 < difference < 1e-4
     assert not any("hor_conv" in p.name for p in fused.get_parameters())
     expected = {p.name: p.shape for p in build_model(name, 10, "acb", fused=True, image_size=size).get_parameters()}

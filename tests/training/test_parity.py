@@ -76,16 +76,11 @@ def pair(request):
     return Pair(request.param)
 
 
-def report(capsys, text):
-    with capsys.disabled():
-        print(f"\n{text}")
-
-
 def relative(found, expected):
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-def test_logits_and_loss_are_pytorchs(pair, capsys):
+def test_logits_and_loss_are_pytorchs(pair, measured):
     images, labels = pair.batch()
     x, y = pair.normalised(images), torch.from_numpy(labels).long()
     expected = pair.theirs.eval()(x).detach().numpy()
@@ -93,11 +88,11 @@ def test_logits_and_loss_are_pytorchs(pair, capsys):
     logits = np.abs(found - expected).max() / np.abs(expected).max()
     loss = functional.cross_entropy(pair.theirs.train()(x), y, label_smoothing=0.1).item()
     ours, _ = pair.loss_and_gradients(images, labels)
-    report(capsys, f"{pair.name}: relative differences from PyTorch: logits {logits:.1e}, loss {abs(ours - loss) / loss:.1e}")
+    measured(f"{pair.name}: relative differences from PyTorch: logits {logits:.1e}, loss {abs(ours - loss) / loss:.1e}")
     assert logits < 1e-4 and abs(ours - loss) / loss < 1e-5
 
 
-def test_gradients_are_pytorchs(pair, capsys):
+def test_gradients_are_pytorchs(pair, measured):
     """Every parameter's gradient, on a batch where no ReLU is decided by rounding.
 
     An input of a ReLU within rounding of 0 may pass in one program and not in the other, which changes gradients by more
@@ -114,11 +109,11 @@ def test_gradients_are_pytorchs(pair, capsys):
         largest = max(relative(gradient, theirs[torch_name(name, pair.name)]) for name, gradient in ours.items())
         if largest < 1e-3:
             break
-    report(capsys, f"{pair.name}: largest relative difference of a gradient from PyTorch's {largest:.1e} (batch {tries})")
+    measured(f"{pair.name}: largest relative difference of a gradient from PyTorch's {largest:.1e} (batch {tries})")
     assert largest < 1e-3
 
 
-def test_twenty_steps_are_pytorchs(pair, capsys):
+def test_twenty_steps_are_pytorchs(pair, measured):
     config = make_config(lr=LR, momentum=0.9, weight_decay=1e-3, warmup_epochs=1, max_epoch=4, label_smooth_factor=0.1)
     steps_per_epoch = 5
     step = create_train_step(pair.ours, config, Communicator())
@@ -142,8 +137,8 @@ def test_twenty_steps_are_pytorchs(pair, capsys):
     moving = {p.name: (p.asnumpy(), theirs[torch_name(p.name, pair.name)].numpy()) for p in pair.ours.get_parameters()
               if "moving" in p.name}
     statistics = max((np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in moving.values()), default=0.0)
-    report(capsys, f"{pair.name}: after 20 steps relative differences from PyTorch: loss curve {losses:.1e}, "
-                   f"running statistics {statistics:.1e}; loss {curves[0][1]:.3f} -> {curves[-1][1]:.3f}")
+    measured(f"{pair.name}: after 20 steps relative differences from PyTorch: loss curve {losses:.1e}, "
+             f"running statistics {statistics:.1e}; loss {curves[0][1]:.3f} -> {curves[-1][1]:.3f}")
     assert curves[-1][1] < curves[0][1] and losses < 1e-3 and statistics < 1e-3
 
 

@@ -87,7 +87,7 @@ def test_accumulation_equals_the_large_batch(dropout):
         step = create_train_step(network, config, Communicator())
         random = np.random.default_rng(0)
         images, labels = random.integers(0, 256, (8, 64, 64, 3), np.uint8), np.arange(8, dtype=np.int32) % 5
-        loss = step([(Tensor(i), Tensor(l)) for i, l in zip(np.split(images, parts), np.split(labels, parts))], 0.1, 0)
+        loss = step([(Tensor(x), Tensor(y)) for x, y in zip(np.split(images, parts), np.split(labels, parts))], 0.1, 0)
         return loss, {p.name: p.asnumpy() for p in network.get_parameters()}
     (loss, whole), (loss_in_parts, in_parts) = weights_after(1), weights_after(4)
     assert loss_in_parts == pytest.approx(loss, rel=1e-5)
@@ -172,13 +172,12 @@ def gradients_on(size, network, folder, ranks):
 
 
 @pytest.mark.slow
-def test_averaged_gradients_are_those_of_the_global_batch_on_one_rank(tmp_path, capsys):
+def test_averaged_gradients_are_those_of_the_global_batch_on_one_rank(tmp_path, measured):
     (alone,) = gradients_on(1, "alexnet", tmp_path, [0])
     for ranks in (2, 3):
         (on_last,) = gradients_on(ranks, "alexnet", tmp_path, [ranks - 1])
         largest = max(np.linalg.norm(on_last[name] - expected) / np.linalg.norm(expected) for name, expected in alone.items())
-        with capsys.disabled():
-            print(f"\ngradients on {ranks} ranks: largest relative difference by norm {largest:.1e}")
+        measured(f"gradients on {ranks} ranks: largest relative difference by norm {largest:.1e}")
         assert largest < 1e-5
 
 
