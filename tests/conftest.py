@@ -51,7 +51,7 @@ def user_environment(**changes):
             "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", **changes}
 
 
-def execute(command, cwd=ROOT, timeout=240, **environment):
+def execute(command, cwd=ROOT, timeout=400, **environment):
     """Run ``command`` as a user does."""
     finished = subprocess.run([str(word) for word in command], cwd=cwd, env=user_environment(**environment), timeout=timeout,
                               text=True, capture_output=True, stdin=subprocess.DEVNULL)
@@ -77,7 +77,7 @@ class Started:
             self.process = subprocess.Popen([str(word) for word in command], cwd=ROOT, env=user_environment(), stdout=out,
                                             stderr=err, stdin=subprocess.DEVNULL, start_new_session=True)
 
-    def wait_for(self, condition, timeout=120):
+    def wait_for(self, condition, timeout=240):
         """Wait until ``condition()`` holds."""
         deadline = time.monotonic() + timeout
         while not condition():

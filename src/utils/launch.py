@@ -34,7 +34,8 @@ def run_main(main, rank=0, defers_signals=False):
     try:
         main(arguments, *([signals] if defers_signals else []))
     except UserError as failure:
-        end_process(f"error: {failure}", 2, rank)
+        whose = f"rank {rank}: " if rank else ""
+        end_process(f"error: {whose}{failure}", 2, rank)
     except Stopped as stop:
         sys.stdout.flush()
         if rank != 0:
