@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.processes import mpirun_environment, mpirun_words  # noqa: E402
+from src.utils.errors import UserError  # noqa: E402
+from src.utils.launch import run_main  # noqa: E402
 
 
 def main(arguments):
@@ -43,10 +45,10 @@ def trained(options, form, seed):
                              f"--gradient_compression={form}", f"--seed={seed}", f"--max_epoch={options.epochs}", "--run_eval=1")
         finished = subprocess.run(words, stdout=subprocess.DEVNULL, env=mpirun_environment())
         if finished.returncode:
-            sys.exit(f"error: '{' '.join(words)}' ended with status {finished.returncode}")
+            raise UserError(f"'{' '.join(words)}' ended with status {finished.returncode}")
         (metrics,) = Path(folder).glob("*/metrics.jsonl")
         return [json.loads(line) for line in metrics.read_text().splitlines()]
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_main(main)

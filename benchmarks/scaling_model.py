@@ -5,6 +5,12 @@ better of ring, hops = 2 (n - 1), and tree, hops = 2 log2 n with every byte twic
 """
 
 import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from src.utils.launch import run_main  # noqa: E402
 
 _LATENCY_S = 10e-6
 _GPUS = 8
@@ -31,7 +37,7 @@ def bandwidth_of(size, ranks, seconds):
     return 2 * (ranks - 1) / ranks * size / seconds
 
 
-def main():
+def main(_arguments):
     size, images, compute = _SEEDS["alexnet"]
     eight = _GPUS * images / 20000
     link = bandwidth_of(size, _GPUS, eight - compute)
@@ -49,4 +55,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.processes import mpirun_environment, mpirun_words  # noqa: E402
+from src.utils.errors import UserError  # noqa: E402
+from src.utils.launch import run_main  # noqa: E402
 
 
 def main(arguments):
@@ -48,7 +50,8 @@ def main(arguments):
           f"seconds={time.monotonic() - started:.0f}")
     if not options.output:
         shutil.rmtree(folder)
-    sys.exit(0 if same else 1)
+    if not same:
+        sys.exit(1)
 
 
 def write_tiny_set(folder):
@@ -79,7 +82,7 @@ def run_undisturbed(options, folder):
             time.sleep(0.2)
         trained_s = time.monotonic() - began
     if process.returncode or not samples:
-        sys.exit(f"error: the undisturbed training ended with status {process.returncode}; see {folder}/alone.log")
+        raise UserError(f"the undisturbed training ended with status {process.returncode}; see {folder}/alone.log")
     return samples, trained_s
 
 
@@ -102,7 +105,7 @@ def run_with_kills(options, folder, trained_s):
             fallen += any((folder / "killed").glob("*/ckpt_0/.*.partial.*"))
             process = begin(options, folder, "killed", "--resume=auto")
     if process.returncode:
-        sys.exit(f"error: the resumed training ended with status {process.returncode}; see {folder}/killed.log")
+        raise UserError(f"the resumed training ended with status {process.returncode}; see {folder}/killed.log")
     return kills, fallen
 
 
@@ -155,4 +158,4 @@ def outcome(output):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_main(main)

@@ -18,6 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from src.utils.errors import UserError  # noqa: E402
+from src.utils.launch import run_main  # noqa: E402
+
 _STEPS = 3
 
 
@@ -47,7 +50,7 @@ def _started(network, size, cached, folder):
              "--run_eval=0", f"--output_path={folder}/out", f"--compile_cache={cached}"]
     finished = subprocess.run(words, stdout=subprocess.PIPE, text=True, env={**os.environ, "XDG_CACHE_HOME": folder})
     if finished.returncode:
-        sys.exit(f"error: '{' '.join(words[3:])}' ended with status {finished.returncode}")
+        raise UserError(f"'{' '.join(words[3:])}' ended with status {finished.returncode}")
     return json.loads(finished.stdout.splitlines()[-1])
 
 
@@ -56,7 +59,6 @@ def watch(started, arguments):
     import train
     from src.parallel.launcher import launched_rank
     from src.utils import device
-    from src.utils.launch import run_main
 
     clock, prepare = _Clock(started), device.prepare_process
 
@@ -107,4 +109,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--watch"]:
         watch(float(sys.argv[2]), sys.argv[3:])
     else:
-        main(sys.argv[1:])
+        run_main(main)

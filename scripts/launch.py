@@ -1,6 +1,7 @@
 """Start ranks under mpirun, each on its own cores:
 
-    python3 scripts/launch.py --nproc_per_node=8 [--visible_devices=0,1,..] [--env_sh=FILE] [--server_id=HOST] [--mode=train|test] SCRIPT ARGS...
+    python3 scripts/launch.py --nproc_per_node=8 [--visible_devices=0,1,..] [--env_sh=FILE] [--server_id=HOST]
+        [--mode=train|test] SCRIPT ARGS...
 """
 
 import argparse

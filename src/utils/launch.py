@@ -33,6 +33,10 @@ def run_main(main, rank=0, defers_signals=False):
     signals = Signals(lambda number: end_process(f"error: {_WORDS.get(number, 'stopped')}", 128 + number, rank))
     try:
         main(arguments, *([signals] if defers_signals else []))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Nobody reads the output any more, as behind `| head`: the status that a shell gives such a command.
+        os._exit(128 + signal.SIGPIPE)
     except UserError as failure:
         whose = f"rank {rank}: " if rank else ""
         end_process(f"error: {whose}{failure}", 2, rank)
@@ -53,7 +57,6 @@ def run_main(main, rank=0, defers_signals=False):
     # What Python and the libraries registered for the end, MPI's finalisation too, but not the 0.5 s in which MindSpore takes
     # its libraries down piece by piece: the operating system does that at once.
     atexit._run_exitfuncs()
-    sys.stdout.flush()
     os._exit(0)
 
 
