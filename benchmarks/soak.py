@@ -68,8 +68,10 @@ def begin(options, folder, name, *more):
              "--config_path=digits", f"--data_path={folder}/images/train", f"--output_path={folder}/{name}",
              f"--max_epoch={options.epochs}", "--global_batch_size=8", "--lr=0.01", "--flip_probability=0.5",
              "--ckpt_interval=10", "--ckpt_interval_steps=7", "--eval_interval=10", "--log_interval=1000", *more]
+    # A killed mpirun leaves a folder there by which a later one with the same process number fails to start.
+    environment = {**mpirun_environment(), "TMPDIR": str(folder)}
     with open(folder / f"{name}.log", "a") as log:
-        return subprocess.Popen(words, cwd=ROOT, env=mpirun_environment(), stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 
 def run_undisturbed(options, folder):

@@ -73,8 +73,10 @@ class Started:
 
     def __init__(self, command, folder):
         self.command, self._out, self._err = command, Path(folder) / "out.txt", Path(folder) / "err.txt"
+        # A killed mpirun leaves a folder there by which a later one with the same process number fails to start.
+        environment = user_environment(TMPDIR=str(folder))
         with open(self._out, "w") as out, open(self._err, "w") as err:
-            self.process = subprocess.Popen([str(word) for word in command], cwd=ROOT, env=user_environment(), stdout=out,
+            self.process = subprocess.Popen([str(word) for word in command], cwd=ROOT, env=environment, stdout=out,
                                             stderr=err, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def wait_for(self, condition, timeout=240):
