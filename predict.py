@@ -3,31 +3,23 @@
 Takes checkpoints and exported files (.ckpt, .safetensors, .pth, .hdf5, .onnx, .mindir) and prints the five likeliest classes.
 """
 
-from src.utils.launch import run_main
+from src.command import begin, run_main
 
 
 def main(arguments):
-    from src.utils.config import load_config, parse_flags
-    from src.utils.device import prepare_process, select_device
-    from src.utils.errors import UserError
-    from src.utils.log import create_logger
+    command = begin(arguments, names="IMAGE_OR_FOLDER", distributed=False)
+    config = command.config
+    from src.inference.engines import open_engine
+    from src.inference.evaluation import write_results
+    from src.inference.prediction import as_table, contact_sheet, find_images, predict
+    from src.runs.checkpoint import find_checkpoints
+    from src.utils.log import create_log
 
-    flags, names = parse_flags(arguments)
-    if not names:
-        raise UserError("no image given: python3 predict.py --checkpoint_file_path=FILE IMAGE_OR_FOLDER...")
-    config = load_config(flags)
-    # MindSpore reads its environment when it is imported, so everything that imports it comes after this line.
-    prepare_process(local_rank=0, local_size=1, device_target=config.device_target)
-    from src.training.checkpoint import find_checkpoints
-    from src.training.evaluation import write_results
-    from src.training.inference import open_engine
-    from src.training.prediction import as_table, contact_sheet, find_images, predict
-
-    paths = find_images(names)
-    select_device(config.device_target, config.device_id or 0)
-    recorded, engine, _ = open_engine(find_checkpoints(config.checkpoint_file_path)[-1], flags)
-    predictions = predict(paths, recorded, engine)
-    log = create_logger(rank=0).info
+    paths = find_images(command.names)
+    command.select_device()
+    model, engine, _ = open_engine(find_checkpoints(config.checkpoint_file_path)[-1], command.flags)
+    predictions = predict(paths, model, engine)
+    log = create_log()
     if config.result_path:
         write_results(config.result_path, [prediction.as_dict() for prediction in predictions])
         log(f"results in {config.result_path}")

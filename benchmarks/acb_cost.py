@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import compare_pytorch  # noqa: E402
 from benchmarks.timing import medians_in_turn  # noqa: E402
-from src.utils.launch import run_main  # noqa: E402
+from src.command import run_main  # noqa: E402
 
 _SHORTEST_EVALUATION = 15
 
@@ -51,12 +51,12 @@ def evaluate(options, network):
     """Print images/s of the plain and the fused network by each engine that is installed."""
     from src.utils.config import load_config
     from src.utils.device import prepare_process, select_device
-    prepare_process(local_rank=0, local_size=1)
+    prepare_process()
     import numpy as np
-    from src.models import fuse
-    from src.training.inference import network_engine
-    from src.training.onnx_engine import onnx_is_installed
-    from src.training.setup import create_network
+    from src.models.fusion import fuse
+    from src.inference.engines import network_engine
+    from src.inference.onnx_engine import onnx_is_installed
+    from src.models.build import create_network
     select_device("CPU", 0)
     images = np.random.default_rng(0).integers(0, 256, (options.batch, options.image_size, options.image_size, 3), np.uint8)
     for name in ("mindspore", *(("onnx",) if onnx_is_installed() else ())):

@@ -9,13 +9,12 @@ absolute weight at each kernel position, as in the paper's figure 6).
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.utils.device import prepare_process  # noqa: E402
-from src.utils.launch import run_main  # noqa: E402
+from src.command import run_main  # noqa: E402
 
 ANGLES = tuple(range(0, 181, 15))
 BLOCKS = ("base", "acb")
@@ -23,7 +22,7 @@ BLOCKS = ("base", "acb")
 
 def main(arguments):
     options = parse(arguments)
-    prepare_process(local_rank=0, local_size=1)
+    prepare_process()
     from src.utils.device import select_device
     select_device("CPU", 0)
     results = {}
@@ -54,13 +53,13 @@ def parse(arguments):
 def study_run(network_name, block, seed, epochs):
     """Train one network by the digits recipe; {upright, by_angle, fused_upright, kernels}."""
     from src.dataset.sources import open_images
-    from src.models import fuse
+    from src.models.fusion import fuse
     from src.parallel.communicator import Communicator
-    from src.training.evaluation import Evaluator
-    from src.training.inference import NetworkEngine
-    from src.training.records import create_run_folder
+    from src.inference.evaluation import Evaluator
+    from src.inference.engines import NetworkEngine
+    from src.runs.recorder import Recorder
     from src.training.data import resolve_classes
-    from src.training.setup import create_network
+    from src.models.build import create_network
     from src.training.trainer import Trainer
     from src.utils.config import load_config
 
@@ -68,8 +67,7 @@ def study_run(network_name, block, seed, epochs):
     config = resolve_classes(load_config({"config_path": "digits", "network": network_name, "block": block, "seed": seed,
                                           "max_epoch": epochs, "run_eval": 0}), train_images)
     network = create_network(config)
-    with tempfile.TemporaryDirectory() as folder:
-        Trainer(network, config, Communicator(), train_images, None, create_run_folder(folder), lambda text: None).run()
+    Trainer(network, config, Communicator(), train_images, None, Recorder()).run()
     fused = fuse(network) if block == "acb" else network
     fused_engine = NetworkEngine(fused.set_train(False), config)
     by_angle = [Evaluator(rotated(val_images, config, angle), config, Communicator())(fused_engine).top1 for angle in ANGLES]

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.processes import last_line, mpirun_words  # noqa: E402
 from benchmarks.timing import median_seconds  # noqa: E402
-from src.parallel.launcher import launched_rank  # noqa: E402
-from src.utils.launch import run_main  # noqa: E402
+from src.parallel.environment import launched_rank  # noqa: E402
+from src.command import prepare_rank, run_main  # noqa: E402
 
 _MCCL_TIMEOUT_S = 240
 
@@ -76,7 +76,7 @@ def measure_mccl(options, network, ranks):
 
 def gradient_shapes(name):
     """Shapes of the trainable parameters of ``name`` or ``name+acb``, 1000 classes."""
-    from src.models import build_model
+    from src.models.build import build_model
     network, _, block = name.partition("+")
     return [parameter.shape for parameter in build_model(network, 1000, block or "base").trainable_params()]
 
@@ -84,9 +84,8 @@ def gradient_shapes(name):
 def ours(options):
     """On each rank: our reduction and MPI's of one buffer; rank 0 prints."""
     from src.parallel.communicator import connect
-    from src.utils.device import prepare_process
     communicator = connect(True)
-    prepare_process(communicator.local_rank, communicator.local_size)
+    prepare_rank(communicator)
     import numpy as np
     from mpi4py import MPI
     gradients = [np.ones(shape, np.float32) for shape in gradient_shapes(options.networks)]
@@ -100,7 +99,7 @@ def ours(options):
 def mccl(options):
     """A worker of MindSpore's own communication, or its scheduler, which init() never leaves."""
     from src.utils.device import prepare_process
-    prepare_process(0, 1)
+    prepare_process()
     import mindspore
     import numpy as np
     from mindspore import Tensor, nn, ops

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.timing import median_seconds  # noqa: E402
-from src.utils.launch import run_main  # noqa: E402
+from src.command import run_main  # noqa: E402
 
 _REPEATS = 5
 
@@ -21,24 +21,24 @@ def main(arguments):
     from src.utils.device import prepare_process, select_device
 
     config = load_config({"data_path": "none", "num_classes": "1000", "per_batch_size": "16", **parse_only_flags(arguments)})
-    prepare_process(local_rank=0, local_size=1, device_target=config.device_target)
+    prepare_process(config.device_target)
     import numpy as np
-    from mindspore import Tensor
+    from src.dataset.batches import Batch
+    from src.models.build import create_network
     from src.models.formats import read_weights
     from src.parallel.communicator import Communicator
-    from src.training.checkpoint import save_checkpoint
-    from src.training.setup import create_network
+    from src.runs.checkpoint import save_checkpoint
     from src.training.step import create_train_step
 
     select_device(config.device_target, 0)
     network = create_network(config)
     step = create_train_step(network, config, Communicator())
     size, batch = config.image_size, config.per_batch_size
-    images, labels = Tensor(np.zeros((batch, size, size, 3), np.uint8)), Tensor(np.zeros(batch, np.int32))
-    step_s = median_seconds(lambda: step([(images, labels)], 0.0, 0), _REPEATS)
+    zeros = Batch(np.zeros((batch, size, size, 3), np.uint8), np.zeros(batch, np.int32))
+    step_s = median_seconds(lambda: step([zeros], 0.0, 0), _REPEATS)
     with tempfile.TemporaryDirectory(dir=".") as folder:
         file = Path(folder) / "a.ckpt"
-        save_s = median_seconds(lambda: save_checkpoint(file, [*network.get_parameters(), *step.velocities], {"epoch": 1}), _REPEATS)
+        save_s = median_seconds(lambda: save_checkpoint(file, [*network.get_parameters(), *step.optimizer.state_parameters], {"epoch": 1}), _REPEATS)
         read_s = median_seconds(lambda: read_weights(file), _REPEATS)
         mib = file.stat().st_size / 2 ** 20
     print(f"checkpoint_cost network={config.network} block={config.block} mib={mib:.1f} save_s={save_s:.3f} read_s={read_s:.3f} "

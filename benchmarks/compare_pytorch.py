@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.processes import last_line, mpirun_words  # noqa: E402
 from benchmarks.timing import median_seconds  # noqa: E402
-from src.utils.launch import run_main  # noqa: E402
+from src.command import run_main  # noqa: E402
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -169,10 +169,10 @@ def our_eval(options):
     from src.utils.device import prepare_process, select_device
     config = load_config({"data_path": "none", "network": options.network, "block": options.block, "num_classes": "1000",
                           "image_size": str(options.image_size)})
-    prepare_process(local_rank=0, local_size=1)
+    prepare_process()
     import numpy as np
-    from src.training.inference import network_engine
-    from src.training.setup import create_network
+    from src.inference.engines import network_engine
+    from src.models.build import create_network
     select_device("CPU", 0)
     engine = network_engine(create_network(config), config)
     images = np.random.default_rng(0).integers(0, 256, (options.batch, options.image_size, options.image_size, 3), np.uint8)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.timing import median_seconds  # noqa: E402
 from src.utils.errors import UserError  # noqa: E402
-from src.utils.launch import run_main  # noqa: E402
+from src.command import run_main  # noqa: E402
 
 
 def main(arguments):
@@ -86,7 +86,7 @@ def fastest(worker, options, network, **changes):
 
 
 def set_up(options):
-    """(network, configuration, images, labels) on the chosen device."""
+    """(network, configuration, batch) on the chosen device."""
     from src.utils.config import load_config
     from src.utils.device import prepare_process, select_device
 
@@ -94,24 +94,26 @@ def set_up(options):
     config = load_config({"data_path": "none", "network": name, "block": block or "base", "num_classes": "1000",
                           "image_size": str(options.image_size), "per_batch_size": str(options.batch), "dropout": "0",
                           "amp_level": options.amp_level, "device_target": options.device_target})
-    prepare_process(0, 1, options.device_target)
+    prepare_process(options.device_target)
     import numpy as np
-    from mindspore import Tensor
-    from src.training.setup import create_network
+    from src.dataset.batches import Batch
+    from src.models.build import create_network
 
     select_device(options.device_target, 0)
     random = np.random.default_rng(0)
-    images = Tensor(random.integers(0, 256, (options.batch, config.image_size, config.image_size, 3), np.uint8))
-    return create_network(config), config, images, Tensor(random.integers(0, 1000, options.batch).astype(np.int32))
+    images = random.integers(0, 256, (options.batch, config.image_size, config.image_size, 3), np.uint8)
+    return create_network(config), config, Batch(images, random.integers(0, 1000, options.batch).astype(np.int32))
 
 
 def gradients_of_one_step(options):
     import numpy as np
-    from src.training.step import ForwardBackward, InputNormalizer, NetworkWithLoss
-    network, config, images, labels = set_up(options)
+    from mindspore import Tensor
+    from src.models.layers import InputNormalizer
+    from src.training.step import ForwardBackward, NetworkWithLoss
+    network, config, batch = set_up(options)
     parameters = network.trainable_params()
     step = ForwardBackward(NetworkWithLoss(network, InputNormalizer(config.mean, config.std), config.smoothing), parameters)
-    loss, gradients = step.set_train(True)(images, labels)
+    loss, gradients = step.set_train(True)(Tensor(batch.images), Tensor(batch.labels))
     return {"loss": float(loss.asnumpy()),
             "norms": {p.name: float(np.linalg.norm(g.asnumpy())) for p, g in zip(parameters, gradients)}}
 
@@ -119,17 +121,17 @@ def gradients_of_one_step(options):
 def training_rate(options):
     from src.parallel.communicator import Communicator
     from src.training.step import create_train_step
-    network, config, images, labels = set_up(options)
+    network, config, batch = set_up(options)
     step = create_train_step(network, config, Communicator())
-    return rate(options, lambda number: step([(images, labels)], 0.01, number))
+    return rate(options, lambda number: step([batch], 0.01, number))
 
 
 def inference_rate(options):
-    from src.models import fuse
-    from src.training.inference import NetworkEngine
-    network, config, images, _ = set_up(options)
+    from src.models.fusion import fuse
+    from src.inference.engines import NetworkEngine
+    network, config, batch = set_up(options)
     engine = NetworkEngine(fuse(network), config)
-    return rate(options, lambda number: engine(images))
+    return rate(options, lambda number: engine(batch.images))
 
 
 def pytorch_rate(options):

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.processes import mpirun_environment, mpirun_words  # noqa: E402
 from src.utils.errors import UserError  # noqa: E402
-from src.utils.launch import run_main  # noqa: E402
+from src.command import run_main  # noqa: E402
 
 
 def main(arguments):

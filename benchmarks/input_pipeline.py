@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.utils.launch import run_main  # noqa: E402
+from src.command import run_main  # noqa: E402
 
 _SIZE, _RESIZED = 224, 256
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -32,7 +32,7 @@ def main(arguments):
     parser.add_argument("--pytorch", type=int, default=1)
     options = parser.parse_args(arguments)
     from src.utils.device import prepare_process
-    prepare_process(local_rank=0, local_size=1)
+    prepare_process()
     with tempfile.TemporaryDirectory() as folder:
         write_jpegs(Path(folder) / "train" / "a", options.images)
         from src.dataset.packed import pack
@@ -72,12 +72,12 @@ def print_rates(part, images, packed, options):
 
 
 def our_rate(part, images, options):
-    from src.dataset.batches import EvalBatches, TrainBatches, iterate
+    from src.dataset.batches import EvalBatches, TrainBatches, prefetch
     from src.utils.config import load_config
     config = load_config({"data_path": "none", "per_batch_size": str(options.batch), "max_epoch": "1",
                           "num_parallel_workers": str(options.workers)})
     batches = TrainBatches(images, config, 0, 1) if part == "train" else EvalBatches(images, config, 0, 1, options.batch)
-    return timed(iterate(batches), options.batch)
+    return timed(prefetch(batches), options.batch)
 
 
 def pytorch_rate(part, paths, options):
@@ -136,15 +136,16 @@ def print_operations(images):
     import numpy as np
     from mindspore import Tensor, set_context, set_device, GRAPH_MODE
     from src.dataset import transforms
-    from src.training.step import InputNormalizer
+    from src.dataset.augmentations import sample_generator
+    from src.models.layers import InputNormalizer
     from src.utils.config import load_config
     config = load_config({"data_path": "none"})
     encoded = [np.fromfile(path, np.uint8) for path in images.paths[:64]]
     decoded = [images.load(index) for index in range(len(encoded))]
     small = [transforms.resize(image, _SIZE) for image in decoded]
-    random = transforms.sample_generator(1, 0, 0)
+    random = sample_generator(1, 0, 0)
     operations = {
-        "draw": (lambda index: transforms.sample_generator(1, 0, index), range(len(encoded))),
+        "draw": (lambda index: sample_generator(1, 0, index), range(len(encoded))),
         "decode": (lambda data: cv2.imdecode(data, cv2.IMREAD_COLOR_RGB), encoded),
         "decode_half": (lambda data: cv2.imdecode(data, cv2.IMREAD_REDUCED_COLOR_2), encoded),
         "crop_resize": (lambda image: transforms.random_resized_crop(image, random, _SIZE, config.crop_scale, config.crop_ratio), decoded),

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.processes import last_line, mpirun_words  # noqa: E402
-from src.parallel.launcher import launched_rank, started_by_mpirun  # noqa: E402
-from src.utils.launch import run_main  # noqa: E402
+from src.parallel.environment import launched_rank, started_by_mpirun  # noqa: E402
+from src.command import prepare_rank, run_main  # noqa: E402
 
 _BATCH = 8
 
@@ -48,18 +48,17 @@ def print_losses(network_name, steps):
     """On the ranks: train on the digits and print the list of losses, means over ranks."""
     from src.parallel.communicator import connect
     from src.utils.config import load_config
-    from src.utils.device import prepare_process, select_device
+    from src.utils.device import select_device
 
     config = load_config({"config_path": "digits", "network": network_name, "block": "base", "gamma_init": "null", "image_size": "64",
                           "crop_padding": "2", "eval_resize": "64", "global_batch_size": str(_BATCH), "dropout": "0",
                           "lr": "0.02", "warmup_epochs": "0", "num_classes": "10"})
     communicator = connect(True)
-    prepare_process(communicator.local_rank, communicator.local_size)
-    from mindspore import Tensor
+    prepare_rank(communicator)
     from src.dataset.batches import TrainBatches
     from src.dataset.sources import open_images
     from src.training.schedule import learning_rate
-    from src.training.setup import create_network
+    from src.models.build import create_network
     from src.training.step import create_train_step
 
     select_device("CPU", 0)
@@ -68,8 +67,7 @@ def print_losses(network_name, steps):
     batches = TrainBatches(open_images("digits", "train"), config, communicator.rank, communicator.size)
     step, losses = create_train_step(network, config, communicator), []
     for number in range(steps):
-        batch = tuple(Tensor(array) for array in batches[number])
-        loss = step([batch], learning_rate(number, batches.steps_per_epoch, config), number)
+        loss = step([batches[number]], learning_rate(number, batches.steps_per_epoch, config), number).loss
         losses.append(float(communicator.sum([loss])[0] / communicator.size))
     if communicator.is_root:
         print(json.dumps(losses))

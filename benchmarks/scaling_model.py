@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.utils.launch import run_main  # noqa: E402
+from src.command import run_main  # noqa: E402
 
 _LATENCY_S = 10e-6
 _GPUS = 8

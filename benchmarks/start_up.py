@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from src.utils.errors import UserError  # noqa: E402
-from src.utils.launch import run_main  # noqa: E402
+from src.command import run_main  # noqa: E402
 
 _STEPS = 3
 
@@ -57,7 +57,7 @@ def _started(network, size, cached, folder):
 def watch(started, arguments):
     """Run train.py's main in this process with a clock at its parts; prints the seconds of each as JSON."""
     import train
-    from src.parallel.launcher import launched_rank
+    from src.parallel.environment import launched_rank
     from src.utils import device
 
     clock, prepare = _Clock(started), device.prepare_process
@@ -66,12 +66,13 @@ def watch(started, arguments):
         prepare(*words)
         # Only now: these import MindSpore.
         from mindspore.nn import cell
-        from src.training import data, setup, step
+        from src.models import build
+        from src.training import data, step
         clock.time(data, "open_train_images", "data_s")
-        clock.time(setup, "create_network", "build_s")
+        clock.time(build, "create_network", "build_s")
         clock.time(cell._cell_graph_executor, "compile", "compile_s")
-        clock.time(step.HostTrainStep, "__init__", "build_s")
-        clock.time(step.HostTrainStep, "__call__", "step")
+        clock.time(step.TrainStep, "__init__", "build_s")
+        clock.time(step.TrainStep, "__call__", "step")
 
     device.prepare_process = prepare_and_place_clocks
     sys.argv = [str(ROOT / "train.py"), *arguments]

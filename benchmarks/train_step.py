@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.parallel.launcher import launched_rank  # noqa: E402
-from src.utils.launch import run_main  # noqa: E402
+from src.parallel.environment import launched_rank  # noqa: E402
+from src.command import prepare_rank, run_main  # noqa: E402
 
 _WARMUP = 2
 
@@ -20,30 +20,29 @@ _WARMUP = 2
 def main(arguments):
     from src.parallel.communicator import connect
     from src.utils.config import load_config, parse_flags
-    from src.utils.device import prepare_process, select_device
+    from src.utils.device import select_device
 
     steps = int(next((word.partition("=")[2] for word in arguments if word.startswith("--steps=")), 10))
     flags, _ = parse_flags([word for word in arguments if not word.startswith("--steps=")])
     config = load_config({"data_path": "none", "num_classes": "1000", **flags})
     communicator = connect(config.run_distribute)
-    prepare_process(communicator.local_rank, communicator.local_size, config.device_target)
+    prepare_rank(communicator, config.device_target)
     import numpy as np
-    from mindspore import Tensor
-    from src.training.setup import create_network
+    from src.dataset.batches import Batch
+    from src.models.build import create_network
     from src.training.step import create_train_step
 
     select_device(config.device_target, communicator.local_rank)
     step = create_train_step(create_network(config), config, communicator)
     random = np.random.default_rng(communicator.rank)
     size, batch = config.image_size, config.per_batch_size
-    images = Tensor(random.integers(0, 256, (batch, size, size, 3), np.uint8))
-    labels = Tensor(random.integers(0, config.num_classes, batch, np.int32))
+    images = Batch(random.integers(0, 256, (batch, size, size, 3), np.uint8), random.integers(0, config.num_classes, batch, np.int32))
     times = []
     for number in range(steps + _WARMUP):
         communicator.barrier()
         started = time.perf_counter()
-        step([(images, labels)], 0.01, number)
-        times.append({"step": time.perf_counter() - started, **step.seconds})
+        seconds = step([images], 0.01, number).seconds
+        times.append({"step": time.perf_counter() - started, **seconds})
     median = {name: statistics.median(entry[name] for entry in times[_WARMUP:]) for name in times[0]}
     if communicator.is_root:
         rate = batch * communicator.size / median["step"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.utils.launch import run_main  # noqa: E402
+from src.command import run_main  # noqa: E402
 
 
 def main(arguments):
@@ -20,7 +20,7 @@ def main(arguments):
     from src.utils.device import available_cores, prepare_process
 
     config = load_config(parse_only_flags(arguments))
-    prepare_process(local_rank=0, local_size=1)
+    prepare_process()
     from tqdm import tqdm
 
     from src.dataset.checking import check_files, image_sets, summary

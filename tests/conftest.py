@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from src.utils.device import prepare_process  # noqa: E402
 
-prepare_process(local_rank=0, local_size=1)
+prepare_process()
 
 import mindspore  # noqa: E402
 

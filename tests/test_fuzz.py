@@ -7,7 +7,7 @@ from mindspore import Parameter, Tensor
 
 from src.dataset.sources import BadImage, open_images, read_image
 from src.models.formats import read_weights
-from src.training.checkpoint import save_checkpoint
+from src.runs.checkpoint import save_checkpoint
 from src.utils.config import ALIASES, Config, read_layer, validated
 from src.utils.errors import UserError
 

@@ -10,16 +10,21 @@ import os
 import shutil
 import sqlite3
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import cv2
 import numpy as np
 
 from src.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from src.dataset.sources import ImageSet
 
 PART_IMAGES = 20_000
 _CHUNK = 128
@@ -38,10 +43,10 @@ class PackedFile:
     starts: np.ndarray
     ends: np.ndarray
     labels: np.ndarray
-    names: list
-    description: dict
+    names: list[str]
+    description: dict[str, Any]
 
-    def encoded(self, index):
+    def encoded(self, index: int) -> np.ndarray:
         """The bytes of an image file, (N,) uint8."""
         start, end = int(self.starts[index]), int(self.ends[index])
         return np.frombuffer(self.content, np.uint8, end - start, start)
@@ -51,10 +56,10 @@ class PackedImages:
     """All parts of a packed set, as one list of encoded images.
 
     Raises:
-        UserError: where a part is missing or damaged.
+        UserError: if a part is missing or damaged.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: Path) -> None:
         first = open_part(path)
         self.class_to_index = first.description["class_to_index"]
         self._parts = [first] + [open_part(part_name(path, number)) for number in range(1, first.description["parts"])]
@@ -63,35 +68,35 @@ class PackedImages:
         if len(self.labels) != first.description["images"]:
             raise UserError(f"'{path}' holds {len(self.labels)} of {first.description['images']} images; pack the data set again")
 
-    def encoded(self, index):
+    def encoded(self, index: int) -> np.ndarray:
         """The bytes of image ``index``, (N,) uint8."""
         part, inside = self._place(index)
         return part.encoded(inside)
 
-    def name(self, index):
+    def name(self, index: int) -> str:
         part, inside = self._place(index)
         return f"{part.names[inside]} in {part.path}"
 
-    def _place(self, index):
+    def _place(self, index: int) -> tuple[PackedFile, int]:
         part = int(np.searchsorted(self._first_of_part, index, side="right")) - 1
         return self._parts[part], index - self._first_of_part[part]
 
 
-def part_name(path, number):
+def part_name(path: str | Path, number: int) -> str:
     """File of part ``number`` of the set ``path``."""
     return str(path) if number == 0 else f"{path}.{number}"
 
 
-def is_packed(path):
+def is_packed(path: str | Path) -> bool:
     """Whether ``path`` is the first part of a packed set, by its index beside it."""
     return Path(f"{path}.db").is_file()
 
 
-def open_part(path):
+def open_part(path: str | Path) -> PackedFile:
     """A PackedFile. Its layout is MindRecord 3.0's: a header in JSON, then pages; the index says page and offset of each row.
 
     Raises:
-        UserError: where the file or its index is missing or damaged.
+        UserError: if the file or its index is missing or damaged.
     """
     try:
         with open(path, "rb") as file:
@@ -114,7 +119,8 @@ def open_part(path):
     return PackedFile(str(path), content, starts, ends, numbers[:, 3].astype(np.int32), [row[4] for row in rows], description)
 
 
-def pack(images, path, short_side, quality, workers, progress, part_images=PART_IMAGES):
+def pack(images: "ImageSet", path: str, short_side: int, quality: int, workers: int, progress: Callable[[int], Any],
+         part_images: int = PART_IMAGES) -> None:
     """Write the ImageSet ``images``, a set of files, as the packed set ``path``; complete parts of an earlier try are kept.
 
     Args:
@@ -126,7 +132,7 @@ def pack(images, path, short_side, quality, workers, progress, part_images=PART_
         UserError: for an image that cannot be decoded, a folder that cannot be written, or parts made with other options.
     """
     parts = -(-len(images) // part_images)
-    source = zlib.crc32("\n".join(images.paths).encode(), zlib.crc32(images.labels))
+    source = zlib.crc32("\n".join(map(images.name, range(len(images)))).encode(), zlib.crc32(images.labels))
     description = {"class_to_index": images.class_to_index, "parts": parts, "images": len(images), "source": source,
                    "short_side": short_side, "quality": quality}
     for number in range(parts):
@@ -140,11 +146,12 @@ def pack(images, path, short_side, quality, workers, progress, part_images=PART_
             _write_part(images, indices, target, description, short_side, quality, workers, progress)
 
 
-def _write_part(images, indices, target, description, short_side, quality, workers, progress):
+def _write_part(images: "ImageSet", indices: range, target: str, description: dict[str, Any], short_side: int, quality: int,
+                workers: int, progress: Callable[[int], Any]) -> None:
     from mindspore.mindrecord import FileWriter
     # MindRecord writes its file's name into it, so that it is written under this name in a folder of its own and moved.
     folder = Path(target).parent / f".{Path(target).name}.partial"
-    checksums = []
+    checksums: list[int] = []
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -169,7 +176,7 @@ def _write_part(images, indices, target, description, short_side, quality, worke
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _verify(path, checksums, labels):
+def _verify(path: Path, checksums: list[int], labels: np.ndarray) -> None:
     """Compare a part with what went into it, by our reader and by MindSpore's."""
     from mindspore.mindrecord import FileReader
     part = open_part(path)
@@ -182,19 +189,19 @@ def _verify(path, checksums, labels):
         raise UserError(f"'{path}' reads back otherwise than it was written; is the disk in order?")
 
 
-def encode(images, index, short_side, quality):
-    """The bytes to store for image ``index``. Raises BadImage where it cannot be decoded."""
+def encode(images: "ImageSet", index: int, short_side: int, quality: int) -> bytes:
+    """The bytes to store for image ``index``. Raises BadImage if it cannot be decoded."""
     image = images.load(index)
     height, width = image.shape[:2]
     if not short_side or min(height, width) <= short_side:
-        return Path(images.paths[index]).read_bytes()
+        return Path(images.name(index)).read_bytes()
     scale = short_side / min(height, width)
     size = max(round(width * scale), short_side), max(round(height * scale), short_side)
     resized = cv2.cvtColor(cv2.resize(image, size, interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2BGR)
     return cv2.imencode(".jpg", resized, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
 
 
-def _header(content):
+def _header(content: mmap.mmap) -> dict[str, Any]:
     size = int.from_bytes(content[:8], "little")
     if not 0 < size < min(len(content), _LARGEST_HEADER):
         raise ValueError("it has no header")

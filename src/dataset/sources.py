@@ -1,14 +1,17 @@
-"""Where labelled images come from: class folders, list files, CIFAR-10, the bundled digits."""
+"""Where labelled images come from: class folders, list files, CIFAR-10, packed sets, the bundled digits."""
 
+import io
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from src.dataset.packed import PackedImages, is_packed
-from src.utils.errors import UserError
+from src.utils.errors import UserError, suggestion
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 DIGITS_FOLDER = Path(__file__).resolve().parents[2] / "data" / "digits"
@@ -25,6 +28,8 @@ _MAGIC = (_JPEG, _PNG, b"BM", b"RIFF", b"II*\0", b"MM\0*", b"P1", b"P2", b"P3", 
 _ENDS = {_JPEG: b"\xff\xd9", _PNG: b"IEND"}
 _LAST_BYTES = 64
 _LARGEST_FILE = 1 << 28
+_MOST_PIXELS = 1 << 26
+Classes = Mapping[str, int] | None
 
 
 class BadImage(UserError):
@@ -38,44 +43,44 @@ class ImageSet:
     Attributes:
         class_to_index: class name -> label, labels from 0.
         labels: (N,) int32.
-        paths: N image files, or None where ``pixels`` or ``packed`` holds the images.
+        paths: N image files, or None if ``pixels`` or ``packed`` holds the images.
         pixels: (N, H, W, 3) uint8 RGB, or None.
         packed: encoded images of a packed set, or None.
     """
 
-    class_to_index: dict
+    class_to_index: dict[str, int]
     labels: np.ndarray
-    paths: list | None = None
+    paths: list[str] | None = None
     pixels: np.ndarray | None = None
     packed: PackedImages | None = None
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
     @property
-    def num_classes(self):
+    def num_classes(self) -> int:
         return max(self.class_to_index.values()) + 1
 
-    def name(self, index):
+    def name(self, index: int) -> str:
         """What to call image ``index`` in a message."""
         if self.packed is not None:
             return self.packed.name(index)
         return self.paths[index] if self.paths is not None else f"record {index}"
 
-    def load(self, index):
+    def load(self, index: int) -> np.ndarray:
         """Image ``index`` as (H, W, 3) uint8 RGB. Raises BadImage that names an undecodable file."""
         if self.pixels is not None:
             return self.pixels[index]
         if self.packed is not None:
             return decode_image(self.packed.encoded(index), self.packed.name(index))
-        return read_image(self.paths[index])
+        return read_image(self.name(index))
 
 
-def read_image(path):
+def read_image(path: str) -> np.ndarray:
     """An image file as (H, W, 3) uint8 RGB; see ``decode_image``.
 
     Raises:
-        BadImage: where the file cannot be read or is no image, or too large a one.
+        BadImage: if the file cannot be read or is no image, or too large a one.
     """
     try:
         # Not np.fromfile with a count, which allocates for the count first.
@@ -87,34 +92,46 @@ def read_image(path):
     return decode_image(encoded, path)
 
 
-def decode_image(encoded, name):
+def decode_image(encoded: np.ndarray, name: str) -> np.ndarray:
     """The content of an image file, (N,) uint8, as (H, W, 3) uint8 RGB.
 
     As stored: EXIF orientation is not applied, as in the seeds' decoders. Files of 256 MiB and more and images of more than
-    2^26 pixels (``prepare_process`` sets that) are refused: a small file may decode to many gigabytes.
+    2^26 pixels are refused, by their headers: a small file may decode to many gigabytes.
 
     Args:
         name: what to call it in a message.
 
     Raises:
-        BadImage: where it is no image, or too large a one.
+        BadImage: if it is no image, or too large a one.
     """
-    image, reason = None, "is empty" if not encoded.size else "is not an image that can be decoded"
-    if 0 < encoded.size < _LARGEST_FILE:
-        try:
-            image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
-        except cv2.error as failure:
-            if "MAX_IMAGE" in str(failure):
-                reason = "has too many pixels, as a decompression bomb has"
-    elif encoded.size:
-        reason = f"is larger than {_LARGEST_FILE >> 20} MiB"
+    if not encoded.size:
+        raise BadImage(f"{name} is empty")
+    if encoded.size >= _LARGEST_FILE:
+        raise BadImage(f"{name} is larger than {_LARGEST_FILE >> 20} MiB")
+    if _claimed_pixels(encoded) > _MOST_PIXELS:
+        raise BadImage(f"{name} has too many pixels, as a decompression bomb has")
+    try:
+        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:
+        image = None
     if image is None:
-        raise BadImage(f"{name} {reason}")
+        raise BadImage(f"{name} is not an image that can be decoded")
     return image
 
 
-def find_bad_image(images, rank, size):
-    """A message on the first bad file of a rank's share of ``images`` as a list, empty where a quick look finds none.
+def _claimed_pixels(encoded: np.ndarray) -> int:
+    """Number of pixels by the header of an image file; 0 if Pillow cannot read it, when OpenCV's own limit of 2^30 holds."""
+    try:
+        with Image.open(io.BytesIO(encoded)) as header:
+            return header.width * header.height
+    except Image.DecompressionBombError:
+        return _MOST_PIXELS + 1
+    except Exception:  # many kinds, one for each format's way of being damaged
+        return 0
+
+
+def find_bad_image(images: ImageSet, rank: int, size: int) -> list[str]:
+    """A message on the first bad file of a rank's share of ``images`` as a list, empty if a quick look finds none.
 
     Looks at the first and last bytes of each file, and decodes those that look cut off. That takes minutes for very many
     files, so larger sets are not searched: scripts/check_dataset.py does.
@@ -130,39 +147,51 @@ def find_bad_image(images, rank, size):
     return []
 
 
-def open_images(data_path, split, dataset_format="auto", class_to_index=None):
+@dataclass(frozen=True)
+class DataSource:
+    """One form in which data sets come.
+
+    Attributes:
+        recognise: (path, split) -> whether ``path``, which exists, holds such a data set.
+        open: (path, split, class_to_index) -> its ImageSet; see ``open_images``.
+    """
+
+    recognise: Callable[[Path, str], bool]
+    open: Callable[[Path, str, Classes], ImageSet]
+
+
+def open_images(data_path: str, split: str, dataset_format: str = "auto", class_to_index: Classes = None) -> ImageSet:
     """Open the images that ``data_path`` names.
 
     Args:
-        data_path: "digits"; a folder with one folder a class; a root with train/ and val/, or with train_list.txt and
+        data_path: "digits"; a folder with one folder per class; a root with train/ and val/, or with train_list.txt and
             val_list.txt; a list file with "PATH LABEL" lines; a packed set; a folder of CIFAR-10's binary files.
         split: "train" or "val": which part of a root, of CIFAR-10 or of the digits.
-        dataset_format: "auto", "folder", "list" or "cifar10".
+        dataset_format: a name in SOURCES, or "auto" for the first that recognises the path.
         class_to_index: the training's map; labels follow it, so that a missing class shifts nothing.
 
     Raises:
-        UserError: where there is no such data, a class is empty or unknown, or a list has a bad line.
+        UserError: if there is no such data, a class is empty or unknown, or a list has a bad line.
     """
-    path = DIGITS_FOLDER if data_path == "digits" else Path(data_path)
     if not data_path:
-        raise UserError("this recipe needs data: pass --data_path=DIR (a folder with one folder of images a class)")
+        raise UserError("this recipe needs data: pass --data_path=DIR (a folder with one folder of images per class)")
+    check_source(dataset_format)
+    path = DIGITS_FOLDER if data_path == "digits" else Path(data_path)
     if not path.exists():
         raise UserError(f"data_path '{data_path}' does not exist")
-    if path.is_file() and is_packed(path):
-        return _from_packed(path, class_to_index)
-    if path.is_file():
-        return _from_list(path, split, class_to_index)
-    cifar = _cifar_folder(path)
-    if dataset_format == "cifar10" or (dataset_format == "auto" and cifar is not None):
-        return _from_cifar10(cifar or path, split, class_to_index)
-    list_file = path / f"{split}_list.txt"
-    if dataset_format == "list" or (dataset_format == "auto" and list_file.is_file()):
-        return _from_list(list_file, split, class_to_index)
-    inner = path / split
-    return _from_folder(inner if inner.is_dir() and _holds_class_folders(inner) else path, class_to_index)
+    if dataset_format != "auto" and path.is_dir():
+        return SOURCES[dataset_format].open(path, split, class_to_index)
+    return next(source for source in SOURCES.values() if source.recognise(path, split)).open(path, split, class_to_index)
 
 
-def validation_path(data_path):
+def check_source(dataset_format: str) -> None:
+    """Raise UserError for a dataset_format that does not exist."""
+    if dataset_format not in ("auto", *SOURCES):
+        raise UserError(f"unknown dataset_format={dataset_format}{suggestion(dataset_format, SOURCES)}; "
+                        f"there are auto, {', '.join(SOURCES)}")
+
+
+def validation_path(data_path: str) -> str | None:
     """Where the validation images of a training ``data_path`` are by custom, or None.
 
     A root holds both parts; beside ``.../train`` lies ``.../val`` or ``.../val_list.txt``.
@@ -176,7 +205,7 @@ def validation_path(data_path):
     return None
 
 
-def _looks_whole(path):
+def _looks_whole(path: str) -> bool:
     try:
         with open(path, "rb") as file:
             first = file.read(4)
@@ -188,20 +217,23 @@ def _looks_whole(path):
     return first.startswith(_MAGIC) and end in last
 
 
-def _holds_class_folders(path):
+def _holds_class_folders(path: Path) -> bool:
     return any(entry.is_dir() for entry in os.scandir(path))
 
 
-def _from_folder(root, class_to_index):
+def _from_folder(path: Path, split: str, class_to_index: Classes) -> ImageSet:
+    inner = path / split
+    root = inner if inner.is_dir() and _holds_class_folders(inner) else path
     folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     if not folders:
         what = "has images but no class folders" if _images_in(root) else "is empty: it has no class folders"
-        raise UserError(f"data_path '{root}' {what}; it must hold one folder of images a class")
+        raise UserError(f"data_path '{root}' {what}; it must hold one folder of images per class")
     known = class_to_index or {name: label for label, name in enumerate(folders)}
     unknown = [name for name in folders if name not in known]
     if unknown:
         raise UserError(f"class folder '{unknown[0]}' in {root} is none of the {len(known)} classes of the training")
-    paths, labels = [], []
+    paths: list[str] = []
+    labels: list[int] = []
     for name in folders:
         images = _images_in(root / name)
         if not images:
@@ -212,15 +244,15 @@ def _from_folder(root, class_to_index):
     return ImageSet(dict(known), np.array(labels, np.int32), paths)
 
 
-def _images_in(folder):
-    found = []
+def _images_in(folder: Path) -> list[str]:
+    found: list[str] = []
     for directory, subfolders, files in os.walk(folder):
         subfolders.sort()
         found += [os.path.join(directory, file) for file in sorted(files) if file.lower().endswith(EXTENSIONS)]
     return found
 
 
-def _from_packed(path, class_to_index):
+def _from_packed(path: Path, split: str, class_to_index: Classes) -> ImageSet:
     packed = PackedImages(path)
     known = class_to_index or packed.class_to_index
     unknown = [name for name in packed.class_to_index if name not in known]
@@ -232,23 +264,25 @@ def _from_packed(path, class_to_index):
     return ImageSet(dict(known), renumbered[packed.labels], packed=packed)
 
 
-def _from_list(list_file, split, class_to_index):
+def _from_list(path: Path, split: str, class_to_index: Classes) -> ImageSet:
+    list_file = path if path.is_file() else path / f"{split}_list.txt"
     root = list_file.parent.resolve()
     try:
         lines = list_file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as failure:
         raise UserError(f"cannot read the list {list_file}: {getattr(failure, 'strerror', None) or 'it is not text'}") from None
-    paths, labels = [], []
+    paths: list[str] = []
+    listed: list[int] = []
     for number, line in enumerate(lines, 1):
         if line.strip():
-            path, label = _listed_image(line, f"{list_file} line {number}", root, split)
-            paths.append(path)
-            labels.append(label)
+            image, label = _listed_image(line, f"{list_file} line {number}", root, split)
+            paths.append(image)
+            listed.append(label)
     if not paths:
         raise UserError(f"the list {list_file} names no image; it needs lines of 'PATH LABEL'")
     if not os.path.isfile(paths[0]):
         raise UserError(f"{list_file} names {paths[0]}, which does not exist")
-    labels = np.array(labels, np.int32)
+    labels = np.array(listed, np.int32)
     known = class_to_index or _classes_of_list(paths, labels)
     outside = labels[labels > max(known.values())]
     if outside.size:
@@ -256,7 +290,7 @@ def _from_list(list_file, split, class_to_index):
     return ImageSet(dict(known), labels, paths)
 
 
-def _listed_image(line, where, root, split):
+def _listed_image(line: str, where: str, root: Path, split: str) -> tuple[str, int]:
     path, _, label = line.strip().rpartition(" ")
     path = path.strip()
     if not path or not label.isascii() or not label.isdigit() or int(label) > 10 ** 6:
@@ -269,9 +303,9 @@ def _listed_image(line, where, root, split):
     return (in_split if not os.path.exists(full) and os.path.exists(in_split) else full), int(label)
 
 
-def _classes_of_list(paths, labels):
-    """Class names of a list: the folder of each label's images where that is one folder a label, else the numbers."""
-    folders = {}
+def _classes_of_list(paths: list[str], labels: np.ndarray) -> dict[str, int]:
+    """Class names of a list: the folder of each label's images if that is one folder per label, else the numbers."""
+    folders: dict[int, set[str]] = {}
     for path, label in zip(paths, labels.tolist()):
         folders.setdefault(label, set()).add(os.path.basename(os.path.dirname(path)))
     one_each = all(len(names) == 1 for names in folders.values())
@@ -281,15 +315,16 @@ def _classes_of_list(paths, labels):
     return {str(label): label for label in range(max(names) + 1)}
 
 
-def _cifar_folder(path):
+def _cifar_folder(path: Path) -> Path | None:
     for folder in (path, path / "cifar-10-batches-bin"):
         if (folder / _CIFAR_TEST[0]).is_file() or (folder / _CIFAR_TRAIN[0]).is_file():
             return folder
     return None
 
 
-def _from_cifar10(folder, split, class_to_index):
-    records = []
+def _from_cifar10(path: Path, split: str, class_to_index: Classes) -> ImageSet:
+    folder = _cifar_folder(path) or path
+    files: list[np.ndarray] = []
     for name in _CIFAR_TRAIN if split == "train" else _CIFAR_TEST:
         try:
             data = np.fromfile(folder / name, np.uint8)
@@ -298,17 +333,26 @@ def _from_cifar10(folder, split, class_to_index):
         if not data.size or data.size % _CIFAR_RECORD:
             raise UserError(f"{folder / name} has {data.size} bytes, which is no whole number of CIFAR-10 records; "
                             "fetch it again")
-        records.append(data.reshape(-1, _CIFAR_RECORD))
-    records = np.concatenate(records)
+        files.append(data.reshape(-1, _CIFAR_RECORD))
+    records = np.concatenate(files)
     labels = records[:, 0].astype(np.int32)
     if labels.max() >= len(_CIFAR_CLASSES):
         raise UserError(f"{folder} holds label {labels.max()}, which CIFAR-10 does not have; fetch it again")
     pixels = np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
     names = _class_names(folder)
-    return ImageSet(class_to_index or {name: label for label, name in enumerate(names)}, labels, pixels=pixels)
+    return ImageSet(dict(class_to_index or {name: label for label, name in enumerate(names)}), labels, pixels=pixels)
 
 
-def _class_names(folder):
+def _class_names(folder: Path) -> tuple[str, ...]:
     meta = folder / "batches.meta.txt"
     names = meta.read_text(encoding="utf-8", errors="replace").split() if meta.is_file() else []
-    return names if len(set(names)) == len(_CIFAR_CLASSES) else _CIFAR_CLASSES
+    return tuple(names) if len(set(names)) == len(_CIFAR_CLASSES) else _CIFAR_CLASSES
+
+
+# In the order in which they are asked; a folder of class folders is what anything else is taken for.
+SOURCES: dict[str, DataSource] = {
+    "packed": DataSource(lambda path, split: path.is_file() and is_packed(path), _from_packed),
+    "cifar10": DataSource(lambda path, split: _cifar_folder(path) is not None, _from_cifar10),
+    "list": DataSource(lambda path, split: path.is_file() or (path / f"{split}_list.txt").is_file(), _from_list),
+    "folder": DataSource(lambda path, split: True, _from_folder),
+}

@@ -1,7 +1,7 @@
 """AlexNet in the single-tower form of Krizhevsky, "One weird trick for parallelizing convolutional neural networks"
 (arXiv:1404.5997): convolutions of 64-192-384-256-256 channels, then 4096-4096-classes."""
 
-from mindspore import nn, ops
+from mindspore import Tensor, nn, ops
 
 from src.models.layers import AdaptiveAveragePool, LayerFactory
 
@@ -10,20 +10,21 @@ _HIDDEN = 4096
 
 
 class AlexNet(nn.Cell):
-    """(N, 3, image_size, image_size) float -> (N, num_classes). From 63 pixels; other maps than 6x6 are averaged to 6x6.
+    """(N, 3, image_size, image_size) float -> (N, num_classes), from 63 pixels on. Feature maps of other sizes are averaged to 6x6.
 
     Args:
         image_size: side of the input in pixels.
         dropout: probability of dropping a unit before each of the two hidden layers, in training only.
 
     Attributes:
-        dropout_width: units of a sample that may be dropped. Calls may pass ``kept``, (N, dropout_width) uint8, 1 for those
-            that stay; without it the framework's generator draws them.
+        dropout_width: number of units per sample that may be dropped. Calls may pass ``kept``, (N, dropout_width) uint8, 1 for
+            the units that stay; without it the framework's generator draws them.
     """
 
-    def __init__(self, num_classes, layers: LayerFactory, dropout=0.5, image_size=224):
+    def __init__(self, num_classes: int, layers: LayerFactory, dropout: float = 0.5, image_size: int = 224) -> None:
         super().__init__()
-        def conv(*shape, **geometry):
+
+        def conv(*shape: int, **geometry: int) -> nn.Cell:
             return layers.conv(*shape, bias=True, **geometry)
 
         self.conv1 = conv(3, 64, 11, stride=4, padding=2)
@@ -38,7 +39,7 @@ class AlexNet(nn.Cell):
             size = (size - 3) // 2 + 1
         self.to_6x6 = nn.Identity() if size == _FEATURE_SIZE else AdaptiveAveragePool(size, _FEATURE_SIZE)
         self.flat = 256 * _FEATURE_SIZE ** 2
-        # p is the probability of dropping, as PyTorch's; the seed's keep_prob of 0.65 is p = 0.35.
+        # p is the probability of dropping, as in PyTorch; the seed's keep_prob of 0.65 is p = 0.35.
         self.drop1, self.drop2 = nn.Dropout(p=dropout), nn.Dropout(p=dropout)
         self.dropout_scale = 1 / (1 - dropout)
         self.dropout_width = self.flat + _HIDDEN if dropout else 0
@@ -46,7 +47,7 @@ class AlexNet(nn.Cell):
         self.fc2 = nn.Dense(_HIDDEN, _HIDDEN)
         self.classifier = nn.Dense(_HIDDEN, num_classes)
 
-    def construct(self, x, kept=None):
+    def construct(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
         x = self.pool(self.relu(self.conv1(x)))
         x = self.pool(self.relu(self.conv2(x)))
         x = self.relu(self.conv3(x))
@@ -58,5 +59,5 @@ class AlexNet(nn.Cell):
         x = self.drop2(x) if kept is None else self._drop(x, kept[:, self.flat:])
         return self.classifier(self.relu(self.fc2(x)))
 
-    def _drop(self, x, kept):
+    def _drop(self, x: Tensor, kept: Tensor) -> Tensor:
         return x * ops.cast(kept, x.dtype) * self.dropout_scale

@@ -1,6 +1,8 @@
 """The CIFAR networks of ACNet (Ding et al., ICCV 2019, section 4.1), with the channel counts of the paper's code."""
 
-from mindspore import nn, ops
+from typing import Any
+
+from mindspore import Tensor, nn, ops
 
 from src.models.layers import LayerFactory, global_average
 
@@ -8,7 +10,7 @@ from src.models.layers import LayerFactory, global_average
 class CifarQuick(nn.Cell):
     """Caffe's CIFAR-quick with batch norm: three 5x5 convolutions and two dense layers. (N, 3, S, S) -> (N, num_classes)."""
 
-    def __init__(self, num_classes, layers: LayerFactory, image_size=32):
+    def __init__(self, num_classes: int, layers: LayerFactory, image_size: int = 32, **_: Any) -> None:
         super().__init__()
         self.conv1 = layers.conv_norm(3, 32, 5, padding=2)
         self.conv2 = layers.conv_norm(32, 32, 5, padding=2)
@@ -23,7 +25,7 @@ class CifarQuick(nn.Cell):
         self.fc1 = nn.Dense(self.flat, 64)
         self.classifier = nn.Dense(64, num_classes)
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         x = self.max_pool(self.relu(self.conv1(x)))
         x = self.average_pool(self.relu(self.conv2(x)))
         x = self.average_pool(self.relu(self.conv3(x)))
@@ -36,7 +38,7 @@ class Vgg16Cifar(nn.Cell):
 
     STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
-    def __init__(self, num_classes, layers: LayerFactory, image_size=32):
+    def __init__(self, num_classes: int, layers: LayerFactory, image_size: int = 32, **_: Any) -> None:
         super().__init__()
         features, in_channels = [], 3
         for stage in self.STAGES:
@@ -50,14 +52,14 @@ class Vgg16Cifar(nn.Cell):
         self.relu = nn.ReLU()
         self.classifier = nn.Dense(512, num_classes)
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         x = self.features(x)
         x = self.relu(self.fc1(ops.reshape(x, (-1, self.flat))))
         return self.classifier(x)
 
 
 class _BasicBranchBlock(nn.Cell):
-    def __init__(self, in_channels, channels, stride, layers):
+    def __init__(self, in_channels: int, channels: int, stride: int, layers: LayerFactory) -> None:
         super().__init__()
         self.conv1 = layers.conv_norm(in_channels, channels, 3, stride, padding=1)
         self.conv2 = layers.conv_norm(channels, channels, 3, padding=1)
@@ -65,14 +67,14 @@ class _BasicBranchBlock(nn.Cell):
         self.downsample = layers.conv_norm(in_channels, channels, 1, stride) if project else nn.Identity()
         self.relu = nn.ReLU()
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         return self.relu(self.conv2(self.relu(self.conv1(x))) + self.downsample(x))
 
 
 class ResNetCifar(nn.Cell):
     """ResNet of depth 6n + 2 for CIFAR (He et al., section 4.2), with projection shortcuts as in ACNet's code."""
 
-    def __init__(self, num_classes, layers: LayerFactory, blocks_per_stage=9):
+    def __init__(self, num_classes: int, layers: LayerFactory, blocks_per_stage: int = 9, **_: Any) -> None:
         super().__init__()
         self.conv1 = layers.conv_norm(3, 16, 3, padding=1)
         self.relu = nn.ReLU()
@@ -85,12 +87,12 @@ class ResNetCifar(nn.Cell):
         self.blocks = nn.SequentialCell(blocks)
         self.classifier = nn.Dense(in_channels, num_classes)
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         return self.classifier(global_average(self.blocks(self.relu(self.conv1(x)))))
 
 
 class _PreActivationBlock(nn.Cell):
-    def __init__(self, in_channels, channels, stride, project, layers):
+    def __init__(self, in_channels: int, channels: int, stride: int, project: bool, layers: LayerFactory) -> None:
         super().__init__()
         self.norm1, self.conv1 = layers.norm(in_channels), layers.conv(in_channels, channels, 3, stride, padding=1)
         self.norm2, self.conv2 = layers.norm(channels), layers.conv(channels, channels, 3, padding=1)
@@ -100,19 +102,19 @@ class _PreActivationBlock(nn.Cell):
             self.shortcut = nn.SequentialCell(layers.norm(in_channels), nn.ReLU(),
                                               layers.conv(in_channels, channels, 1, stride))
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         out = self.conv1(self.relu(self.norm1(x)))
         return self.conv2(self.relu(self.norm2(out))) + self.shortcut(x)
 
 
 class WideResNetCifar(nn.Cell):
-    """WRN-16-8 (Zagoruyko and Komodakis, arXiv:1605.07146): pre-activation, two blocks a stage, width 8.
+    """WRN-16-8 (Zagoruyko and Komodakis, arXiv:1605.07146): pre-activation, two blocks per stage, width 8.
 
     As in ACNet's code the first block of each stage has its own batch norm on the shortcut, and no ReLU stands between
     the last batch norm and the pooling.
     """
 
-    def __init__(self, num_classes, layers: LayerFactory, blocks_per_stage=2, width=8):
+    def __init__(self, num_classes: int, layers: LayerFactory, blocks_per_stage: int = 2, width: int = 8, **_: Any) -> None:
         super().__init__()
         self.conv1 = layers.conv(3, 16, 3, padding=1)
         blocks, in_channels = [], 16
@@ -126,5 +128,5 @@ class WideResNetCifar(nn.Cell):
         self.last_norm = layers.norm(in_channels)
         self.classifier = nn.Dense(in_channels, num_classes)
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         return self.classifier(global_average(self.last_norm(self.blocks(self.conv1(x)))))

@@ -6,6 +6,9 @@ import os
 import re
 import zipfile
 import zlib
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
 
 import numpy as np
 
@@ -13,8 +16,10 @@ from src.utils.errors import UserError
 
 METADATA = "metadata"
 CHECKSUM = "checksum"
-# Optimizer state in a checkpoint is named after its parameter.
-MOMENTUM_PREFIX = "momentum."
+# Optimizer state in a checkpoint is named OPTIMIZER_PREFIX, name of the state, name of the parameter.
+OPTIMIZER_PREFIX = "optimizer."
+# That of checkpoints before version 2, which had momentum only.
+_OLD_OPTIMIZER_PREFIX = "momentum."
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLE_MAGIC = b"\x80"
@@ -23,14 +28,18 @@ _SAFE_TORCH = (2, 6)
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
 
 
-def read_weights(path):
+Arrays = dict[str, np.ndarray]
+Path = str | PathLike[str]
+
+
+def read_weights(path: Path) -> tuple[Arrays, dict[str, Any]]:
     """Read a file of weights into ({name: array}, metadata), names as in the file.
 
     Takes MindSpore .ckpt, .safetensors, PyTorch's zip format (.pth, .pt) and the ACNet repository's .hdf5. Metadata is
-    {} where the file has none.
+    {} if the file has none.
 
     Raises:
-        UserError: where the file is missing, truncated, of another format, or its pickle wants to run code.
+        UserError: if the file is missing, truncated, of another format, or its pickle wants to run code.
     """
     if not os.path.isfile(path):
         raise UserError(f"checkpoint '{path}' does not exist")
@@ -51,18 +60,23 @@ def read_weights(path):
 
 
 class quiet_mindspore:
-    """Within it MindSpore's own Python log is silent: its errors are reported by ours, as one line."""
+    """Silences MindSpore's own Python log: its errors are reported by ours, as one line."""
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self._logger = logging.getLogger("MindSpore")
         self._level = self._logger.level
         self._logger.setLevel(logging.CRITICAL + 1)
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self._logger.setLevel(self._level)
 
 
-def content_checksum(arrays):
+def without_optimizer_state(arrays: Mapping[str, np.ndarray]) -> Arrays:
+    """The weights and running statistics among the arrays of a checkpoint."""
+    return {name: array for name, array in arrays.items() if not name.startswith((OPTIMIZER_PREFIX, _OLD_OPTIMIZER_PREFIX))}
+
+
+def content_checksum(arrays: Mapping[str, np.ndarray]) -> bytes:
     """CRC-32 of the names, types, shapes and contents of {name: array}, 4 bytes."""
     checksum = 0
     for name in sorted(arrays):
@@ -72,7 +86,7 @@ def content_checksum(arrays):
     return checksum.to_bytes(4, "little")
 
 
-def _read_mindspore(path):
+def _read_mindspore(path: Path) -> tuple[Arrays, dict[str, Any]]:
     import mindspore
     try:
         with quiet_mindspore():
@@ -87,7 +101,7 @@ def _read_mindspore(path):
     return arrays, _decoded(path, encoded.tobytes()) if encoded is not None else {}
 
 
-def _read_safetensors(path):
+def _read_safetensors(path: Path) -> tuple[Arrays, dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(str(path), framework="np") as file:
@@ -98,7 +112,7 @@ def _read_safetensors(path):
     return arrays, _decoded(path, metadata[METADATA].encode()) if METADATA in metadata else {}
 
 
-def _read_torch(path):
+def _read_torch(path: Path) -> Arrays:
     try:
         whole = zipfile.is_zipfile(path)
     except zipfile.BadZipFile:
@@ -128,7 +142,7 @@ def _read_torch(path):
     return {str(name).removeprefix("module."): tensor.float().numpy() for name, tensor in loaded.items()}
 
 
-def _read_hdf5(path):
+def _read_hdf5(path: Path) -> Arrays:
     try:
         import h5py
     except ImportError:
@@ -144,7 +158,7 @@ def _read_hdf5(path):
     return arrays
 
 
-def _decoded(path, encoded):
+def _decoded(path: Path, encoded: bytes) -> dict[str, Any]:
     try:
         metadata = json.loads(encoded)
     except ValueError:

@@ -1,40 +1,40 @@
-"""Factories that networks take instead of layers, so that ACB and SyncBN are choices made once, outside networks."""
+"""Layers that networks share, and the factory that makes them, so that blocks and SyncBN are choices made outside networks."""
 
+import pkgutil
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
+import mindspore
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from src.models.acb import AsymmetricConvBlock, plain_convolution
-
-ACB_KERNELS = (3, 5)
+from src.models.blocks import find_block
+from src.models.fusion import plain_convolution
 
 
 class ConvNorm(nn.Cell):
     """Convolution without bias, then batch norm. (N, C, H, W) -> (N, C', H', W')."""
 
-    def __init__(self, conv, norm):
+    def __init__(self, conv: nn.Cell, norm: nn.Cell) -> None:
         super().__init__()
         self.conv = conv
         self.norm = norm
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))
 
 
 @dataclass(frozen=True)
 class LayerFactory:
-    """Makes a network's convolutions and norms: plain, as ACB, or as the fused form of an ACB.
-
-    ACB stands for square convolutions with kernel 3 or 5 together with the batch norm behind them, as in the paper's
-    code; 1x1 and large kernels stay plain.
+    """Makes a network's convolutions and norms: plain, as blocks with several branches, or as the fused form of those.
 
     Attributes:
-        block: "base" or "acb".
-        fused: with block "acb", the plain convolutions with bias that ``fuse`` leaves.
-        gamma_init: initial scale of the batch norms inside ACBs; None keeps 1.
-        sync_bn: batch statistics over all ranks (where the device has it).
+        block: a name in ``blocks.BLOCKS``; such a block replaces a square convolution of its sizes together with the batch
+            norm behind it.
+        fused: the plain convolutions with bias that ``fuse`` leaves in place of the blocks.
+        gamma_init: initial scale of the batch norms inside blocks; None keeps 1.
+        sync_bn: batch statistics over all ranks (on devices that have it).
         weight_init: initialiser of plain convolutions; None keeps the framework's, which is PyTorch's
             Kaiming-uniform with a = sqrt(5).
     """
@@ -43,49 +43,70 @@ class LayerFactory:
     fused: bool = False
     gamma_init: float | None = None
     sync_bn: bool = False
-    weight_init: object = None
+    weight_init: Any = None
 
-    def norm(self, channels):
-        """Batch norm over (N, channels, H, W), PyTorch's eps and momentum.
+    def norm(self, channels: int) -> nn.Cell:
+        """Batch norm over (N, channels, H, W) with PyTorch's eps and momentum.
 
         MindSpore's momentum weighs the old statistics: its 0.9 is PyTorch's 0.1.
         """
         return (nn.SyncBatchNorm if self.sync_bn else nn.BatchNorm2d)(channels, eps=1e-5, momentum=0.9)
 
-    def conv(self, in_channels, out_channels, kernel_size, stride=1, padding=0, groups=1, bias=False):
-        """A convolution, or an ACB in its place."""
-        if self.block == "acb" and kernel_size in ACB_KERNELS:
-            return self._acb(in_channels, out_channels, kernel_size, stride, padding, groups)
+    def conv(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0, groups: int = 1,
+             bias: bool = False) -> nn.Cell:
+        """A convolution, or a block in its place."""
+        if self._replaces(kernel_size):
+            return self._block(in_channels, out_channels, kernel_size, stride=stride, padding=padding, groups=groups)
         init = {} if self.weight_init is None else {"weight_init": self.weight_init}
         return nn.Conv2d(in_channels, out_channels, kernel_size, stride, pad_mode="pad", padding=padding, group=groups,
                          has_bias=bias, **init)
 
-    def conv_norm(self, in_channels, out_channels, kernel_size, stride=1, padding=0, groups=1):
-        """A convolution and its batch norm, or an ACB in place of both."""
+    def conv_norm(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0,
+                  groups: int = 1) -> nn.Cell:
+        """A convolution and its batch norm, or a block in place of both."""
         conv = self.conv(in_channels, out_channels, kernel_size, stride, padding, groups)
-        if self.block == "acb" and kernel_size in ACB_KERNELS:
-            return conv
-        return ConvNorm(conv, self.norm(out_channels))
+        return conv if self._replaces(kernel_size) else ConvNorm(conv, self.norm(out_channels))
 
-    def _acb(self, in_channels, out_channels, kernel_size, stride, padding, groups):
-        make = plain_convolution if self.fused else partial(
-            AsymmetricConvBlock, norm=self.norm, gamma_init=self.gamma_init)
-        return make(in_channels, out_channels, kernel_size, stride=stride, padding=padding, groups=groups)
+    def _replaces(self, kernel_size: int) -> bool:
+        return kernel_size in find_block(self.block).kernels
+
+    def _block(self, *channels_and_kernel: int, **geometry: int) -> nn.Cell:
+        if self.fused:
+            return plain_convolution(*channels_and_kernel, **geometry)
+        build = pkgutil.resolve_name(find_block(self.block).builder)
+        return build(*channels_and_kernel, **geometry, norm=self.norm, gamma_init=self.gamma_init)
+
+
+class InputNormalizer(nn.Cell):
+    """(N, H, W, 3) uint8 RGB -> (N, 3, H, W) float32, (x / 255 - mean) / std.
+
+    Part of the network's graph, because it costs less there than image by image in the input pipeline.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        std = np.asarray(std, np.float32)
+        self.scale = Tensor((1 / (255 * std)).reshape(1, 3, 1, 1).astype(np.float32))
+        self.offset = Tensor((-np.asarray(mean, np.float32) / std).reshape(1, 3, 1, 1))
+
+    def construct(self, images: Tensor) -> Tensor:
+        images = ops.transpose(ops.cast(images, mindspore.float32), (0, 3, 1, 2))
+        return images * self.scale + self.offset
 
 
 class MaxPoolAfterReLU(nn.Cell):
-    """Max-pool with symmetric padding for inputs that are nowhere negative, exactly as PyTorch's.
+    """Max-pool with symmetric padding for inputs that are nowhere negative; computes exactly what PyTorch's does.
 
-    There, padding by zeros equals padding by minus infinity. MindSpore's own padded max-pool is a three-dimensional
+    For such inputs, padding by zeros equals padding by minus infinity. MindSpore's own padded max-pool is a three-dimensional
     one with argmax, slower and without an ONNX counterpart.
     """
 
-    def __init__(self, kernel_size, stride, padding):
+    def __init__(self, kernel_size: int, stride: int, padding: int) -> None:
         super().__init__()
         self.pad = ops.Pad(((0, 0), (0, 0), (padding, padding), (padding, padding)))
         self.pool = nn.MaxPool2d(kernel_size, stride, pad_mode="valid")
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         return self.pool(self.pad(x))
 
 
@@ -96,7 +117,7 @@ class AdaptiveAveragePool(nn.Cell):
     products, because MindSpore's own operation has no ONNX counterpart.
     """
 
-    def __init__(self, size, out_size):
+    def __init__(self, size: int, out_size: int) -> None:
         super().__init__()
         weights = np.zeros((out_size, size), np.float32)
         for cell in range(out_size):
@@ -105,10 +126,10 @@ class AdaptiveAveragePool(nn.Cell):
         self.rows = Tensor(weights)
         self.columns = Tensor(weights.T.copy())
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         return ops.matmul(ops.matmul(self.rows, x), self.columns)
 
 
-def global_average(x):
+def global_average(x: Tensor) -> Tensor:
     """(N, C, H, W) -> (N, C)."""
     return x.mean((2, 3))

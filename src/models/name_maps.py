@@ -1,72 +1,53 @@
-"""Names of the same parameter in this project, in torchvision and timm, and in the ACNet repository."""
+"""Names of the same module in this project, in torchvision and timm, and in the ACNet repository."""
 
 import re
-
-from src.models.names import ALIASES
 
 # Batch norm: MindSpore's gamma and beta are PyTorch's weight and bias.
 _NORM_LEAVES = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
 _ALEXNET_TORCHVISION = {"conv1": "features.0", "conv2": "features.3", "conv3": "features.6", "conv4": "features.8",
                         "conv5": "features.10", "fc1": "classifier.1", "fc2": "classifier.4", "classifier": "classifier.6"}
-_WRN_BLOCKS_A_STAGE, _RESNET56_BLOCKS_A_STAGE = 2, 9
+_WRN_BLOCKS_PER_STAGE, _RESNET56_BLOCKS_PER_STAGE = 2, 9
 
 
-def torch_name(name, network):
-    """torchvision's and timm's name of parameter ``name`` where they have the network, else our name in PyTorch's words."""
-    network = ALIASES.get(network, network)
-    module, leaf = _in_torch_words(name)
-    if network == "alexnet":
-        first, dot, rest = module.partition(".")
-        return f"{_ALEXNET_TORCHVISION[first]}{dot}{rest}.{leaf}"
-    if network.startswith("res") and not network.endswith("cifar"):
-        module = re.sub(r"downsample\.conv$", "downsample.0", module)
-        module = re.sub(r"downsample\.norm$", "downsample.1", module)
-        module = re.sub(r"conv(\d)\.conv$", r"conv\1", module)
-        module = re.sub(r"conv(\d)\.norm$", r"bn\1", module)
-        module = re.sub(r"^classifier$", "fc", module)
-    return f"{module}.{leaf}"
-
-
-def acnet_name(name, network, fused=False):
-    """The name of parameter ``name`` in the ACNet repository's .hdf5 files; None where it has no such network.
-
-    Args:
-        fused: True for the deploy form, whose blocks are one convolution named fused_conv.
-    """
-    network = ALIASES.get(network, network)
-    module, leaf = _in_torch_words(name)
-    steps = {"cifar_quick": _acnet_quick, "vgg16_cifar": _acnet_vgg, "resnet56_cifar": _acnet_resnet56,
-             "resnet18": _acnet_resnet, "resnet34": _acnet_resnet, "resnet50": _acnet_resnet50}
-    if network == "wrn16_8_cifar":
-        return f"{_acnet_wrn(module, fused)}.{leaf}"
-    return f"{steps[network](module)}.{leaf}" if network in steps else None
-
-
-def _in_torch_words(name):
+def in_torch_words(name: str) -> tuple[str, str]:
+    """(module, leaf) of parameter ``name``, the leaf as PyTorch calls it."""
     module, _, leaf = name.rpartition(".")
     return module, _NORM_LEAVES.get(leaf, leaf)
+
+
+def torchvision_alexnet(module: str) -> str:
+    first, dot, rest = module.partition(".")
+    return f"{_ALEXNET_TORCHVISION[first]}{dot}{rest}"
+
+
+def torchvision_resnet(module: str) -> str:
+    module = re.sub(r"downsample\.conv$", "downsample.0", module)
+    module = re.sub(r"downsample\.norm$", "downsample.1", module)
+    module = re.sub(r"conv(\d)\.conv$", r"conv\1", module)
+    module = re.sub(r"conv(\d)\.norm$", r"bn\1", module)
+    return re.sub(r"^classifier$", "fc", module)
 
 
 # The repository's Conv2dBNReLU is a sequence of conv, bn, relu, or of acb, relu; its Conv2dBN is conv, bn or the ACB itself.
 # A fused block is fused_conv inside the ACB.
 
 
-def _with_relu(layer, inner):
+def _with_relu(layer: str, inner: str) -> str:
     return f"{layer}.{inner.replace('norm', 'bn')}" if inner in ("conv", "norm") else f"{layer}.acb.{inner or 'fused_conv'}"
 
 
-def _without_relu(layer, inner):
+def _without_relu(layer: str, inner: str) -> str:
     return f"{layer}.{inner.replace('norm', 'bn')}" if inner in ("conv", "norm") else f"{layer}.{inner or 'fused_conv'}"
 
 
-def _acnet_quick(module):
+def acnet_quick(module: str, fused: bool) -> str:
     layer, _, inner = module.partition(".")
     if layer.startswith("conv"):
         return _with_relu(layer, inner)
     return {"fc1": "fc1", "classifier": "fc2"}[layer]
 
 
-def _acnet_vgg(module):
+def acnet_vgg(module: str, fused: bool) -> str:
     if not module.startswith("features."):
         return {"fc1": "linear1", "classifier": "linear2"}[module]
     _, index, *inner = module.split(".")
@@ -78,7 +59,7 @@ def _acnet_vgg(module):
     return _with_relu(f"stem.conv{places.index(int(index)) + 1}", ".".join(inner))
 
 
-def _acnet_resnet(module):
+def acnet_resnet(module: str, fused: bool) -> str:
     if module == "classifier":
         return "linear"
     first, _, inner = module.partition(".")
@@ -92,13 +73,13 @@ def _acnet_resnet(module):
     return _with_relu(f"{place}.{layer}", inner) if layer == "conv1" else _without_relu(f"{place}.{layer}", inner)
 
 
-def _acnet_resnet56(module):
+def acnet_resnet56(module: str, fused: bool) -> str:
     if module == "classifier":
         return "linear"
     if module.startswith("conv1"):
         return _without_relu("stage1.conv1", module.partition(".")[2])
     _, index, layer, *inner = module.split(".")
-    stage, block = divmod(int(index), _RESNET56_BLOCKS_A_STAGE)
+    stage, block = divmod(int(index), _RESNET56_BLOCKS_PER_STAGE)
     inner = ".".join(inner)
     if layer == "downsample":
         return f"stage{stage + 1}.projection.{inner.replace('norm', 'bn')}"
@@ -106,7 +87,7 @@ def _acnet_resnet56(module):
     return _with_relu(place, inner) if layer == "conv1" else _without_relu(place, inner)
 
 
-def _acnet_resnet50(module):
+def acnet_resnet50(module: str, fused: bool) -> str:
     if module == "classifier":
         return "fc"
     first, _, inner = module.partition(".")
@@ -120,14 +101,14 @@ def _acnet_resnet50(module):
     return _without_relu(place, inner) if layer == "conv3" else _with_relu(place, inner)
 
 
-def _acnet_wrn(module, fused):
+def acnet_wrn(module: str, fused: bool) -> str:
     if module in ("classifier", "last_norm"):
         return {"classifier": "linear", "last_norm": "last_bn"}[module]
     plain = "fused_conv" if fused else ""
     if module.startswith("conv1"):
         return f"conv1.{module.partition('.')[2] or plain}".rstrip(".")
     _, index, layer, *inner = module.split(".")
-    stage, block = divmod(int(index), _WRN_BLOCKS_A_STAGE)
+    stage, block = divmod(int(index), _WRN_BLOCKS_PER_STAGE)
     place = f"stage{stage + 1}.block{block + 1}"
     if layer == "shortcut":
         return f"{place}.proj.{'bn' if inner[0] == '0' else 'conv'}"

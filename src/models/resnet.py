@@ -1,8 +1,19 @@
 """ResNet (He et al., arXiv:1512.03385, stride on the 3x3 as in torchvision) and ResNeXt (Xie et al., arXiv:1611.05431)."""
 
-from mindspore import nn
+from dataclasses import replace
+from typing import Any
+
+from mindspore import Tensor, nn
+from mindspore.common.initializer import HeNormal
 
 from src.models.layers import LayerFactory, MaxPoolAfterReLU, global_average
+
+
+def build(num_classes: int, layers: LayerFactory, *, bottleneck: bool, depths: tuple[int, ...], cardinality: int = 1,
+          base_width: int = 64, **_: Any) -> nn.Cell:
+    """The ResNet with these blocks, initialised as in the paper and torchvision: Kaiming normal by fan-out."""
+    layers = replace(layers, weight_init=HeNormal(mode="fan_out", nonlinearity="relu"))
+    return ResNet(Bottleneck if bottleneck else BasicBlock, depths, num_classes, layers, cardinality, base_width)
 
 
 class BasicBlock(nn.Cell):
@@ -10,14 +21,15 @@ class BasicBlock(nn.Cell):
 
     expansion = 1
 
-    def __init__(self, in_channels, width, out_channels, stride, cardinality, layers, downsample):
+    def __init__(self, in_channels: int, width: int, out_channels: int, stride: int, cardinality: int, layers: LayerFactory,
+                 downsample: nn.Cell) -> None:
         super().__init__()
         self.conv1 = layers.conv_norm(in_channels, width, 3, stride, padding=1, groups=cardinality)
         self.conv2 = layers.conv_norm(width, out_channels, 3, padding=1)
         self.downsample = downsample
         self.relu = nn.ReLU()
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         out = self.conv2(self.relu(self.conv1(x)))
         return self.relu(out + self.downsample(x))
 
@@ -27,7 +39,8 @@ class Bottleneck(nn.Cell):
 
     expansion = 4
 
-    def __init__(self, in_channels, width, out_channels, stride, cardinality, layers, downsample):
+    def __init__(self, in_channels: int, width: int, out_channels: int, stride: int, cardinality: int, layers: LayerFactory,
+                 downsample: nn.Cell) -> None:
         super().__init__()
         self.conv1 = layers.conv_norm(in_channels, width, 1)
         self.conv2 = layers.conv_norm(width, width, 3, stride, padding=1, groups=cardinality)
@@ -35,7 +48,7 @@ class Bottleneck(nn.Cell):
         self.downsample = downsample
         self.relu = nn.ReLU()
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         out = self.relu(self.conv1(x))
         out = self.conv3(self.relu(self.conv2(out)))
         return self.relu(out + self.downsample(x))
@@ -51,7 +64,8 @@ class ResNet(nn.Cell):
             32x4d: 32 and 4).
     """
 
-    def __init__(self, block, depths, num_classes, layers: LayerFactory, cardinality=1, base_width=64):
+    def __init__(self, block: type[BasicBlock | Bottleneck], depths: tuple[int, ...], num_classes: int, layers: LayerFactory,
+                 cardinality: int = 1, base_width: int = 64) -> None:
         super().__init__()
         self.conv1 = layers.conv_norm(3, 64, 7, stride=2, padding=3)
         self.relu = nn.ReLU()
@@ -71,7 +85,7 @@ class ResNet(nn.Cell):
             setattr(self, f"layer{stage + 1}", nn.SequentialCell(blocks))
         self.classifier = nn.Dense(in_channels, num_classes)
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         x = self.pool(self.relu(self.conv1(x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.classifier(global_average(x))

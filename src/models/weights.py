@@ -1,41 +1,44 @@
 """Weights into a network: strict by name and shape, from any of the known names."""
 
-import numpy as np
-from mindspore import Tensor
+from collections.abc import Callable, Mapping
 
-from src.models.formats import MOMENTUM_PREFIX, read_weights
-from src.models.name_maps import acnet_name, torch_name
+import numpy as np
+from mindspore import Parameter, Tensor, nn
+
+from src.models.formats import read_weights, without_optimizer_state
+from src.models.networks import acnet_name, torch_name
 from src.utils.errors import UserError
 
 _MISMATCHES_SHOWN = 3
-# PyTorch's count of training batches, which no inference or training here depends on.
+# PyTorch's count of training batches, on which nothing here depends.
 _WITHOUT_MEANING = ("num_batches_tracked",)
+Naming = Callable[[str], str | None]
 
 
-def load_weights(network, path, allow_head_mismatch=False):
+def load_weights(network: nn.Cell, path: str, allow_head_mismatch: bool = False) -> list[str]:
     """Load a file of weights into ``network``, a result of ``build_model``; see ``assign_weights``."""
     arrays, _ = read_weights(path)
     return assign_weights(network, arrays, path, allow_head_mismatch)
 
 
-def assign_weights(network, arrays, path, allow_head_mismatch=False):
+def assign_weights(network: nn.Cell, arrays: Mapping[str, np.ndarray], path: object,
+                   allow_head_mismatch: bool = False) -> list[str]:
     """Copy {name: array} into ``network``: every name and shape must match.
 
     Names are this project's, torchvision's and timm's, or the ACNet repository's, whichever fits best. Optimizer state
-    and PyTorch's batch counts are passed over.
+    and PyTorch's batch counts are ignored.
 
     Args:
         path: what to call the file in messages.
-        allow_head_mismatch: leave out the classifier where its shape differs.
+        allow_head_mismatch: leave out the classifier if its shape differs.
 
     Returns:
         Names of the parameters that were left out.
 
     Raises:
-        UserError: that counts the mismatches and names the first, in the file's names.
+        UserError: counts the mismatches and names the first, in the file's names.
     """
-    weights = {name: array for name, array in arrays.items()
-               if not name.startswith(MOMENTUM_PREFIX) and not name.endswith(_WITHOUT_MEANING)}
+    weights = {name: array for name, array in without_optimizer_state(arrays).items() if not name.endswith(_WITHOUT_MEANING)}
     parameters = {p.name: p for p in network.get_parameters()}
     names = _best_names(parameters, weights, network.network_name)
     mismatches, heads = _compare(parameters, weights, names)
@@ -48,37 +51,41 @@ def assign_weights(network, arrays, path, allow_head_mismatch=False):
     skipped = {name for name in parameters if heads and is_classifier(name)}
     for name, parameter in parameters.items():
         if name not in skipped:
-            parameter.set_data(Tensor(np.ascontiguousarray(weights[names[name]], np.float32)))
+            parameter.set_data(Tensor(np.ascontiguousarray(weights[names[name] or name], np.float32)))
     return sorted(skipped)
 
 
-def classes_in(arrays, network):
-    """Number of classes of the weights {name: array} of the network named so, or None where its classifier is not found."""
+def classes_in(arrays: Mapping[str, np.ndarray], network: str) -> int | None:
+    """Number of classes of the weights {name: array} of the network of that name, or None if its classifier is not found."""
     for naming in _namings(network):
-        bias = arrays.get(naming("classifier.bias"))
+        bias = arrays.get(naming("classifier.bias") or "")
         if bias is not None:
             return len(bias)
     return None
 
 
-def is_classifier(name):
+def is_classifier(name: str) -> bool:
     """True for the parameters of the last dense layer."""
     return name.startswith("classifier.")
 
 
-def _namings(network):
+def _namings(network: str) -> tuple[Naming, ...]:
     return (lambda name: name, lambda name: torch_name(name, network), lambda name: acnet_name(name, network),
             lambda name: acnet_name(name, network, fused=True))
 
 
-def _best_names(parameters, weights, network):
+def _best_names(parameters: Mapping[str, Parameter], weights: Mapping[str, np.ndarray],
+                network: str) -> dict[str, str | None]:
     """{our name: name in the file} by the naming that finds the most."""
     candidates = [{name: naming(name) for name in parameters} for naming in _namings(network)]
     return max(candidates, key=lambda names: sum(foreign in weights for foreign in names.values()))
 
 
-def _compare(parameters, weights, names):
-    mismatches, heads = [], []
+def _compare(parameters: Mapping[str, Parameter], weights: Mapping[str, np.ndarray],
+             names: Mapping[str, str | None]) -> tuple[list[str], list[str]]:
+    """Messages on what does not match outside the classifier, and within it."""
+    mismatches: list[str] = []
+    heads: list[str] = []
     for name, parameter in parameters.items():
         foreign = names[name] or name
         if foreign not in weights:

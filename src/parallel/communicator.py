@@ -5,15 +5,20 @@ import os
 import re
 import socket
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+from typing import TypeVar
 
 import numpy as np
 
-from src.parallel.launcher import launched_ranks, on_one_machine, started_by_mpirun
+from src.parallel.compression import Compression
+from src.parallel.environment import launched_ranks, on_one_machine, started_by_mpirun
 from src.parallel.watchdog import StallWatchdog
 from src.utils.errors import UserError
 
+T = TypeVar("T")
 # Gradients and statistics below this size travel together in one message: latency, not bandwidth, is what they cost.
 _PACK_BELOW_BYTES = 1 << 20
 
@@ -24,36 +29,36 @@ class Communicator:
     rank, size = 0, 1
     local_rank, local_size = 0, 1
 
-    def mean_(self, arrays, compression=None):
+    def mean_(self, arrays: Sequence[np.ndarray], compression: Compression | None = None) -> None:
         """Replace each float32 array by its mean over ranks, the same bits on each; a Compression is what travels."""
 
-    def sum(self, values):
+    def sum(self, values: Sequence[float]) -> np.ndarray:
         """Element-wise sum over ranks of a sequence of numbers, as a float64 array."""
         return np.asarray(values, np.float64)
 
-    def broadcast_(self, arrays):
+    def broadcast_(self, arrays: Sequence[np.ndarray]) -> None:
         """Replace each array by rank 0's."""
 
-    def from_root(self, value):
+    def from_root(self, value: T) -> T:
         """Rank 0's small picklable ``value``, on every rank."""
         return value
 
-    def gather(self, value):
+    def gather(self, value: T) -> list[T]:
         """List of every rank's small ``value`` in order of rank, on every rank."""
         return [value]
 
-    def barrier(self):
+    def barrier(self) -> None:
         """Wait until every rank is here."""
 
-    def watch_for_stalls(self, timeout_s):
-        """From now on end the job, naming the rank, where one rank is waited for longer than ``timeout_s`` seconds."""
+    def watch_for_stalls(self, timeout_s: float) -> None:
+        """From now on end the job, naming the rank, if one rank is waited for longer than ``timeout_s`` seconds."""
 
-    def local_peers(self):
+    def local_peers(self) -> list[int]:
         """Process numbers of the other ranks on this machine."""
         return []
 
     @property
-    def is_root(self):
+    def is_root(self) -> bool:
         return self.rank == 0
 
 
@@ -65,7 +70,7 @@ class MpiCommunicator(Communicator):
         places: (host name, process number) of each rank.
     """
 
-    def __init__(self, mpi):
+    def __init__(self, mpi: ModuleType) -> None:
         self._mpi = mpi
         self._world = mpi.COMM_WORLD
         self.rank, self.size = self._world.Get_rank(), self._world.Get_size()
@@ -76,10 +81,11 @@ class MpiCommunicator(Communicator):
             _unlink_shared_memory(self.local_size)
         machine.Free()
         self._packed = np.empty(0, np.float32)
-        self.waiting_since, self._watchdog = None, None
+        self.waiting_since: float | None = None
+        self._watchdog: StallWatchdog | None = None
         self.places = self._world.allgather((socket.gethostname(), os.getpid()))
 
-    def mean_(self, arrays, compression=None):
+    def mean_(self, arrays: Sequence[np.ndarray], compression: Compression | None = None) -> None:
         small = [array for array in arrays if array.nbytes < _PACK_BELOW_BYTES]
         for array in arrays:
             if array.nbytes >= _PACK_BELOW_BYTES:
@@ -92,45 +98,45 @@ class MpiCommunicator(Communicator):
                 array[...] = packed[start:start + array.size].reshape(array.shape)
                 start += array.size
 
-    def sum(self, values):
+    def sum(self, values: Sequence[float]) -> np.ndarray:
         total = np.array(values, np.float64)
         with self._waiting():
             self._world.Allreduce(self._mpi.IN_PLACE, total, self._mpi.SUM)
         return total
 
-    def broadcast_(self, arrays):
+    def broadcast_(self, arrays: Sequence[np.ndarray]) -> None:
         with self._waiting():
             for array in arrays:
                 self._world.Bcast(array, root=0)
 
-    def from_root(self, value):
+    def from_root(self, value: T) -> T:
         with self._waiting():
             return self._world.bcast(value, root=0)
 
-    def gather(self, value):
+    def gather(self, value: T) -> list[T]:
         with self._waiting():
             return self._world.allgather(value)
 
-    def barrier(self):
+    def barrier(self) -> None:
         with self._waiting():
             self._world.Barrier()
 
-    def watch_for_stalls(self, timeout_s):
+    def watch_for_stalls(self, timeout_s: float) -> None:
         self._watchdog = StallWatchdog(self, self._mpi, timeout_s)
         self._watchdog.start()
 
-    def close(self):
+    def close(self) -> None:
         """Leave MPI, when every rank does; no other method may be called after."""
         if self._watchdog is not None:
             self._watchdog.stop()
         self._mpi.Finalize()
 
-    def local_peers(self):
+    def local_peers(self) -> list[int]:
         host, mine = self.places[self.rank]
         return [pid for name, pid in self.places if name == host and pid != mine]
 
     @contextmanager
-    def _waiting(self):
+    def _waiting(self) -> Iterator[None]:
         """Marks the time in which this rank may be waiting for others."""
         self.waiting_since = time.monotonic()
         try:
@@ -138,7 +144,7 @@ class MpiCommunicator(Communicator):
         finally:
             self.waiting_since = None
 
-    def _mean_in_place(self, array, compression):
+    def _mean_in_place(self, array: np.ndarray, compression: Compression | None) -> None:
         if compression is not None:
             self._compressed_mean(array.reshape(-1), compression)
             return
@@ -146,7 +152,7 @@ class MpiCommunicator(Communicator):
             self._world.Allreduce(self._mpi.IN_PLACE, array, self._mpi.SUM)
         array *= np.float32(1 / self.size)
 
-    def _compressed_mean(self, array, compression):
+    def _compressed_mean(self, array: np.ndarray, compression: Compression) -> None:
         """Each rank adds up its share of the array in float32, in order of rank; sums and shares travel compressed.
 
         MPI has no sixteen-bit floats to add up.
@@ -164,7 +170,7 @@ class MpiCommunicator(Communicator):
             self._world.Allgather(compression.encode(total), received)
         array[...] = compression.decode(received.reshape(-1)[:array.size])
 
-    def _pack(self, arrays):
+    def _pack(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
         count = sum(array.size for array in arrays)
         if self._packed.size < count:
             self._packed = np.empty(count, np.float32)
@@ -175,22 +181,22 @@ class MpiCommunicator(Communicator):
         return packed
 
 
-def _unlink_shared_memory(ranks):
-    """Take the names of Open MPI's shared memory away once all ``ranks`` of this machine have it: killed ranks leave none."""
+def _unlink_shared_memory(ranks: int) -> None:
+    """Remove the names of Open MPI's shared memory once all ``ranks`` of this machine have mapped it: killed ranks leave none."""
     mapped = set(re.findall(r"/dev/shm/sm_segment\S+", Path("/proc/self/maps").read_text()))
     if len(mapped) == ranks:
         for name in mapped:
             Path(name).unlink(missing_ok=True)
 
 
-def connect(run_distribute):
+def connect(run_distribute: bool | None) -> Communicator:
     """The communicator that fits how this process was started.
 
     Args:
-        run_distribute: True where the user asked for several ranks, False for one, None for whichever it is.
+        run_distribute: True if the user asked for several ranks, False for one, None for whatever it is.
 
     Raises:
-        UserError: where that contradicts how the process was started, or MPI cannot be had.
+        UserError: if that contradicts how the process was started, or MPI cannot be had.
     """
     ranks = launched_ranks()
     if run_distribute and not started_by_mpirun():

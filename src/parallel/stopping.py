@@ -7,39 +7,43 @@ import sys
 import threading
 from pathlib import Path
 
+from src.parallel.communicator import Communicator
+from src.utils.signals import Signals
+
 _LAUNCHERS = ("prterun", "prted", "mpirun", "orted", "mpiexec")
 # Schedulers give 30 s between SIGTERM and SIGKILL.
 _GRACE_S = 25
 
 
 class StopRequest:
-    """Within it, a signal to stop is noted instead of obeyed, so that the training can finish its step and save.
+    """A context in which a signal to stop is noted instead of obeyed, so that the training can finish its step and save.
 
     mpirun passes SIGTERM and Ctrl-C on to its ranks and kills them 0.1 s later (Open MPI 5.0). It does the same to the
-    ranks that are left when one has died. The two are told apart by looking for the other ranks of this machine: where
-    one is gone this process ends at once, for its step can never end. Otherwise one rank a machine suspends the launcher
+    ranks that are left when one has died. The two are told apart by looking for the other ranks of this machine: if
+    one is gone this process ends at once, for its step can never end. Otherwise one rank per machine suspends the launcher
     until the checkpoint is written, for at most 25 s. A second Ctrl-C ends a process that is alone at once.
 
     Attributes:
         signal: number of the signal that came, or 0.
     """
 
-    def __init__(self, signals, communicator):
+    def __init__(self, signals: Signals, communicator: Communicator) -> None:
         self.signal = 0
         self._signals, self._communicator = signals, communicator
-        self._launcher = self._guard = None
+        self._launcher: int | None = None
+        self._guard: subprocess.Popen | None = None
 
-    def __enter__(self):
+    def __enter__(self) -> "StopRequest":
         self._signals.defer_to(self._note)
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self._signals.defer_to(None)
-        if self._launcher is not None:
+        if self._launcher is not None and self._guard is not None:
             os.kill(self._launcher, signal.SIGCONT)
             os.killpg(self._guard.pid, signal.SIGKILL)
 
-    def _note(self, number):
+    def _note(self, number: int) -> None:
         alone_and_interrupted = number == signal.SIGINT and self._communicator.size == 1
         if self.signal:
             if alone_and_interrupted:
@@ -57,7 +61,7 @@ class StopRequest:
             if self._communicator.local_rank == 0:
                 self._suspend_launcher()
 
-    def _suspend_launcher(self):
+    def _suspend_launcher(self) -> None:
         parent = os.getppid()
         if _name_of(parent) in _LAUNCHERS:
             os.kill(parent, signal.SIGSTOP)
@@ -68,7 +72,7 @@ class StopRequest:
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def _alive(pid):
+def _alive(pid: int) -> bool:
     try:
         # A zombie has ended.
         return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
@@ -76,7 +80,7 @@ def _alive(pid):
         return False
 
 
-def _name_of(pid):
+def _name_of(pid: int) -> str:
     try:
         return (Path("/proc") / str(pid) / "comm").read_text().strip()
     except OSError:

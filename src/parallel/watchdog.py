@@ -2,8 +2,13 @@
 
 import threading
 import time
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from src.utils.launch import end_process
+from src.parallel.ending import end_process
+
+if TYPE_CHECKING:
+    from src.parallel.communicator import MpiCommunicator
 
 _LOOK_EVERY_S = 1.0
 # Between the first rank that complains and the verdict: every healthy rank's watchdog answers within it.
@@ -19,19 +24,20 @@ class StallWatchdog(threading.Thread):
 
     Args:
         communicator: an MpiCommunicator; its ``waiting_since`` and ``places`` are read.
-        mpi: the module mpi4py.MPI.
+        mpi: mpi4py.MPI.
         timeout_s: the longest wait in seconds.
     """
 
-    def __init__(self, communicator, mpi, timeout_s):
+    def __init__(self, communicator: "MpiCommunicator", mpi: ModuleType, timeout_s: float) -> None:
         super().__init__(daemon=True, name="stall watchdog")
         self._communicator, self._mpi, self._timeout_s = communicator, mpi, timeout_s
         # Its own, so that its messages never meet the collectives of the main thread.
         self._world = mpi.COMM_WORLD.Dup()
         self._talks = mpi.Query_thread() == mpi.THREAD_MULTIPLE
-        self._sent, self._stopped = [], threading.Event()
+        self._sent: list[Any] = []
+        self._stopped = threading.Event()
 
-    def run(self):
+    def run(self) -> None:
         while not self._stopped.wait(_LOOK_EVERY_S):
             self._answer_others()
             if self._waited() > self._timeout_s:
@@ -39,18 +45,18 @@ class StallWatchdog(threading.Thread):
                 if self._waited() > self._timeout_s:
                     self._end(answers)
 
-    def stop(self):
+    def stop(self) -> None:
         """Watch no longer, and call MPI no more once this returns."""
         self._stopped.set()
         self.join()
 
-    def _waited(self):
+    def _waited(self) -> float:
         since = self._communicator.waiting_since
         return time.monotonic() - since if since is not None else 0.0
 
-    def _ask_others(self):
+    def _ask_others(self) -> dict[int, bytes]:
         """{rank: its answer} of those that answer in time."""
-        answers = {}
+        answers: dict[int, bytes] = {}
         for rank in range(self._communicator.size):
             if rank != self._communicator.rank:
                 self._send(_QUESTION, rank)
@@ -60,9 +66,10 @@ class StallWatchdog(threading.Thread):
             time.sleep(_LOOK_EVERY_S / 10)
         return answers
 
-    def _answer_others(self):
+    def _answer_others(self) -> dict[int, bytes]:
         """Answer the questions that have come; returns {rank: answer} of the answers that have come."""
-        answers, status = {}, self._mpi.Status()
+        answers: dict[int, bytes] = {}
+        status = self._mpi.Status()
         while self._talks and self._world.Iprobe(status=status):
             note, source = bytearray(1), status.Get_source()
             self._world.Recv(note, source=source)
@@ -72,12 +79,12 @@ class StallWatchdog(threading.Thread):
                 answers[source] = bytes(note)
         return answers
 
-    def _send(self, note, rank):
+    def _send(self, note: bytes, rank: int) -> None:
         if self._talks:
             # Not waited for: a stopped rank never receives.
             self._sent.append(self._world.Isend(note, dest=rank))
 
-    def _end(self, answers):
+    def _end(self, answers: dict[int, bytes]) -> None:
         places, rank = self._communicator.places, self._communicator.rank
         missed = [other for other in range(len(places)) if other != rank and answers.get(other) != _WAITING]
         who = "the ranks have"

@@ -1,28 +1,28 @@
 """Convolutions that train faster on CPU, same numbers to rounding."""
 
-from mindspore import nn, ops
+from mindspore import Tensor, nn, ops
 
 
-def speed_up_gradients(network):
+def speed_up_gradients(network: nn.Cell) -> None:
     """Let 1x1 and grouped convolutions of ``network`` with stride 1 compute the gradient of their input as a forward convolution.
 
     That is what it is, with the kernel turned by 180 degrees and input and output channels exchanged (Dumoulin and Visin,
     arXiv:1603.07285, section 4). MindSpore's forward kernels are faster on CPU than those for gradients: a step of ResNeXt-50
-    takes 9 % less; of dense 3x3 convolutions it would take 2 % more (benchmarks/README.md). Parameters and results stay.
+    takes 9 % less; for dense 3x3 convolutions it would take 2 % more (benchmarks/README.md). Parameters and results stay the same.
     """
     for _, cell in network.cells_and_names():
         if isinstance(cell, nn.Conv2d) and _fits(cell):
             cell.conv2d = _StrideOneConvolution(cell)
 
 
-def _fits(conv):
+def _fits(conv: nn.Conv2d) -> bool:
     vertical, _, horizontal, _ = _padding(conv)
     reach = [dilation * (size - 1) for dilation, size in zip(conv.dilation, conv.kernel_size)]
     return (tuple(conv.stride) == (1, 1) and (tuple(conv.kernel_size) == (1, 1) or conv.group > 1)
             and vertical <= reach[0] and horizontal <= reach[1])
 
 
-def _padding(conv):
+def _padding(conv: nn.Conv2d) -> tuple[int, int, int, int]:
     """(top, bottom, left, right)."""
     padding = conv.padding
     return (padding,) * 4 if isinstance(padding, int) else tuple(padding)
@@ -31,7 +31,7 @@ def _padding(conv):
 class _StrideOneConvolution(nn.Cell):
     """(x, weight) -> convolution; takes the place of the primitive in an nn.Conv2d."""
 
-    def __init__(self, conv):
+    def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__(auto_prefix=False)
         top, bottom, left, right = padding = _padding(conv)
         rows, columns = (dilation * (size - 1) for dilation, size in zip(conv.dilation, conv.kernel_size))
@@ -44,14 +44,14 @@ class _StrideOneConvolution(nn.Cell):
             conv.out_channels, conv.kernel_size, pad=padding, pad_list=padding, **shape)
         self.reverse = ops.ReverseV2(axis=(2, 3))
 
-    def construct(self, x, weight):
+    def construct(self, x: Tensor, weight: Tensor) -> Tensor:
         return self.forward(x, weight)
 
-    def bprop(self, x, weight, out, gradient):
+    def bprop(self, x: Tensor, weight: Tensor, out: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         return (self.input_gradient(gradient, self.transposed(weight)),
                 self.weight_gradient(gradient, x, ops.shape(weight)))
 
-    def transposed(self, weight):
+    def transposed(self, weight: Tensor) -> Tensor:
         """(O, I / groups, kh, kw) -> (I, O / groups, kh, kw), turned by 180 degrees."""
         outputs, inputs, height, width = weight.shape
         if self.group > 1:

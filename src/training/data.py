@@ -1,42 +1,49 @@
 """The images of a run and what must be right before it begins. Nothing here needs MindSpore, which takes seconds to import."""
 
 from src.dataset.batches import HOW_TO_GO_ON
-from src.dataset.sources import find_bad_image, open_images, validation_path
+from src.dataset.sources import ImageSet, find_bad_image, open_images, validation_path
+from src.models.networks import check_network
+from src.parallel.communicator import Communicator
+from src.utils.config import Config
 from src.utils.errors import UserError
 
 
-def check_device_keys(config):
-    """Raise UserError for keys that the chosen device does not support."""
+def check_training_keys(config: Config) -> None:
+    """Raise UserError for keys that the network or the device does not support."""
+    check_network(config.network, config.image_size)
     if config.device_target == "CPU":
         if config.amp_level != "O0":
             raise UserError(f"amp_level={config.amp_level} needs device_target=GPU or Ascend; CPU trains in float32 (O0)")
         if config.sync_bn:
             raise UserError("sync_bn=1 needs device_target=GPU or Ascend; on CPU running statistics are averaged over "
-                            "ranks, batch statistics are each rank's own")
-    elif config.gradient_compression != "none":
-        raise UserError(f"gradient_compression={config.gradient_compression} works on CPU only; NCCL and HCCL reduce there")
+                            "ranks, batch statistics are those of each rank")
+        if config.reducer == "device":
+            raise UserError("reducer=device needs device_target=GPU or Ascend; on CPU gradients go through MPI")
+    elif config.gradient_compression != "none" and config.reducer != "mpi":
+        raise UserError(f"gradient_compression={config.gradient_compression} compresses what MPI sends; add --reducer=mpi")
 
 
-def resolve_classes(config, images):
-    """The configuration with num_classes of the data. Raises UserError where a given number differs."""
+def resolve_classes(config: Config, images: ImageSet) -> Config:
+    """The configuration with the data's num_classes. Raises UserError if a given number differs."""
     if config.num_classes not in (0, images.num_classes):
         raise UserError(f"num_classes={config.num_classes} but the data in '{config.data_path}' has "
                         f"{images.num_classes} classes")
     return config.model_copy(update={"num_classes": images.num_classes})
 
 
-def open_train_images(config, communicator):
+def open_train_images(config: Config, communicator: Communicator) -> ImageSet:
     """The training images of ``config``. Raises UserError, on every rank, for data that cannot be used."""
     images = open_images(config.data_path, "train", config.dataset_format)
     if config.bad_samples == "error":
-        found = sum(communicator.gather(find_bad_image(images, communicator.rank, communicator.size)), [])
+        found = [message for messages in communicator.gather(find_bad_image(images, communicator.rank, communicator.size))
+                 for message in messages]
         if found:
             raise UserError(f"{found[0]}; {HOW_TO_GO_ON}")
     return images
 
 
-def open_eval_images(config, train_images):
-    """The validation images of a run, labelled as in its training. Raises UserError where none are found."""
+def open_eval_images(config: Config, train_images: ImageSet) -> ImageSet:
+    """The validation images of a run, labelled as in its training. Raises UserError if none are found."""
     path = config.eval_data_path or validation_path(config.data_path)
     if path is None:
         raise UserError(f"run_eval=1 but no validation data lies beside '{config.data_path}'; pass --eval_data_path=DIR")

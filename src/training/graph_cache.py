@@ -11,17 +11,15 @@ import platform
 import re
 import shutil
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import mindspore
+from mindspore import Tensor, nn
 
-from src.training.resume import FREE_KEYS
-from src.utils.config import PROJECT_ROOT
+from src.utils.config import PROJECT_ROOT, Affects, Config, keys_affecting
 
-# The learning rate and the update are no part of a graph on CPU.
-_UPDATE_KEYS = {"max_epoch", "accumulation_steps", "lr", "lr_scheduler", "warmup_epochs", "T_max", "eta_min", "lr_epochs", "lr_gamma",
-                "momentum", "weight_decay", "decay_norm_and_bias", "bias_lr_factor", "gradient_compression"}
 _CHECKSUMS = "checksums.json"
 _PARTIAL = ".partial."
 _KEPT = 64
@@ -35,11 +33,11 @@ class GraphCache:
         folder: where to keep them; it is made if need be, and a folder that cannot be written only costs the time to compile.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: Path) -> None:
         self._folder = Path(folder)
 
-    def compile(self, cell, inputs, config):
-        """Compile ``cell`` for ``inputs``, or take the graph that an earlier process compiled of the same.
+    def compile(self, cell: nn.Cell, inputs: Sequence[Tensor], config: Config) -> bool:
+        """Compile ``cell`` for ``inputs``, or take the graph that an earlier process compiled for the same.
 
         Returns:
             Whether it was taken.
@@ -63,38 +61,38 @@ class GraphCache:
         self._prune()
         return False
 
-    def _prune(self):
-        """Remove all but the graphs used last, and what processes that were killed left half-written."""
+    def _prune(self) -> None:
+        """Remove all but the most recently used graphs, and what killed processes left half-written."""
         used = {folder: _last_used(folder) for folder in self._folder.iterdir()}
         abandoned = [folder for folder in used if _PARTIAL in folder.name and used[folder] < time.time() - _ABANDONED_S]
-        whole = sorted((folder for folder in used if _PARTIAL not in folder.name), key=used.get, reverse=True)
+        whole = sorted((folder for folder in used if _PARTIAL not in folder.name), key=lambda folder: used[folder], reverse=True)
         for folder in whole[_KEPT:] + abandoned:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def user_graph_cache(config):
-    """The GraphCache under $XDG_CACHE_HOME or ~/.cache, or None where compile_cache is off or the device is not a CPU."""
+def user_graph_cache(config: Config) -> GraphCache | None:
+    """The GraphCache under $XDG_CACHE_HOME or ~/.cache, or None if compile_cache is off or the device is not a CPU."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if not config.compile_cache or config.device_target != "CPU" or not os.path.isabs(home):
         return None
     return GraphCache(Path(home) / "acnet-mindspore" / "graphs")
 
 
-def _digest(cell, inputs, config):
-    """Of the software, the cell and its parameters, the configuration, the inputs' types and what the environment tells MindSpore."""
+def _digest(cell: nn.Cell, inputs: Sequence[Tensor], config: Config) -> str:
+    """Digest of the software, the cell and its parameters, the configuration, the inputs' types and MindSpore's environment variables."""
     parts = {
         "software": [mindspore.__version__, platform.python_version(), platform.machine()],
         "sources": _digest_of_files(sorted((PROJECT_ROOT / "src").rglob("*.py"))),
         "cell": re.sub(r" at 0x[0-9a-f]+", "", repr(cell)),
         "parameters": [(p.name, p.shape, str(p.dtype), p.requires_grad) for p in cell.get_parameters()],
-        "config": {key: value for key, value in config.model_dump(mode="json").items() if key not in FREE_KEYS | _UPDATE_KEYS},
+        "config": config.model_dump(mode="json", include=keys_affecting(Affects.MODEL, Affects.GRAPH)),
         "inputs": [(tensor.shape, str(tensor.dtype)) for tensor in inputs],
         "environment": sorted((name, value) for name, value in os.environ.items() if name.startswith("MS_")),
     }
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _digest_of_files(files):
+def _digest_of_files(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         digest.update(hashlib.sha256(file.read_bytes()).digest())
@@ -102,7 +100,7 @@ def _digest_of_files(files):
 
 
 @contextmanager
-def _mindspore_keeps_graphs_in(folder):
+def _mindspore_keeps_graphs_in(folder: Path) -> Iterator[None]:
     """Let MindSpore take the graph that ``folder`` holds, without looking further, or write it there."""
     changes = {"MS_COMPILER_CACHE_ENABLE": "1", "MS_COMPILER_CACHE_PATH": str(folder), "MS_DEV_FORCE_USE_COMPILE_CACHE": "1"}
     before = {name: os.environ.get(name) for name in changes}
@@ -117,7 +115,7 @@ def _mindspore_keeps_graphs_in(folder):
                 os.environ[name] = value
 
 
-def _complete(growing, kept):
+def _complete(growing: Path, kept: Path) -> None:
     """Record the checksums of what was written and give it its name, unless another process was first.
 
     A whole graph is never taken away, for another process may be reading it.
@@ -133,7 +131,7 @@ def _complete(growing, kept):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _last_used(folder):
+def _last_used(folder: Path) -> float:
     """Seconds since the epoch; now for one that another process has just renamed."""
     try:
         return folder.stat().st_mtime
@@ -141,14 +139,14 @@ def _last_used(folder):
         return time.time()
 
 
-def _mark_as_used(folder):
+def _mark_as_used(folder: Path) -> None:
     try:
         os.utime(folder)
     except OSError:
         pass
 
 
-def _is_whole(folder):
+def _is_whole(folder: Path) -> bool:
     """Whether ``folder`` has a graph in it and every byte is as it was written."""
     try:
         recorded = json.loads((folder / _CHECKSUMS).read_text())
@@ -157,6 +155,6 @@ def _is_whole(folder):
         return False
 
 
-def _checksums(folder):
+def _checksums(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
             for file in sorted(folder.rglob("*")) if file.is_file() and file.name != _CHECKSUMS}

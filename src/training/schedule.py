@@ -2,9 +2,11 @@
 
 import math
 
+from src.utils.config import Config
 
-def learning_rate(step, steps_per_epoch, config):
-    """Learning rate of optimizer step ``step`` (from 0).
+
+def learning_rate(step: int, steps_per_epoch: int, config: Config) -> float:
+    """Learning rate of optimizer step ``step``, counted from 0.
 
     Warm-up rises linearly from lr / warm-up steps to lr (Goyal et al., arXiv:1706.02677, section 2.2). After it, in
     epochs t from the end of the warm-up and T = T_max - warmup_epochs:

@@ -1,9 +1,12 @@
 """The configuration: YAML layers and command-line flags, resolved into one typed, validated, frozen object."""
 
 import os
+import re
+from collections.abc import Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -23,22 +26,54 @@ ALIASES = {
 }
 
 
-def _lower(value):
+class Affects(Enum):
+    """What a key affects. Each key has exactly one; resuming, the graph cache and evaluation derive their lists from it."""
+
+    MODEL = "the network that a checkpoint holds, and how images are prepared for it"
+    GRAPH = "the compiled forward and backward pass"
+    TRAINING = "what a training computes otherwise"
+    IMAGES = "which images are read, and how many at a time"
+    RUN = "only where and how a command runs, and what it reports"
+
+
+def _lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
 
-def _as_list(value):
+def _upper(value: Any) -> Any:
+    return value.upper() if isinstance(value, str) else value
+
+
+def _device_name(value: Any) -> Any:
+    return {"cpu": "CPU", "gpu": "GPU", "ascend": "Ascend"}.get(_lower(value), value)
+
+
+def _as_list(value: Any) -> Any:
     """`30,60,90` on the command line is a list."""
     if isinstance(value, str):
         return [part for part in value.strip("[]() ").replace(",", " ").split()]
     return [value] if isinstance(value, (int, float)) else value
 
 
+def _as_entries(value: Any) -> Any:
+    """`crop, mixup(alpha=0.2, probability=0.5)` is a list of two."""
+    if not isinstance(value, str):
+        return value
+    return [part.strip() for part in re.split(r",(?![^()]*\))", value.strip().strip("[]")) if part.strip()]
+
+
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
+PositiveReal = Annotated[float, Field(gt=0)]
+NonNegativeReal = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Rgb = Annotated[tuple[float, float, float], BeforeValidator(_as_list)]
+PositiveRgb = Annotated[tuple[PositiveReal, PositiveReal, PositiveReal], BeforeValidator(_as_list)]
+Probabilities = Annotated[tuple[Probability, Probability, Probability], BeforeValidator(_as_list)]
 Interval = Annotated[tuple[float, float], BeforeValidator(_as_list)]
+Epochs = Annotated[list[PositiveReal], BeforeValidator(_as_list)]
+Entries = Annotated[list[str], BeforeValidator(_as_entries)]
 
 
 class Config(BaseModel):
@@ -46,82 +81,81 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
-    network: str
-    block: Literal["base", "acb"]
-    num_classes: NonNegative
-    image_size: Annotated[int, Field(ge=8, le=2048)]
-    gamma_init: Annotated[float, Field(gt=0)] | None
-    dropout: Annotated[float, Field(ge=0, lt=1)]
-    sync_bn: bool
+    network: Annotated[str, Affects.MODEL]
+    block: Annotated[str, Affects.MODEL]
+    num_classes: Annotated[NonNegative, Affects.MODEL]
+    image_size: Annotated[int, Field(ge=8, le=2048), Affects.MODEL]
+    gamma_init: Annotated[PositiveReal | None, Affects.MODEL]
+    dropout: Annotated[Share, Affects.MODEL]
+    sync_bn: Annotated[bool, Affects.GRAPH]
 
-    data_path: str
-    eval_data_path: str
-    dataset_format: Annotated[Literal["auto", "folder", "list", "cifar10"], BeforeValidator(_lower)]
-    bad_samples: Annotated[Literal["error", "replace"], BeforeValidator(_lower)]
-    num_parallel_workers: NonNegative
+    data_path: Annotated[str, Affects.IMAGES]
+    eval_data_path: Annotated[str, Affects.IMAGES]
+    dataset_format: Annotated[str, BeforeValidator(_lower), Affects.IMAGES]
+    bad_samples: Annotated[Literal["error", "replace"], BeforeValidator(_lower), Affects.TRAINING]
+    num_parallel_workers: Annotated[NonNegative, Affects.RUN]
 
-    train_crop: Annotated[Literal["random_resized", "padded", "resize"], BeforeValidator(_lower)]
-    crop_scale: Interval
-    crop_ratio: Interval
-    crop_padding: NonNegative
-    flip_probability: Probability
-    color_jitter: Annotated[tuple[Probability, Probability, Probability], BeforeValidator(_as_list)]
-    eval_resize: NonNegative
-    mean: Rgb
-    std: Annotated[tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]],
-                   BeforeValidator(_as_list)]
+    augmentations: Annotated[Entries, Affects.TRAINING]
+    train_crop: Annotated[Literal["random_resized", "padded", "resize"], BeforeValidator(_lower), Affects.TRAINING]
+    crop_scale: Annotated[Interval, Affects.TRAINING]
+    crop_ratio: Annotated[Interval, Affects.TRAINING]
+    crop_padding: Annotated[NonNegative, Affects.TRAINING]
+    flip_probability: Annotated[Probability, Affects.TRAINING]
+    color_jitter: Annotated[Probabilities, Affects.TRAINING]
+    eval_resize: Annotated[NonNegative, Affects.MODEL]
+    mean: Annotated[Rgb, Affects.MODEL]
+    std: Annotated[PositiveRgb, Affects.MODEL]
 
-    device_target: Annotated[Literal["CPU", "GPU", "Ascend"], BeforeValidator(
-        lambda value: {"cpu": "CPU", "gpu": "GPU", "ascend": "Ascend"}.get(_lower(value), value))]
-    device_id: NonNegative | None
-    run_distribute: bool | None
-    stall_timeout_s: Annotated[float, Field(ge=1)]
-    amp_level: Annotated[Literal["O0", "O2", "O3"], BeforeValidator(
-        lambda value: value.upper() if isinstance(value, str) else value)]
-    loss_scale: Annotated[float, Field(ge=1)]
-    is_dynamic_loss_scale: bool
-    compile_cache: bool
-    gradient_compression: Annotated[Literal["none", "float16", "bfloat16"], BeforeValidator(_lower)]
+    device_target: Annotated[Literal["CPU", "GPU", "Ascend"], BeforeValidator(_device_name), Affects.RUN]
+    device_id: Annotated[NonNegative | None, Affects.RUN]
+    run_distribute: Annotated[bool | None, Affects.RUN]
+    stall_timeout_s: Annotated[float, Field(ge=1), Affects.RUN]
+    amp_level: Annotated[Literal["O0", "O2", "O3"], BeforeValidator(_upper), Affects.GRAPH]
+    loss_scale: Annotated[float, Field(ge=1), Affects.TRAINING]
+    is_dynamic_loss_scale: Annotated[bool, Affects.TRAINING]
+    reducer: Annotated[Literal["auto", "mpi", "device"], BeforeValidator(_lower), Affects.RUN]
+    gradient_compression: Annotated[Literal["none", "float16", "bfloat16"], BeforeValidator(_lower), Affects.TRAINING]
+    compile_cache: Annotated[bool, Affects.RUN]
 
-    seed: Annotated[int, Field(ge=0, lt=2 ** 32)]
-    per_batch_size: Positive
-    global_batch_size: NonNegative
-    accumulation_steps: Positive
-    max_epoch: Positive
-    max_steps: NonNegative
-    lr: Annotated[float, Field(gt=0)]
-    lr_scheduler: Annotated[Literal["cosine_annealing", "step", "exponential"], BeforeValidator(_lower)]
-    warmup_epochs: Annotated[float, Field(ge=0)]
-    T_max: Annotated[float, Field(ge=0)]
-    eta_min: Annotated[float, Field(ge=0)]
-    lr_epochs: Annotated[list[Annotated[float, Field(gt=0)]], BeforeValidator(_as_list)]
-    lr_gamma: Annotated[float, Field(gt=0, le=1)]
-    momentum: Annotated[float, Field(ge=0, lt=1)]
-    weight_decay: Annotated[float, Field(ge=0)]
-    decay_norm_and_bias: bool
-    bias_lr_factor: Annotated[float, Field(gt=0)]
-    label_smooth: bool
-    label_smooth_factor: Annotated[float, Field(ge=0, lt=1)]
+    seed: Annotated[int, Field(ge=0, lt=2 ** 32), Affects.TRAINING]
+    per_batch_size: Annotated[Positive, Affects.IMAGES]
+    global_batch_size: Annotated[NonNegative, Affects.IMAGES]
+    accumulation_steps: Annotated[Positive, Affects.TRAINING]
+    max_epoch: Annotated[Positive, Affects.TRAINING]
+    max_steps: Annotated[NonNegative, Affects.RUN]
+    optimizer: Annotated[str, Affects.TRAINING]
+    lr: Annotated[PositiveReal, Affects.TRAINING]
+    lr_scheduler: Annotated[Literal["cosine_annealing", "step", "exponential"], BeforeValidator(_lower), Affects.TRAINING]
+    warmup_epochs: Annotated[NonNegativeReal, Affects.TRAINING]
+    T_max: Annotated[NonNegativeReal, Affects.TRAINING]
+    eta_min: Annotated[NonNegativeReal, Affects.TRAINING]
+    lr_epochs: Annotated[Epochs, Affects.TRAINING]
+    lr_gamma: Annotated[float, Field(gt=0, le=1), Affects.TRAINING]
+    momentum: Annotated[Share, Affects.TRAINING]
+    weight_decay: Annotated[NonNegativeReal, Affects.TRAINING]
+    decay_norm_and_bias: Annotated[bool, Affects.TRAINING]
+    bias_lr_factor: Annotated[PositiveReal, Affects.TRAINING]
+    label_smooth: Annotated[bool, Affects.GRAPH]
+    label_smooth_factor: Annotated[Share, Affects.GRAPH]
 
-    checkpoint_file_path: str
-    allow_head_mismatch: bool
-    run_eval: bool
-    eval_interval: Positive
-    eval_engine: Annotated[Literal["auto", "mindspore", "onnx"], BeforeValidator(_lower)]
-    output_path: str
-    ckpt_interval: Positive
-    ckpt_interval_steps: NonNegative
-    keep_checkpoint_max: Positive
-    resume: str
-    log_interval: Positive
-    result_path: str
-    file_format: Annotated[Literal["CKPT", "MINDIR", "ONNX", "SAFETENSORS"], BeforeValidator(
-        lambda value: value.upper() if isinstance(value, str) else value)]
-    fuse: bool
-    save_figure: str
+    checkpoint_file_path: Annotated[str, Affects.RUN]
+    allow_head_mismatch: Annotated[bool, Affects.RUN]
+    run_eval: Annotated[bool, Affects.RUN]
+    eval_interval: Annotated[Positive, Affects.RUN]
+    eval_engine: Annotated[Literal["auto", "mindspore", "onnx"], BeforeValidator(_lower), Affects.RUN]
+    output_path: Annotated[str, Affects.RUN]
+    ckpt_interval: Annotated[Positive, Affects.RUN]
+    ckpt_interval_steps: Annotated[NonNegative, Affects.RUN]
+    keep_checkpoint_max: Annotated[Positive, Affects.RUN]
+    resume: Annotated[str, Affects.RUN]
+    log_interval: Annotated[Positive, Affects.RUN]
+    result_path: Annotated[str, Affects.RUN]
+    file_format: Annotated[Literal["CKPT", "MINDIR", "ONNX", "SAFETENSORS"], BeforeValidator(_upper), Affects.RUN]
+    fuse: Annotated[bool, Affects.RUN]
+    save_figure: Annotated[str, Affects.RUN]
 
     @model_validator(mode="after")
-    def _consistent(self):
+    def _consistent(self) -> "Config":
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"crop_scale={list(self.crop_scale)} must be two rising fractions of the area in (0, 1]")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
@@ -131,38 +165,25 @@ class Config(BaseModel):
         return self
 
     @property
-    def resized_side(self):
+    def resized_side(self) -> int:
         """Side in pixels that evaluation resizes to before the centre crop: eval_resize, or 256/224 of image_size."""
         return self.eval_resize or round(self.image_size * 256 / 224)
 
     @property
-    def smoothing(self):
+    def smoothing(self) -> float:
         """Label smoothing in force: label_smooth_factor if label_smooth is on."""
         return self.label_smooth_factor if self.label_smooth else 0.0
 
-    def to_yaml(self):
+    def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
-    def global_batch(self, world_size):
-        """Images in one optimizer step over all ranks."""
-        return self.rank_batch(world_size) * world_size * self.accumulation_steps
 
-    def rank_batch(self, world_size):
-        """Images in one forward pass of one rank: per_batch_size, or the rank's share of global_batch_size.
-
-        Raises:
-            UserError: where global_batch_size cannot be shared out evenly.
-        """
-        if not self.global_batch_size:
-            return self.per_batch_size
-        share, rest = divmod(self.global_batch_size, world_size * self.accumulation_steps)
-        if rest or not share:
-            raise UserError(f"global_batch_size={self.global_batch_size} does not divide by {world_size} ranks x "
-                            f"accumulation_steps={self.accumulation_steps}")
-        return share
+def keys_affecting(*parts: Affects) -> set[str]:
+    """The keys that affect one of ``parts``."""
+    return {name for name, field in Config.model_fields.items() if any(part in field.metadata for part in parts)}
 
 
-def parse_flags(arguments):
+def parse_flags(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Split a command line into {key: value as typed} and positional arguments.
 
     ``--key=value``, ``--key value`` and a bare ``--key`` (true) are taken; ``-`` in a key counts as ``_``.
@@ -170,7 +191,8 @@ def parse_flags(arguments):
     Raises:
         UserError: for a flag that is no key of the configuration, with the nearest one.
     """
-    flags, positional = {}, []
+    flags: dict[str, str] = {}
+    positional: list[str] = []
     known = (*Config.model_fields, *ALIASES, "config_path")
     pending = list(arguments)
     while pending:
@@ -190,7 +212,7 @@ def parse_flags(arguments):
     return flags, positional
 
 
-def parse_only_flags(arguments):
+def parse_only_flags(arguments: Sequence[str]) -> dict[str, str]:
     """``parse_flags`` for commands without positional arguments. Raises UserError for one."""
     flags, positional = parse_flags(arguments)
     if positional:
@@ -198,7 +220,7 @@ def parse_only_flags(arguments):
     return flags
 
 
-def load_config(flags, checkpoint_layer=None):
+def load_config(flags: Mapping[str, Any], checkpoint_layer: Mapping[str, Any] | None = None) -> Config:
     """Resolve the configuration: default_config.yaml, what a checkpoint records, the recipe, the flags; the last wins.
 
     With no recipe, data or checkpoint the recipe is the bundled digits'. ACNet's short names (``-a sres18``) stand for
@@ -215,12 +237,12 @@ def load_config(flags, checkpoint_layer=None):
     recipe = flags.pop("config_path", "")
     if not recipe and "network" not in (checkpoint_layer or {}):
         recipe = _implied_recipe(flags, with_digits=checkpoint_layer is None)
-    layer = read_layer(_recipe_file(recipe)) if recipe else {}
+    layer = read_layer(find_recipe(recipe)) if recipe else {}
     values = {**read_layer(DEFAULT_CONFIG), **(checkpoint_layer or {}), **layer, **_empty_to_none(flags)}
     return validated(values)
 
 
-def validated(values):
+def validated(values: Mapping[str, Any]) -> Config:
     """A Config of {key: value}. Raises UserError that names the first wrong key."""
     try:
         return Config(**values)
@@ -236,24 +258,44 @@ def validated(values):
         raise UserError(f"{given}{reason[0].lower() + reason[1:]}") from None
 
 
-def read_layer(path):
-    """{key: value} of a YAML file of known keys. Raises UserError for anything else."""
+def read_layer(path: str | Path) -> dict[str, Any]:
+    """{key: value} of a YAML file of known keys, over those of the recipe that it names as ``extends``.
+
+    Raises:
+        UserError: for an unreadable file, an unknown key, or recipes that extend each other in a circle.
+    """
+    return _with_extended(Path(path), ())
+
+
+def _with_extended(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
+    layer = _read_yaml(path)
+    extended = layer.pop("extends", None)
+    for key in layer:
+        if key not in Config.model_fields and key not in ALIASES:
+            raise UserError(f"{path}: unknown key '{key}'{suggestion(key, (*Config.model_fields, *ALIASES, 'extends'))}")
+    own = {ALIASES.get(key, key): value for key, value in layer.items()}
+    if extended is None:
+        return own
+    base = find_recipe(str(extended), beside=path)
+    if base.resolve() in (found.resolve() for found in (path, *extending)):
+        raise UserError(f"{path}: 'extends: {extended}' leads back to this recipe")
+    return {**_with_extended(base, (path, *extending)), **own}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        layer = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        layer = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as failure:
         raise UserError(f"cannot read the configuration {path}: {getattr(failure, 'strerror', None) or failure}") from None
     except (yaml.YAMLError, RecursionError) as failure:
-        where = getattr(failure, "problem_mark", None)
-        raise UserError(f"{path} is not valid YAML" + (f" at line {where.line + 1}" if where else "")) from None
+        mark = getattr(failure, "problem_mark", None)
+        raise UserError(f"{path} is not valid YAML" + (f" at line {mark.line + 1}" if mark else "")) from None
     if not isinstance(layer, dict):
         raise UserError(f"{path} must hold 'key: value' lines")
-    for key in layer:
-        if key not in Config.model_fields and key not in ALIASES:
-            raise UserError(f"{path}: unknown key '{key}'{suggestion(key, (*Config.model_fields, *ALIASES))}")
-    return {ALIASES.get(key, key): value for key, value in layer.items()}
+    return layer
 
 
-def _implied_recipe(flags, with_digits):
+def _implied_recipe(flags: dict[str, Any], with_digits: bool) -> str:
     """The recipe that flags without config_path mean; a short name that stands for one is taken out of ``flags``."""
     by_network = yaml.safe_load((RECIPES / "network_recipes.yaml").read_text(encoding="utf-8"))
     if flags.get("network") in by_network:
@@ -261,24 +303,24 @@ def _implied_recipe(flags, with_digits):
     return DIGITS if with_digits and not flags.get("data_path") else ""
 
 
-def _recipe_file(recipe):
-    by_name = RECIPES / f"{recipe}.yaml"
-    if by_name.is_file():
-        return by_name
-    if not os.path.isfile(recipe):
-        names = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem != "network_recipes")
-        raise UserError(f"no configuration file '{recipe}'{suggestion(Path(recipe).stem, names)}; "
-                        f"recipes by name: {', '.join(names)}")
-    return recipe
+def find_recipe(recipe: str, beside: Path = DEFAULT_CONFIG) -> Path:
+    """The file of a recipe given by name or path, a path relative to ``beside`` too. Raises UserError if there is none."""
+    for path in (RECIPES / f"{recipe}.yaml", beside.parent / recipe, Path(recipe)):
+        if os.path.isfile(path):
+            return path
+    names = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem != "network_recipes")
+    raise UserError(f"no configuration file '{recipe}'{suggestion(Path(recipe).stem, names)}; "
+                    f"recipes by name: {', '.join(names)}")
 
 
-def _empty_to_none(flags):
+def _empty_to_none(flags: Mapping[str, Any]) -> dict[str, Any]:
     """`--device_id=` and `--device_id=null` reset a key that may be unset."""
     nullable = {name for name, field in Config.model_fields.items() if NoneType in get_args(field.annotation)}
-    return {key: None if key in nullable and str(value).lower() in ("", "null", "none", "auto") else value for key, value in flags.items()}
+    return {key: None if key in nullable and str(value).lower() in ("", "null", "none", "auto") else value
+            for key, value in flags.items()}
 
 
-def _is_number(word):
+def _is_number(word: str) -> bool:
     try:
         float(word)
     except ValueError:

@@ -1,6 +1,7 @@
 """Mistakes that a user can mend."""
 
 import difflib
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -10,12 +11,12 @@ class UserError(Exception):
 class Stopped(Exception):
     """The training saved its state because of signal number ``signal``; the process then exits with status 128 + signal."""
 
-    def __init__(self, signal):
+    def __init__(self, signal: int) -> None:
         super().__init__(f"stopped by signal {signal}")
         self.signal = signal
 
 
-def suggestion(word, known):
+def suggestion(word: object, known: Iterable[object]) -> str:
     """`` (did you mean 'x'?)`` for the nearest of ``known`` to ``word``, or an empty string."""
     near = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.6)
     return f" (did you mean '{near[0]}'?)" if near else ""

@@ -1,21 +1,23 @@
 """Files that are complete or absent, whenever the process is killed."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from src.utils.errors import UserError
 
 _PARTIAL = ".partial."
 
 
-def write_whole(target, write):
+def write_whole(target: str | Path, write: Callable[[Path], Any]) -> None:
     """Write ``target`` through another name in its folder, flush it to disk, and rename it.
 
     Args:
         write: takes the Path to write; the Path has the suffix of ``target``.
 
     Raises:
-        UserError: where the folder cannot be written, the disk is full, or ``write`` fails.
+        UserError: if the folder cannot be written, the disk is full, or ``write`` fails.
     """
     target = Path(target)
     partial = target.with_name(f".{os.getpid()}{_PARTIAL}{target.name}")
@@ -33,12 +35,12 @@ def write_whole(target, write):
         _remove(target.parent, partial.stem)
 
 
-def remove_partials(folder):
-    """Remove what writers that were killed left in ``folder``; call it while nobody writes there."""
+def remove_partials(folder: Path) -> None:
+    """Remove what killed writers left in ``folder``; call it while nobody writes there."""
     _remove(folder, ".", _PARTIAL)
 
 
-def _remove(folder, start, inside=""):
+def _remove(folder: Path, start: str, inside: str = "") -> None:
     """Remove the files of ``folder`` whose names begin so and hold ``inside``."""
     for leftover in Path(folder).iterdir() if Path(folder).is_dir() else ():
         if leftover.name.startswith(start) and inside in leftover.name:
@@ -47,7 +49,7 @@ def _remove(folder, start, inside=""):
             leftover.unlink()
 
 
-def _flush_to_disk(path):
+def _flush_to_disk(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -34,7 +34,7 @@ _CUDA_HOME = Path(__file__).resolve().parent / "cuda_home"
 _CPU_WORKS = "--device_target=CPU works on this machine"
 
 
-def prepare_gpu(packages=None):
+def prepare_gpu(packages: Path | None = None) -> None:
     """Load the driver and the CUDA libraries, and tell MindSpore which of its plug-ins fits; before MindSpore is imported.
 
     A library that is loaded is found by its name ever after, so that the user sets no LD_LIBRARY_PATH.
@@ -55,12 +55,12 @@ def prepare_gpu(packages=None):
                             f"again, or {_CPU_WORKS}") from None
     if cuda_release(os.environ.get("CUDA_HOME")) not in _PLUGINS:
         os.environ["CUDA_HOME"] = str(_CUDA_HOME)
-    # MindSpore starts ldd to see whether the libraries are there, and complains at length where that finds none.
+    # MindSpore starts ldd to see whether the libraries are there, and complains at length if that finds none.
     folders = dict.fromkeys(str(path.parent) for path in found)
     os.environ["LD_LIBRARY_PATH"] = ":".join([*folders, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])])
 
 
-def find_libraries(packages=None):
+def find_libraries(packages: Path | None = None) -> list[Path]:
     """Paths of LIBRARIES in the order in which they are to be loaded. Raises UserError for the first that is missing."""
     root = Path(packages or sysconfig.get_paths()["purelib"]) / "nvidia"
     present = {file.name: file for file in root.glob("*/lib/*.so.*")}
@@ -71,8 +71,8 @@ def find_libraries(packages=None):
     return [present[name] for name in LIBRARIES]
 
 
-def cuda_release(home):
-    """"11.6" as the nvcc of the CUDA folder ``home`` tells it, or None where there is none."""
+def cuda_release(home: str | Path | None) -> str | None:
+    """"11.6" as the nvcc of the CUDA folder ``home`` says, or None if there is none."""
     try:
         told = subprocess.run([f"{home}/bin/nvcc", "--version"], capture_output=True, text=True, timeout=10).stdout
     except (OSError, subprocess.TimeoutExpired):
@@ -81,18 +81,18 @@ def cuda_release(home):
     return release[1] if release else None
 
 
-def check_device(device_id):
-    """Raise UserError where the driver has no GPU number ``device_id``."""
+def check_device(device_id: int) -> None:
+    """Raise UserError if the driver has no GPU number ``device_id``."""
     driver, count = _load_driver(), ctypes.c_int(0)
     status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
     if status:
         raise UserError(f"device_target=GPU: the NVIDIA driver finds no GPU (CUDA error {status}); {_CPU_WORKS}")
     if device_id >= count.value:
         raise UserError(f"device_target=GPU: GPU number {device_id} is asked for and this machine has {count.value}; start one rank "
-                        "a GPU, or choose with --device_id")
+                        "per GPU, or choose with --device_id")
 
 
-def _load_driver():
+def _load_driver() -> ctypes.CDLL:
     try:
         return ctypes.CDLL(_DRIVER, mode=ctypes.RTLD_GLOBAL)
     except OSError:

@@ -62,22 +62,23 @@ def test_replacement_is_the_next_image_with_its_label_and_is_counted(damaged):
     config = make_config(**KEYS, max_epoch=2, bad_samples="replace")
     batches, again = TrainBatches(images, config, 0, 1), TrainBatches(images, config, 0, 1)
     served = [batches[item] for item in range(len(batches))]
-    for (pixels, labels), (others, other_labels) in zip(served, (again[item] for item in range(len(again)))):
-        assert np.array_equal(pixels, others) and np.array_equal(labels, other_labels)
-    assert (np.bincount(np.concatenate([labels for _, labels in served[:8]]))).tolist() == [16, 16, 16]
+    for batch, other in zip(served, (again[item] for item in range(len(again)))):
+        assert np.array_equal(batch.images, other.images) and np.array_equal(batch.labels, other.labels)
+    assert (np.bincount(np.concatenate([batch.labels for batch in served[:8]]))).tolist() == [16, 16, 16]
     # The colour of the class is in the pixels: none is black, none shows another class than its label.
-    for pixels, labels in served:
-        assert np.array_equal(pixels.mean(axis=(1, 2)).argmax(axis=1), 2 - labels)
-    assert batches.replaced_in(range(8)) == 3 and batches.replaced_in(range(8, 16)) == 3
-    assert batches.replaced_in(range(16)) == 0
+    for batch in served:
+        assert np.array_equal(batch.images.mean(axis=(1, 2)).argmax(axis=1), 2 - batch.labels)
+    assert sum(batch.substituted for batch in served[:8]) == 3 and sum(batch.substituted for batch in served[8:]) == 3
 
 
 def test_undecodable_image_of_an_evaluation_is_named_and_counts(damaged):
     images = open_images(str(damaged / "val"), "val")
     batches = EvalBatches(images, make_config(**KEYS, eval_resize=32), 0, 1, 10)
-    labels = np.concatenate([batches[item][1] for item in range(len(batches))])
+    served = [batches[item] for item in range(len(batches))]
+    labels = np.concatenate([batch.labels for batch in served])
     assert (labels == UNDECODABLE_LABEL).sum() == 1 and (labels != PADDING_LABEL).sum() == 67
-    assert len(batches.undecodable) == 1 and "cat/000.jpg" in batches.undecodable[0]
+    (message,) = sum((batch.undecodable for batch in served), ())
+    assert "cat/000.jpg" in message
 
 
 def test_evaluation_counts_it_as_wrong(trained_run, damaged, tmp_path):

@@ -1,10 +1,12 @@
 """Batches: the same global batch for every number of ranks, each image once in evaluation."""
 
+import time
+
 import numpy as np
 import pytest
 
 from conftest import make_config
-from src.dataset.batches import PADDING_LABEL, EvalBatches, TrainBatches, epoch_order, iterate
+from src.dataset.batches import PADDING_LABEL, EvalBatches, TrainBatches, epoch_order, global_batch, prefetch, rank_batch
 from src.dataset.sources import ImageSet, open_images
 from src.utils.errors import UserError
 
@@ -22,8 +24,8 @@ def plain(**values):
 
 def served(images, config, ranks, first=0):
     """Labels of each global batch, over all ranks."""
-    sources = [TrainBatches(images, config, rank, ranks, first=first) for rank in range(ranks)]
-    return [np.sort(np.concatenate([source[item][1] for source in sources])) for item in range(len(sources[0]))]
+    sources = [TrainBatches(images, config, rank, ranks) for rank in range(ranks)]
+    return [np.sort(np.concatenate([batch.labels for batch in batches])) for batches in zip(*(prefetch(s, first) for s in sources))]
 
 
 def test_global_batches_are_the_same_for_every_number_of_ranks(numbered):
@@ -59,7 +61,7 @@ def test_augmented_pixels_do_not_depend_on_ranks_or_threads():
     def pixels(ranks, threads):
         config = make_config(config_path="digits", global_batch_size=12, max_epoch=1, num_parallel_workers=threads)
         sources = [TrainBatches(images, config, rank, ranks) for rank in range(ranks)]
-        return np.stack([sources[i % ranks][0][0][i // ranks] for i in range(12)])
+        return np.stack([sources[i % ranks][0].images[i // ranks] for i in range(12)])
     assert np.array_equal(pixels(1, 1), pixels(3, 2))
 
 
@@ -68,15 +70,15 @@ def test_evaluation_serves_each_image_exactly_once(numbered, ranks):
     labels = []
     for rank in range(ranks):
         source = EvalBatches(numbered, plain(), rank, ranks, batch=9)
-        for _, batch in iterate(source):
-            assert batch.shape == (9,)
-            labels += [label for label in batch.asnumpy() if label != PADDING_LABEL]
+        for batch in prefetch(source):
+            assert batch.labels.shape == (9,)
+            labels += [label for label in batch.labels if label != PADDING_LABEL]
     assert sorted(labels) == list(range(70))
 
 
 def test_more_ranks_than_images(numbered):
     few = ImageSet({"a": 0}, numbered.labels[:1] * 0, pixels=numbered.pixels[:1])
-    assert [len(list(iterate(EvalBatches(few, plain(), rank, 3, batch=4)))) for rank in range(3)] == [1, 0, 0]
+    assert [len(list(prefetch(EvalBatches(few, plain(), rank, 3, batch=4)))) for rank in range(3)] == [1, 0, 0]
 
 
 def test_fewer_images_than_a_global_batch_is_refused(numbered):
@@ -89,4 +91,35 @@ def test_undecodable_image_stops_the_iteration_with_its_name(broken_copy):
     images = open_images(str(broken_copy / "train"), "train")
     config = make_config(image_size=32, per_batch_size=16, max_epoch=1)
     with pytest.raises(UserError, match="bee/003.jpg"):
-        list(iterate(TrainBatches(images, config, 0, 1)))
+        list(prefetch(TrainBatches(images, config, 0, 1)))
+
+
+def test_global_batch_must_divide():
+    config = make_config(global_batch_size=10)
+    assert rank_batch(config, 5) == 2 and global_batch(config, 5) == 10
+    with pytest.raises(UserError, match="does not divide by 3 ranks"):
+        rank_batch(config, 3)
+
+
+def test_batches_are_made_ahead_and_errors_arrive_as_they_are():
+    class Source:
+        made = []
+
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, number):
+            if number == 5:
+                raise UserError("the sixth")
+            self.made.append(number)
+            return number
+    source = Source()
+    batches = prefetch(source, first=1)
+    assert next(batches) == 1
+    # Two more are being made while the first is in use.
+    deadline = time.monotonic() + 10
+    while source.made != [1, 2, 3] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert source.made == [1, 2, 3]
+    with pytest.raises(UserError, match="the sixth"):
+        list(batches)

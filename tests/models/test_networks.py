@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from src.models import build_model
+from src.models.build import build_model
 from src.models.layers import MaxPoolAfterReLU
-from src.models.names import ALIASES, NETWORKS
+from src.models.networks import NETWORKS, aliases, check_network
 from src.utils.errors import UserError
 
 # torchvision's documentation of each model's weights.
@@ -28,7 +28,7 @@ def test_cifar_quick_parameter_count():
 
 
 def test_aliases_build_their_networks():
-    for alias, name in ALIASES.items():
+    for alias, name in aliases().items():
         if "101" not in alias:
             assert [p.name for p in build_model(alias, 10).get_parameters()] == [
                 p.name for p in build_model(name, 10).get_parameters()]

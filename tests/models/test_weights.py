@@ -5,12 +5,13 @@ import pytest
 from mindspore import Tensor
 
 from conftest import randomise
-from src.models import build_model, fuse
+from src.models.build import build_model
+from src.models.fusion import fuse
 from src.models.formats import read_weights
-from src.models.name_maps import acnet_name, torch_name
+from src.models.networks import acnet_name, torch_name
 from src.models.weights import load_weights
 from src.utils.errors import UserError
-from src.training.checkpoint import save_checkpoint
+from src.runs.checkpoint import save_checkpoint
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 from mindspore import Tensor
 
 from conftest import make_config
-from src.models import build_model
+from src.models.build import build_model
 from src.training.dropout import DropoutMasks
 
 

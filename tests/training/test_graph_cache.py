@@ -95,7 +95,7 @@ class Cell:
         else:
             file.write_text("graph" * 1000)
 
-configs = [make_config(seed=seed) for seed in range(100)]
+configs = [make_config(label_smooth_factor=number / 200) for number in range(100)]
 children = []
 for _ in range(8):
     child = os.fork()

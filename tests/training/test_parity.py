@@ -1,7 +1,7 @@
 """The same numbers as PyTorch: logits, loss, gradients and a short training, from the same weights and batches.
 
-Definitions that differ, and where each is handled: batch norm's momentum (src/models/layers.py), weight decay within
-momentum (src/training/optimizer.py), label smoothing (src/training/step.py), running variance (below), dropout, which is
+Definitions that differ, and the file that handles each: batch norm's momentum (src/models/layers.py), weight decay within
+momentum (src/training/update_rules.py), label smoothing (src/training/step.py), running variance (below), dropout, which is
 off here because the random streams differ.
 """
 
@@ -13,13 +13,15 @@ import pytest
 from mindspore import Tensor
 
 from conftest import make_config
-from src.models import build_model
-from src.models.name_maps import torch_name
+from src.dataset.batches import Batch
+from src.models.build import build_model
+from src.models.layers import InputNormalizer
+from src.models.networks import torch_name
 from src.models.weights import assign_weights
 from src.parallel.communicator import Communicator
-from src.training.inference import NetworkEngine
+from src.inference.engines import NetworkEngine
 from src.training.schedule import learning_rate
-from src.training.step import ForwardBackward, InputNormalizer, NetworkWithLoss, create_train_step
+from src.training.step import ForwardBackward, NetworkWithLoss, create_train_step
 
 torch = pytest.importorskip("torch", reason="PyTorch, a development-only dependency, is not installed")
 nn, functional = torch.nn, torch.nn.functional
@@ -130,7 +132,7 @@ def test_twenty_steps_are_pytorchs(pair, measured):
         loss = functional.cross_entropy(pair.theirs(pair.normalised(images)), torch.from_numpy(labels).long(), label_smoothing=0.1)
         loss.backward()
         optimizer.step()
-        ours = step([(Tensor(images), Tensor(labels))], learning_rate(number, steps_per_epoch, config), number)
+        ours = step([Batch(images, labels)], learning_rate(number, steps_per_epoch, config), number).loss
         curves.append((ours, loss.item()))
     losses = max(abs(a - b) / b for a, b in curves)
     theirs = pair.theirs.state_dict()

@@ -3,14 +3,19 @@
 import mindspore
 import numpy as np
 import pytest
-from mindspore import Parameter, Tensor, nn
+from mindspore import Tensor, nn
 
 from conftest import ROOT, make_config, mpirun
-from src.models import build_model
+from src.dataset.batches import Batch
+from src.models.build import build_model
+from src.models.layers import InputNormalizer
 from src.parallel.communicator import Communicator
-from src.training.optimizer import DeviceMomentum, HostMomentum, parameter_rules, scalar
-from src.training.step import (DeviceTrainStep, ForwardBackward, HostTrainStep, InputNormalizer, NetworkWithLoss,
-                               create_train_step, running_statistics)
+from src.training.loss_scale import LossScale
+from src.training.optimizers import DeviceOptimizer, HostOptimizer
+from src.training.reducers import DeviceReducer, HostReducer, StagedReducer
+from src.training.step import (ForwardBackward, NetworkWithLoss, ScaledForwardBackward, TrainStep, create_train_step,
+                               running_statistics)
+from src.training.update_rules import make_rule
 
 
 def test_normaliser_is_that_of_the_seeds():
@@ -29,27 +34,6 @@ def test_label_smoothing_spreads_its_mass_over_all_classes(smoothing):
     target[np.arange(4), labels] += 1 - smoothing
     loss = NetworkWithLoss(nn.Identity(), nn.Identity(), smoothing)(Tensor(logits), Tensor(labels)).asnumpy()
     assert loss == pytest.approx(-(target * log_p).sum(axis=1).mean(), rel=1e-5)
-
-
-@pytest.mark.parametrize("kind", [HostMomentum, DeviceMomentum])
-def test_momentum_follows_its_definition(kind):
-    config = make_config(momentum=0.9, weight_decay=0.1, decay_norm_and_bias=0, bias_lr_factor=2)
-    random = np.random.default_rng(0)
-    start = {"a.weight": random.normal(size=(40, 1000)), "a.bias": random.normal(size=40)}
-    parameters = [Parameter(Tensor(value.astype(np.float32)), name=name) for name, value in start.items()]
-    optimizer = kind(parameters, parameter_rules(parameters, config), config.momentum)
-    weights, velocities = dict(start), {name: 0 for name in start}
-    for lr in (0.1, 0.05, 0.2):
-        gradients = {name: random.normal(size=value.shape) for name, value in start.items()}
-        for name in weights:
-            decay, factor = (0.1, 1) if name == "a.weight" else (0.0, 2)
-            velocities[name] = 0.9 * velocities[name] + gradients[name] + decay * weights[name]
-            weights[name] = weights[name] - lr * factor * velocities[name]
-        arrays = [gradients[name].astype(np.float32) for name in start]
-        optimizer(*((lr, arrays) if kind is HostMomentum else (scalar(lr), tuple(Tensor(a) for a in arrays))))
-    for parameter, velocity in zip(parameters, optimizer.velocities):
-        assert np.allclose(parameter.asnumpy(), weights[parameter.name], atol=1e-5)
-        assert np.allclose(velocity.asnumpy(), velocities[parameter.name], atol=1e-5)
 
 
 def test_gradients_agree_with_finite_differences():
@@ -87,74 +71,103 @@ def test_accumulation_equals_the_large_batch(dropout):
         step = create_train_step(network, config, Communicator())
         random = np.random.default_rng(0)
         images, labels = random.integers(0, 256, (8, 64, 64, 3), np.uint8), np.arange(8, dtype=np.int32) % 5
-        loss = step([(Tensor(x), Tensor(y)) for x, y in zip(np.split(images, parts), np.split(labels, parts))], 0.1, 0)
-        return loss, {p.name: p.asnumpy() for p in network.get_parameters()}
+        result = step([Batch(x, y) for x, y in zip(np.split(images, parts), np.split(labels, parts))], 0.1, 0)
+        return result.loss, {p.name: p.asnumpy() for p in network.get_parameters()}
     (loss, whole), (loss_in_parts, in_parts) = weights_after(1), weights_after(4)
     assert loss_in_parts == pytest.approx(loss, rel=1e-5)
     for name, value in whole.items():
         assert np.allclose(in_parts[name], value, rtol=1e-4, atol=1e-6), name
 
 
-@pytest.fixture
-def steps_of_both_kinds():
-    """(host step, device step, batches) of the same network, the device's graph run on CPU."""
-    def make(kind, **keys):
-        mindspore.set_seed(4)
-        network = build_model("cifar_quick", 5)
-        with_loss = NetworkWithLoss(network, InputNormalizer((0.5,) * 3, (0.5,) * 3), 0.1)
-        step = kind(with_loss, network.trainable_params(), running_statistics(network), lambda step, part: (),
-                    make_config(**keys), Communicator())
-        return network, step
+def test_soft_labels_give_the_cross_entropy_of_a_distribution():
     random = np.random.default_rng(0)
-    batches = [(Tensor(random.integers(0, 256, (8, 32, 32, 3), np.uint8)), Tensor(np.arange(8, dtype=np.int32) % 5))
-               for _ in range(3)]
-    return make, batches
+    logits, targets = random.normal(size=(4, 7)).astype(np.float32), random.dirichlet(np.ones(7), 4).astype(np.float32)
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    with_loss = NetworkWithLoss(nn.Identity(), nn.Identity(), 0.1)
+    expected = -((0.9 * targets + 0.1 / 7) * log_p).sum(axis=1).mean()
+    assert with_loss(Tensor(logits), Tensor(targets)).asnumpy() == pytest.approx(expected, rel=1e-5)
+    labels = np.array([0, 6, 3, 3], np.int32)
+    assert with_loss(Tensor(logits), Tensor(np.eye(7, dtype=np.float32)[labels])).asnumpy() == pytest.approx(
+        with_loss(Tensor(logits), Tensor(labels)).asnumpy(), rel=1e-6)
 
 
-@pytest.mark.parametrize("keys", [{}, {"amp_level": "O2", "loss_scale": 1024}])
-def test_device_step_trains_like_the_host_step(steps_of_both_kinds, keys):
-    make, batches = steps_of_both_kinds
-    (host_network, host), (network, device) = make(HostTrainStep), make(DeviceTrainStep, **keys)
-    for batch in batches:
-        assert device([batch], 0.05, 0) == pytest.approx(host([batch], 0.05, 0), rel=1e-4)
+def step_by(kind, reducer, **keys):
+    """(network, TrainStep) with these parts; a device's run on CPU."""
+    mindspore.set_seed(4)
+    network, config = build_model("cifar_quick", 5), make_config(**keys)
+    with_loss = NetworkWithLoss(network, InputNormalizer((0.5,) * 3, (0.5,) * 3), 0.1)
+    parameters, scale = network.trainable_params(), LossScale.of(config)
+    forward_backward = (ScaledForwardBackward if scale.active else ForwardBackward)(with_loss, parameters)
+    return network, TrainStep(forward_backward, kind(parameters, make_rule(config), config), reducer(Communicator(), None),
+                              running_statistics(network), lambda step, part: (), scale)
+
+
+@pytest.fixture
+def batches():
+    random = np.random.default_rng(0)
+    return [Batch(random.integers(0, 256, (8, 32, 32, 3), np.uint8), np.arange(8, dtype=np.int32) % 5) for _ in range(4)]
+
+
+@pytest.mark.parametrize("reducer", [StagedReducer, DeviceReducer])
+@pytest.mark.parametrize("keys", [{}, {"amp_level": "O2", "loss_scale": 1024}, {"optimizer": "adamw"}])
+def test_device_step_trains_like_the_host_step(batches, reducer, keys):
+    host_keys = {key: value for key, value in keys.items() if key == "optimizer"}
+    (host_network, host), (network, device) = step_by(HostOptimizer, HostReducer, **host_keys), step_by(DeviceOptimizer, reducer, **keys)
+    for number in range(0, 4, 2):
+        # Two forward passes each: gradients are accumulated on either side.
+        assert device(batches[number:number + 2], 0.01, 0).loss == pytest.approx(host(batches[number:number + 2], 0.01, 0).loss, rel=1e-4)
     for ours, theirs in zip(network.get_parameters(), host_network.get_parameters()):
-        assert np.allclose(ours.asnumpy(), theirs.asnumpy(), rtol=1e-3, atol=1e-5), ours.name
+        assert np.allclose(ours.asnumpy(), theirs.asnumpy(), rtol=1e-3, atol=2e-5), ours.name
 
 
-def test_overflow_skips_the_step_and_halves_a_dynamic_scale(steps_of_both_kinds):
-    make, batches = steps_of_both_kinds
-    network, step = make(DeviceTrainStep, amp_level="O2", is_dynamic_loss_scale=1)
-    step.loss_scale = 1e39  # beyond float32
+@pytest.mark.parametrize("optimizer,reducer", [(HostOptimizer, HostReducer), (DeviceOptimizer, StagedReducer)])
+def test_overflow_skips_the_step_and_halves_a_dynamic_scale(batches, optimizer, reducer):
+    network, step = step_by(optimizer, reducer, amp_level="O2", is_dynamic_loss_scale=1)
+    step.loss_scale.value = 1e39  # beyond float32
     before = [p.asnumpy().copy() for p in network.trainable_params()]
-    step([batches[0]], 0.05, 0)
-    assert step.skipped and step.loss_scale == 5e38
+    result = step(batches[:1], 0.05, 0)
+    assert result.skipped and result.nonfinite_parameter and step.loss_scale.value == 5e38
     assert all(np.array_equal(a, p.asnumpy()) for a, p in zip(before, network.trainable_params()))
-    step.loss_scale = 1024.0
-    step([batches[0]], 0.05, 0)
-    assert not step.skipped and not np.array_equal(before[0], network.trainable_params()[0].asnumpy())
+    assert step.optimizer.counters() == {"updates": 0}
+    step.loss_scale.value = 1024.0
+    result = step(batches[:1], 0.05, 0)
+    assert not result.skipped and not np.array_equal(before[0], network.trainable_params()[0].asnumpy())
+
+
+@pytest.mark.parametrize("optimizer,reducer", [(HostOptimizer, HostReducer), (DeviceOptimizer, StagedReducer)])
+def test_the_first_parameter_without_a_finite_gradient_is_named(batches, optimizer, reducer):
+    network, step = step_by(optimizer, reducer)
+    classifier = network.classifier.weight
+    classifier.set_data(Tensor(np.full(classifier.shape, np.inf, np.float32)))
+    result = step(batches[:1], 0.05, 0)
+    assert not result.skipped and result.nonfinite_parameter == network.trainable_params()[0].name
 
 
 SAME_STEP = """
 import sys, zlib; sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+from src.command import prepare_rank
 from src.parallel.communicator import connect
 c = connect(None)
-from src.utils.device import prepare_process
-prepare_process(c.local_rank, c.local_size)
+prepare_rank(c)
 import mindspore, numpy as np
-from mindspore import Tensor
 mindspore.set_context(mode=mindspore.GRAPH_MODE)
-from src.models import build_model
-from src.training.step import HostTrainStep, InputNormalizer, NetworkWithLoss, running_statistics
-from src.utils.config import load_config
+from src.dataset.batches import Batch
+from src.models.build import build_model
+from src.models.layers import InputNormalizer
+from src.training.loss_scale import LossScale
+from src.training.reducers import HostReducer
+from src.training.step import ForwardBackward, NetworkWithLoss, TrainStep, running_statistics
 mindspore.set_seed(5)
 network = build_model({network!r}, 5, image_size=64, dropout=0.0)
 gradients = {{}}
-step = HostTrainStep(NetworkWithLoss(network, InputNormalizer((.5,) * 3, (.5,) * 3), 0.1), network.trainable_params(),
-                     running_statistics(network), lambda step, part: (), load_config({{"data_path": "none"}}), c)
-step._optimizer = lambda lr, arrays: gradients.update({{p.name: a.copy() for p, a in zip(network.trainable_params(), arrays)}})
+with_loss = NetworkWithLoss(network, InputNormalizer((.5,) * 3, (.5,) * 3), 0.1)
+def keep(lr, arrays, loss_scale):
+    gradients.update({{p.name: a.copy() for p, a in zip(network.trainable_params(), arrays)}})
+step = TrainStep(ForwardBackward(with_loss, network.trainable_params()), keep, HostReducer(c, None), running_statistics(network),
+                 lambda step, part: (), LossScale())
 random = np.random.default_rng(0)
 images, labels = random.integers(0, 256, (12, 64, 64, 3), np.uint8), np.arange(12, dtype=np.int32) % 5
-step([(Tensor(images[c.rank::c.size].copy()), Tensor(labels[c.rank::c.size].copy()))], 0.1, 0)
+step([Batch(images[c.rank::c.size].copy(), labels[c.rank::c.size].copy())], 0.1, 0)
 statistics = {{p.name: p.asnumpy() for p in running_statistics(network)}}
 checksums = [zlib.crc32(array) for array in [*gradients.values(), *statistics.values()]]
 assert all(others == checksums for others in c.gather(checksums)), "the ranks differ"

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from src.utils.config import DEFAULT_CONFIG, RECIPES, Config, load_config, parse_flags
+from src.utils.config import DEFAULT_CONFIG, RECIPES, Affects, Config, keys_affecting, load_config, parse_flags, read_layer
 from src.utils.errors import UserError
 
 
@@ -69,7 +69,7 @@ def test_every_list_can_be_set_on_the_command_line():
 
 @pytest.mark.parametrize("flags,message", [
     ({"lr": "fast"}, "lr=fast"), ({"crop_scale": "0.5"}, "crop_scale"), ({"crop_scale": "0.9,0.2"}, "rising"),
-    ({"momentum": "1"}, "momentum=1"), ({"block": "acbb"}, "'base' or 'acb'"), ({"std": "0,1,1"}, "std"),
+    ({"momentum": "1"}, "momentum=1"), ({"std": "0,1,1"}, "std"),
     ({"lr": "nan"}, "lr=nan"), ({"eval_resize": "100"}, "eval_resize=100")])
 def test_values_out_of_range_are_named(flags, message):
     with pytest.raises(UserError, match=message):
@@ -90,8 +90,39 @@ def test_resolved_configuration_reads_back():
     assert Config(**yaml.safe_load(config.to_yaml())) == config
 
 
-def test_global_batch_must_divide():
-    config = load_config({"global_batch_size": "10", "data_path": "x"})
-    assert config.rank_batch(5) == 2 and config.global_batch(5) == 10
-    with pytest.raises(UserError, match="does not divide by 3 ranks"):
-        config.rank_batch(3)
+def test_every_key_says_once_what_it_affects():
+    for name, field in Config.model_fields.items():
+        assert sum(isinstance(part, Affects) for part in field.metadata) == 1, name
+
+
+def test_what_keys_affect():
+    """What a user relies on: these may be changed when a run is resumed, those are taken from a checkpoint, those compile anew."""
+    fixed = keys_affecting(Affects.MODEL, Affects.GRAPH, Affects.TRAINING)
+    assert {"lr", "seed", "optimizer", "augmentations", "max_epoch", "network", "label_smooth", "gradient_compression"} <= fixed
+    assert not fixed & {"data_path", "output_path", "max_steps", "log_interval", "per_batch_size", "global_batch_size", "device_target",
+                        "num_parallel_workers", "keep_checkpoint_max", "eval_interval", "resume", "compile_cache", "stall_timeout_s"}
+    recorded = keys_affecting(Affects.MODEL, Affects.IMAGES)
+    assert {"network", "block", "image_size", "eval_resize", "mean", "std", "data_path", "eval_data_path"} <= recorded
+    assert not recorded & {"device_target", "eval_engine", "result_path", "lr", "output_path", "checkpoint_file_path"}
+    compiled = keys_affecting(Affects.MODEL, Affects.GRAPH)
+    assert {"network", "block", "mean", "std", "dropout", "label_smooth_factor", "amp_level"} <= compiled
+    assert not compiled & {"lr", "seed", "max_epoch", "momentum", "optimizer"}
+
+
+def test_a_recipe_extends_another(tmp_path):
+    (tmp_path / "base.yaml").write_text("lr: 0.3\nmomentum: 0.8\nbackbone: resnet18\n")
+    (tmp_path / "middle.yaml").write_text("extends: base.yaml\nlr: 0.2\n")
+    (tmp_path / "last.yaml").write_text("extends: middle.yaml\nmomentum: 0.7\n")
+    assert read_layer(tmp_path / "last.yaml") == {"lr": 0.2, "momentum": 0.7, "network": "resnet18"}
+    config = load_config({"config_path": str(tmp_path / "last.yaml"), "data_path": "x", "lr": "0.1"})
+    assert (config.lr, config.momentum, config.network) == (0.1, 0.7, "resnet18")
+
+
+@pytest.mark.parametrize("texts,message", [
+    (("extends: b", "extends: a"), "leads back to this recipe"), (("extends: a",), "leads back to this recipe"),
+    (("extends: digit",), "did you mean 'digits'"), (("extends: [a]",), "no configuration file")])
+def test_a_recipe_that_extends_wrongly_is_named(tmp_path, texts, message):
+    for name, text in zip("ab", texts):
+        (tmp_path / f"{name}.yaml").write_text(text.replace("extends: a", "extends: a.yaml").replace("extends: b", "extends: b.yaml"))
+    with pytest.raises(UserError, match=message):
+        read_layer(tmp_path / "a.yaml")

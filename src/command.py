@@ -1,0 +1,134 @@
+"""What the commands have in common: how they begin, and how they end."""
+
+import atexit
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from src.parallel.ending import PATIENCE_S, end_process
+from src.utils.errors import Stopped, UserError
+from src.utils.signals import Signals
+
+_WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that has begun.
+
+    Attributes:
+        flags: {key: value as typed}, which win over what checkpoints record.
+        names: positional arguments.
+        config: the resolved src.utils.config.Config.
+        communicator: the src.parallel.communicator.Communicator of this process.
+    """
+
+    flags: Mapping[str, str]
+    names: Sequence[str]
+    config: Any
+    communicator: Any
+
+    def select_device(self, collectives: bool = False) -> None:
+        """Choose the device of this rank: ``device_id``, or the rank's number on its machine. Imports MindSpore."""
+        from src.utils.device import select_device
+        device = self.config.device_id if self.config.device_id is not None else self.communicator.local_rank
+        select_device(self.config.device_target, device, collectives)
+
+
+def begin(arguments: Sequence[str], names: str = "", distributed: bool = True) -> Command:
+    """Resolve the command line, connect the ranks and prepare this process, before MindSpore is imported.
+
+    Args:
+        names: what positional arguments are, for commands that need some; "" for commands without.
+        distributed: False for commands that run as one process.
+
+    Raises:
+        UserError: for a wrong command line, or one that contradicts how the process was started.
+    """
+    from src.dataset.augmentations import check_augmentations
+    from src.dataset.sources import check_source
+    from src.models.blocks import find_block
+    from src.models.networks import check_network
+    from src.parallel.communicator import Communicator, connect
+    from src.training.update_rules import make_rule
+    from src.utils.config import load_config, parse_flags
+
+    flags, found = parse_flags(arguments)
+    if found and not names:
+        raise UserError(f"'{found[0]}' is not a flag; write --KEY=VALUE")
+    if names and not found:
+        raise UserError(f"no {names.lower().partition('_')[0]} given: python3 {os.path.basename(sys.argv[0])} "
+                        f"--checkpoint_file_path=FILE {names}...")
+    config = load_config(flags)
+    check_network(config.network)
+    find_block(config.block)
+    check_source(config.dataset_format)
+    check_augmentations(config)
+    make_rule(config)
+    communicator = connect(config.run_distribute) if distributed else Communicator()
+    communicator.watch_for_stalls(config.stall_timeout_s)
+    prepare_rank(communicator, config.device_target)
+    return Command(flags, found, config, communicator)
+
+
+def prepare_rank(communicator: Any, device_target: str = "CPU") -> None:
+    """Place this rank on its cores and set what MindSpore and other libraries read when they are imported.
+
+    Raises:
+        UserError: if a driver or library of the device is missing.
+    """
+    from src.parallel.placement import pin_to_own_cores
+    from src.utils.device import prepare_process
+    pin_to_own_cores(communicator.local_rank, communicator.local_size)
+    prepare_process(device_target)
+
+
+def run_main(main: Callable[..., object], rank: int = 0, defers_signals: bool = False) -> None:
+    """Run ``main(arguments)``, or ``main(arguments, signals)`` with ``defers_signals``, and end the process.
+
+    Status 0; 2 after a UserError; 1 after a defect; 128 + the number of a signal after that signal. Errors are one line, on one
+    rank, and end every rank. ``--help`` prints the text of main's module.
+
+    Args:
+        main: takes the list of command-line arguments.
+        rank: this process's number as its launcher gave it.
+        defers_signals: also give it a Signals, by which it can finish what it is doing when it is told to stop.
+    """
+    arguments = sys.argv[1:]
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(f"{sys.modules[main.__module__].__doc__}"
+              "Every key of default_config.yaml is a flag: --lr=0.1; that file says what each means.")
+        return
+    signals = Signals(lambda number: end_process(f"error: {_WORDS.get(number, 'stopped')}", 128 + number, rank))
+    try:
+        main(arguments, *([signals] if defers_signals else []))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Nobody reads the output any more, as behind `| head`: the status that a shell gives such a command.
+        os._exit(128 + signal.SIGPIPE)
+    except UserError as failure:
+        whose = f"rank {rank}: " if rank else ""
+        end_process(f"error: {whose}{failure}", 2, rank)
+    except Stopped as stop:
+        sys.stdout.flush()
+        if rank != 0:
+            # Rank 0 first: the launcher reports the status of the first that ends.
+            time.sleep(PATIENCE_S)
+        os._exit(128 + stop.signal)
+    except ImportError as failure:
+        end_process(f"error: {failure}; run 'bash scripts/setup.sh', then 'source .venv/bin/activate'", 2, rank)
+    except Exception as failure:  # a defect or an exhausted machine: still one line, and no rank left waiting
+        if os.environ.get("ACNET_TRACEBACK"):
+            traceback.print_exc()
+        # MindSpore's messages have headings between dashes.
+        reason = next((text for text in str(failure).splitlines() if text.strip() and text[0] != "-"), "")
+        end_process(f"error: rank {rank}: {type(failure).__name__}: {reason} (ACNET_TRACEBACK=1 shows where)", 1, rank)
+    # What Python and the libraries registered for the end, MPI's finalisation too, but not the 0.5 s in which MindSpore takes
+    # its libraries down piece by piece: the operating system does that at once.
+    atexit._run_exitfuncs()
+    os._exit(0)

@@ -1,0 +1,143 @@
+"""Evaluation: every image counted exactly once, whatever the number of ranks."""
+
+import json
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src.dataset.batches import PADDING_LABEL, UNDECODABLE_LABEL, EvalBatches, prefetch
+from src.dataset.sources import ImageSet
+from src.inference.engines import Engine, open_engine
+from src.parallel.communicator import Communicator
+from src.utils.config import Config
+from src.utils.errors import UserError
+
+_TOP = 5
+_LARGEST_BATCH = 64
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Top-1 and top-5 accuracy in percent over ``images`` images, and the rate at which they were evaluated.
+
+    ``undecodable`` has a message for each image that could not be decoded and counts as wrong.
+    """
+
+    top1: float
+    top5: float
+    images: int
+    images_per_second: float
+    undecodable: tuple[str, ...] = ()
+
+
+class Evaluator:
+    """Evaluates engines on a set of images; its batches are all of one size, so that one compiled graph serves them.
+
+    Args:
+        images: the ImageSet, the same on every rank; each rank takes its share.
+    """
+
+    def __init__(self, images: ImageSet, config: Config, communicator: Communicator) -> None:
+        self._communicator = communicator
+        batch = min(config.per_batch_size, _LARGEST_BATCH,
+                    max(-(-len(images) // communicator.size), 1))
+        self._batches = EvalBatches(images, config, communicator.rank, communicator.size, batch)
+
+    def __call__(self, engine: Engine) -> Accuracy:
+        """Accuracy of ``engine`` over all ranks' images. Raises UserError if none can be decoded."""
+        counts, untimed = np.zeros(3), 0.0
+        messages: list[str] = []
+        started = time.perf_counter()
+        for number, batch in enumerate(prefetch(self._batches)):
+            counts += count_correct(engine(batch.images), batch.labels)
+            messages += batch.undecodable
+            if number == 0 and len(self._batches) > 1:
+                # The first batch compiles the graph; a rate that counts it says nothing about the network.
+                untimed, started = counts[2], time.perf_counter()
+        seconds = max(time.perf_counter() - started, 1e-9)
+        timed = counts[2] - untimed
+        top1, top5, seen, rate = self._communicator.sum([*counts, timed / seconds])
+        undecodable = tuple(message for of_rank in self._communicator.gather(messages) for message in of_rank)
+        if len(undecodable) == seen:
+            raise UserError(f"none of the {len(undecodable)} images can be decoded: {undecodable[0]}")
+        return Accuracy(100 * top1 / seen, 100 * top5 / seen, int(seen), rate, undecodable)
+
+
+def count_correct(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(top-1 hits, top-5 hits, images) of logits (N, C) and labels (N,); rows labelled PADDING_LABEL do not count.
+
+    The rank of the true class is the number of classes with a larger logit, ties counting for the lower index. A row that
+    contains a NaN counts as wrong.
+    """
+    rows = labels != PADDING_LABEL
+    logits, labels = logits[rows], labels[rows]
+    valid = ~np.isnan(logits).any(axis=1) & (labels != UNDECODABLE_LABEL)
+    own = logits[np.arange(len(labels)), np.maximum(labels, 0)][:, None]
+    earlier = np.arange(logits.shape[1])[None, :] < labels[:, None]
+    rank = ((logits > own) | ((logits == own) & earlier)).sum(axis=1)
+    return np.array([((rank < 1) & valid).sum(), ((rank < _TOP) & valid).sum(), len(labels)], np.float64)
+
+
+def evaluate_checkpoints(paths: Sequence[Path], flags: Mapping[str, Any], communicator: Communicator,
+                         log: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Evaluate checkpoint files in order of epoch.
+
+    Args:
+        flags: the command line's {key: value}, which win over what each checkpoint records.
+        log: called with a line per checkpoint.
+
+    Returns:
+        List of {checkpoint, epoch, step, top1, top5, images, images_per_second}.
+    """
+    results: list[dict[str, Any]] = []
+    opened = evaluated = evaluator = None
+    for path in _in_order(paths):
+        opened = open_engine(path, flags, opened)
+        model, engine, metadata = opened
+        if evaluator is None or model != evaluated:
+            evaluator, evaluated = Evaluator(model.open_images(), model.config, communicator), model
+        accuracy = evaluator(engine)
+        results.append({"checkpoint": str(path), "epoch": metadata.get("epoch"), "step": metadata.get("step"),
+                        "top1": accuracy.top1, "top5": accuracy.top5, "images": accuracy.images,
+                        "images_per_second": accuracy.images_per_second})
+        if accuracy.undecodable:
+            results[-1]["undecodable"] = len(accuracy.undecodable)
+            log(undecodable_line(accuracy))
+        log(report_line(results[-1]))
+    return results
+
+
+def _in_order(paths: Sequence[Path]) -> list[Path]:
+    """Checkpoints by epoch and step as their names, NETWORK-EPOCH_STEPS.ckpt, have them; others first."""
+    def key(path: Path) -> tuple[list[int], str]:
+        numbers = re.search(r"-(\d+)_(\d+)", path.stem)
+        return [int(number) for number in numbers.groups()] if numbers else [0, 0], str(path)
+    return sorted(paths, key=key)
+
+
+def report_line(result: Mapping[str, Any]) -> str:
+    """A result in one line, in the seeds' words."""
+    return (f"{result['checkpoint']}: acc={result['top1']:.2f}%(TOP1) acc={result['top5']:.2f}%(TOP5) "
+            f"{result['images']} images, {result['images_per_second']:.2f} images/s")
+
+
+def undecodable_line(accuracy: Accuracy) -> str:
+    """What to say about images that could not be decoded; the first are named."""
+    shown = accuracy.undecodable[:_NAMED]
+    return (f"{len(accuracy.undecodable)} of {accuracy.images} images cannot be decoded and count as wrong: {'; '.join(shown)}"
+            + (" ..." if len(accuracy.undecodable) > _NAMED else ""))
+
+
+def write_results(path: str, results: Sequence[Mapping[str, Any]]) -> None:
+    """Write results as a JSON list. Raises UserError if the file cannot be written."""
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(results, file, indent=1)
+    except OSError as failure:
+        raise UserError(f"cannot write result_path '{path}': {failure.strerror}") from None

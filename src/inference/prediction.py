@@ -1,0 +1,135 @@
+"""Predictions for single images: reading any picture a person has, the likeliest classes, a contact sheet."""
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from src.dataset.sources import EXTENSIONS
+from src.dataset.transforms import eval_transform
+from src.inference.engines import Engine
+from src.inference.recorded_model import RecordedModel
+from src.utils.errors import UserError
+
+_TOP = 5
+_BATCH = 16
+_SHEET_COLUMNS = 5
+_SHEET_IMAGES = 50
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An image file and its likeliest classes with their probabilities, the likeliest first."""
+
+    path: str
+    classes: list[str]
+    probabilities: list[float]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"image": self.path, "predictions": [{"class": name, "probability": probability}
+                                                    for name, probability in zip(self.classes, self.probabilities)]}
+
+
+def find_images(names: Sequence[str]) -> list[str]:
+    """Image files that ``names`` (files and folders) stand for. Raises UserError if there are none."""
+    found: list[str] = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            inside = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
+            if not inside:
+                raise UserError(f"the folder '{name}' has no images")
+            found += inside
+        elif path.is_file():
+            found.append(name)
+        else:
+            raise UserError(f"image '{name}' does not exist")
+    return found
+
+
+def read_picture(path: str) -> np.ndarray:
+    """Any picture as a person sees it, (H, W, 3) uint8 RGB: turned by its EXIF orientation, grey and CMYK converted,
+    transparent parts over white.
+
+    Raises:
+        UserError: if it cannot be decoded.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                picture: Image.Image = ImageOps.exif_transpose(file)
+                if picture.mode.startswith("I;16") or picture.mode == "I":
+                    picture = Image.fromarray((np.asarray(picture, np.float64) / 257).clip(0, 255).astype(np.uint8))
+                if picture.has_transparency_data:
+                    picture = picture.convert("RGBA")
+                    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+                return np.asarray(picture.convert("RGB"))
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise UserError(f"{path} is too large to be an image for classification") from None
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError) as failure:
+        raise UserError(f"{path} is not an image that can be decoded") from failure
+
+
+def predict(paths: Sequence[str], model: RecordedModel, engine: Engine) -> list[Prediction]:
+    """A Prediction for each image file.
+
+    Args:
+        model: says how images are prepared and what classes are called.
+        engine: (B, S, S, 3) uint8 images -> (B, C) logits.
+    """
+    names = {label: name for name, label in (model.class_to_index or {}).items()}
+    predictions: list[Prediction] = []
+    for start in range(0, len(paths), _BATCH):
+        batch = paths[start:start + _BATCH]
+        size = model.config.image_size
+        # Always a whole batch, so that MindSpore compiles one graph.
+        images = np.zeros((min(_BATCH, len(paths)), size, size, 3), np.uint8)
+        for slot, path in enumerate(batch):
+            images[slot] = eval_transform(read_picture(path), model.config)
+        for path, probabilities in zip(batch, softmax(engine(images))):
+            best = np.argsort(-probabilities, kind="stable")[:_TOP]
+            predictions.append(Prediction(path, [names.get(int(label), str(label)) for label in best],
+                                          [round(float(probabilities[label]), 6) for label in best]))
+    return predictions
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities (N, C) of logits (N, C)."""
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
+def as_table(predictions: Sequence[Prediction]) -> str:
+    """Lines of text, one per image."""
+    width = max(len(prediction.path) for prediction in predictions)
+    return "\n".join(f"{prediction.path:<{width}}  " + "  ".join(
+        f"{name} {100 * probability:.1f}%" for name, probability in zip(prediction.classes, prediction.probabilities))
+        for prediction in predictions)
+
+
+def contact_sheet(predictions: Sequence[Prediction], path: str) -> None:
+    """Write a PNG of up to 50 images with their two likeliest classes. Raises UserError if it cannot be written."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    shown = predictions[:_SHEET_IMAGES]
+    columns = min(_SHEET_COLUMNS, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(2.4 * columns, 2.9 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes in np.atleast_1d(figure.subplots(rows, columns)).flat:
+        axes.axis("off")
+    for axes, prediction in zip(figure.axes, shown):
+        axes.imshow(read_picture(prediction.path))
+        lines = [f"{name} {100 * probability:.1f}%" for name, probability in
+                 list(zip(prediction.classes, prediction.probabilities))[:2]]
+        axes.set_title(os.path.basename(prediction.path)[:24] + "\n" + "\n".join(lines), fontsize=8)
+    try:
+        figure.savefig(path, dpi=100, format="png")
+    except OSError as failure:
+        raise UserError(f"cannot write save_figure '{path}': {failure.strerror}") from None

@@ -1,0 +1,50 @@
+"""The table of blocks that train with several branches and convert into one convolution. Imports nothing of MindSpore."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from src.utils.errors import UserError, suggestion
+
+
+@dataclass(frozen=True)
+class Block:
+    """One kind of block.
+
+    Attributes:
+        builder: "MODULE:CLASS" of a ``fusion.BranchedConv``, called as ``builder(in_channels, out_channels, kernel_size,
+            stride=..., padding=..., groups=..., norm=..., gamma_init=...)``.
+        kernels: sizes of the square convolutions that it replaces, together with the batch norm behind them.
+        marks: parts of parameter names that only its trained form has; they tell what a file of another program holds.
+        fused_marks: the same for files of its fused form.
+    """
+
+    builder: str = ""
+    kernels: tuple[int, ...] = ()
+    marks: tuple[str, ...] = ()
+    fused_marks: tuple[str, ...] = ()
+
+
+BLOCKS: dict[str, Block] = {
+    "base": Block(),
+    # 1x1 and large kernels stay plain, as in the code of the papers.
+    "acb": Block("src.models.acb:AsymmetricConvBlock", (3, 5), ("square_conv.",), ("fused_conv.",)),
+    "repvgg": Block("src.models.repvgg:RepVGGBlock", (3, 5), ("point_bn.",)),
+    "dbb": Block("src.models.dbb:DiverseBranchBlock", (3, 5), ("pool_bn.",)),
+}
+
+
+def find_block(name: str) -> Block:
+    """The Block of that name. Raises UserError for an unknown one."""
+    if name not in BLOCKS:
+        raise UserError(f"unknown block={name}{suggestion(name, BLOCKS)}; there are {', '.join(BLOCKS)}")
+    return BLOCKS[name]
+
+
+def recognise_block(names: Iterable[str]) -> tuple[str, bool]:
+    """(name of the block, whether it is fused) of a file of another program, guessed from its parameters' names."""
+    names = list(names)
+    for block, kind in BLOCKS.items():
+        for marks, fused in ((kind.marks, False), (kind.fused_marks, True)):
+            if any(mark in name for mark in marks for name in names):
+                return block, fused
+    return "base", False

@@ -1,0 +1,99 @@
+"""What a training reports and saves as it goes on."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mindspore import Parameter, nn
+
+from src.runs.curves import plot_curves
+from src.runs.run_folder import RunFolder
+from src.runs.training_state import TrainingState
+from src.utils.config import Config
+
+# Counts of an epoch that are reported if they are not 0, and their names in metrics.jsonl.
+COUNTS = {"skipped": "skipped_steps", "replaced": "replaced_images"}
+
+
+class Recorder:
+    """Records nothing: the twin of RunRecorder for ranks other than 0, so that the training loop need not ask for its rank.
+
+    Attributes:
+        shows_progress: whether a person sees what this process prints.
+    """
+
+    shows_progress = False
+
+    def log(self, text: str) -> None:
+        """Print a line, and keep it."""
+
+    def start(self, class_to_index: dict[str, int]) -> None:
+        """A new training begins."""
+
+    def go_on_from(self, step: int, class_to_index: dict[str, int]) -> None:
+        """A training goes on after ``step``; what was recorded beyond it goes."""
+
+    def add_epoch(self, metrics: dict[str, Any]) -> None:
+        """Record the figures of an epoch."""
+
+    def save(self, state: TrainingState, network: nn.Cell, optimizer_state: Sequence[Parameter]) -> None:
+        """Save a checkpoint of the training. Raises UserError if it cannot be written."""
+
+    def save_best(self, state: TrainingState, network: nn.Cell, optimizer_state: Sequence[Parameter]) -> None:
+        """Save the best network so far. Raises UserError if it cannot be written."""
+
+    def finish(self) -> None:
+        """The training has come to its end."""
+
+    def log_place(self) -> None:
+        """Say where everything lies."""
+
+    def last_checkpoint(self) -> str | None:
+        """The file of the newest checkpoint, or None."""
+        return None
+
+
+class RunRecorder(Recorder):
+    """Records into a run folder."""
+
+    shows_progress = True
+
+    def __init__(self, folder: RunFolder, config: Config, log: Callable[[str], None]) -> None:
+        self.folder, self._config, self._log = folder, config, log
+
+    def log(self, text: str) -> None:
+        self._log(text)
+
+    def start(self, class_to_index: dict[str, int]) -> None:
+        self.folder.write_start(self._config, class_to_index)
+
+    def go_on_from(self, step: int, class_to_index: dict[str, int]) -> None:
+        self.folder.remove_leftovers()
+        self.folder.drop_metrics_after(step)
+        self.start(class_to_index)
+
+    def add_epoch(self, metrics: dict[str, Any]) -> None:
+        text = (f"epoch {metrics['epoch']}/{self._config.max_epoch} loss {metrics['loss']:.4f} "
+                f"{metrics['images_per_second']:.1f} images/s")
+        if "top1" in metrics:
+            text += f" acc={metrics['top1']:.2f}%(TOP1) acc={metrics['top5']:.2f}%(TOP5)"
+        self._log(text + "".join(f", {metrics[name]} {name.replace('_', ' ')}" for name in COUNTS.values() if name in metrics))
+        self.folder.add_metrics(**metrics)
+
+    def save(self, state: TrainingState, network: nn.Cell, optimizer_state: Sequence[Parameter]) -> None:
+        steps = state.step - (state.epoch - 1) * state.steps_per_epoch
+        path = self.folder.checkpoints / f"{self._config.network}-{state.epoch}_{steps}.ckpt"
+        state.write(path, network, optimizer_state)
+        self.folder.point_latest_at(path)
+        self.folder.prune_checkpoints(self._config.keep_checkpoint_max)
+
+    def save_best(self, state: TrainingState, network: nn.Cell, optimizer_state: Sequence[Parameter]) -> None:
+        state.write(self.folder.best, network, optimizer_state)
+
+    def finish(self) -> None:
+        plot_curves(self.folder.read_metrics(), self.folder.curves)
+
+    def log_place(self) -> None:
+        self._log(f"results in {self.folder.path} (checkpoints in {self.folder.checkpoints}/)")
+
+    def last_checkpoint(self) -> str | None:
+        return self.folder.last_checkpoint()

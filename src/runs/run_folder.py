@@ -1,0 +1,91 @@
+"""What a run leaves behind: its dated folder and the names in it."""
+
+import json
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from src.utils.config import Config
+from src.utils.errors import UserError
+from src.utils.files import remove_partials, write_whole
+
+
+class RunFolder:
+    """OUTPUT_PATH/2026-01-31_time_12_00_00/ and the names in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "ckpt_0"
+        self.best = self.path / "best.ckpt"
+        self.latest = self.path / "latest.ckpt"
+        self.log = self.path / "log.txt"
+        self.metrics = self.path / "metrics.jsonl"
+        self.curves = self.path / "curves.png"
+
+    def write_start(self, config: Config, class_to_index: dict[str, int]) -> None:
+        """Write config.yaml and class_indexing.json."""
+        (self.path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        (self.path / "class_indexing.json").write_text(json.dumps(class_to_index, indent=1), encoding="utf-8")
+
+    def add_metrics(self, **values: Any) -> None:
+        """Append one line to metrics.jsonl."""
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        if not self.metrics.exists():
+            return []
+        # A line without its end was being written when the run was killed.
+        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("}\n")]
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Remove lines of metrics.jsonl beyond ``step``, which a resumed run writes anew."""
+        kept = [line for line in self.read_metrics() if line["step"] <= step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_whole(self.metrics, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+    def point_latest_at(self, checkpoint: Path) -> None:
+        """Make latest.ckpt a link to ``checkpoint``, a file in this folder; at every moment it is the old or the new one."""
+        link = self.path / f".{os.getpid()}.partial.latest"
+        link.unlink(missing_ok=True)
+        try:
+            link.symlink_to(checkpoint.relative_to(self.path))
+            os.replace(link, self.latest)
+        except OSError as failure:
+            raise UserError(f"cannot write '{self.latest}': {failure.strerror}") from None
+
+    def last_checkpoint(self) -> str | None:
+        """The file that latest.ckpt stands for, or None."""
+        return str(self.latest.resolve()) if self.latest.exists() else None
+
+    def prune_checkpoints(self, keep: int) -> None:
+        """Remove the oldest checkpoints in ckpt_0 beyond the newest ``keep``."""
+        files = sorted((file for file in self.checkpoints.glob("*.ckpt") if not file.name.startswith(".")),
+                       key=lambda file: file.stat().st_mtime_ns)
+        for file in files[:-keep]:
+            os.unlink(file)
+
+    def remove_leftovers(self) -> None:
+        """Remove files that a killed run had begun to write."""
+        for folder in (self.path, self.checkpoints):
+            remove_partials(folder)
+
+
+def create_run_folder(output_path: str) -> RunFolder:
+    """Make a new dated folder. Raises UserError if that cannot be written."""
+    stamp = datetime.now().strftime("%Y-%m-%d_time_%H_%M_%S")
+    try:
+        for suffix in ("", *(f"_{number}" for number in range(2, 1000))):
+            folder = Path(output_path) / (stamp + suffix)
+            try:
+                (folder / "ckpt_0").mkdir(parents=True)
+                return RunFolder(folder)
+            except FileExistsError:
+                if not Path(output_path).is_dir():
+                    raise
+    except OSError as failure:
+        raise UserError(f"cannot write to output_path '{output_path}': {failure.strerror}") from None
+    raise UserError(f"output_path '{output_path}' has too many runs of this second")

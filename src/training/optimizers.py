@@ -1,0 +1,193 @@
+"""Optimizers: the execution of an update rule on the host or on a device, with the learning rate as an argument of every update."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mindspore
+import numpy as np
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+
+from src.models.formats import OPTIMIZER_PREFIX
+from src.training.update_rules import UpdateRule, make_rule
+from src.utils.config import Config
+
+# Elements updated at a time: few enough that the arrays of a chunk stay in a core's cache.
+_CHUNK = 1 << 16
+
+
+@dataclass(frozen=True)
+class _Treatment:
+    """Weight decay and learning-rate factor of one parameter."""
+
+    decay: float
+    lr_factor: float
+
+
+class Optimizer:
+    """Updates parameters from their gradients by an UpdateRule; subclasses do so on the host or on a device.
+
+    Attributes:
+        state_parameters: what it keeps, Parameters named ``optimizer.STATE.NAME``.
+    """
+
+    def __init__(self, parameters: Sequence[Parameter], rule: UpdateRule, config: Config) -> None:
+        self.parameters, self.rule, self._updates = list(parameters), rule, 0
+        self.states = [tuple(_zeros_like(p, state) for state in rule.states) for p in parameters]
+        self.treatments = [_Treatment(config.weight_decay if config.decay_norm_and_bias or p.ndim > 1 else 0.0,
+                                      config.bias_lr_factor if is_bias(p.name) else 1.0) for p in parameters]
+        self._uses_norms = type(rule).rate_factor is not UpdateRule.rate_factor
+
+    def __call__(self, lr: float, gradients: Sequence[Any], loss_scale: float = 1.0) -> int | None:
+        """Update with learning rate ``lr`` from ``gradients``, in the parameters' order, divided by ``loss_scale``.
+
+        Returns:
+            Index of the first parameter whose gradient is not finite, or None. With a loss scale other than 1 nothing is
+            updated then; without, the weights are of no use any more.
+        """
+        raise TypeError("an Optimizer is a HostOptimizer or a DeviceOptimizer")
+
+    @property
+    def state_parameters(self) -> list[Parameter]:
+        return [state for states in self.states for state in states]
+
+    def counters(self) -> dict[str, int]:
+        """What else a resumed run needs besides ``state_parameters``."""
+        return {"updates": self._updates}
+
+    def restore_counters(self, counters: dict[str, int]) -> None:
+        """Take back what ``counters`` gave."""
+        self._updates = counters["updates"]
+
+    def _rates(self, lr: float, norms: Sequence[tuple[float, float]] | None) -> list[float]:
+        """Learning rate of each parameter, by the norms of weight and gradient if the rule looks at them."""
+        rates = [lr * treatment.lr_factor for treatment in self.treatments]
+        if norms is None:
+            return rates
+        return [rate * (self.rule.rate_factor(*norm, treatment.decay) if p.ndim > 1 else 1.0)
+                for rate, p, norm, treatment in zip(rates, self.parameters, norms, self.treatments)]
+
+
+class HostOptimizer(Optimizer):
+    """The update on the parameters' own memory, for CPU, where asnumpy() of a parameter is its memory and writable.
+
+    A graph of element-wise operations costs about 10 ms per parameter there (benchmarks/README.md). Gradients are arrays.
+    """
+
+    def __call__(self, lr: float, gradients: Sequence[np.ndarray], loss_scale: float = 1.0) -> int | None:
+        if loss_scale != 1.0:
+            for gradient in gradients:
+                gradient *= np.float32(1 / loss_scale)
+            nonfinite = next((index for index, gradient in enumerate(gradients) if not _is_finite(gradient)), None)
+            if nonfinite is not None:
+                return nonfinite
+        self._updates += 1
+        # The memory is asked for at every update: a parameter that was loaded since has another.
+        weights = [p.asnumpy() for p in self.parameters]
+        norms = ([(float(np.linalg.norm(w)), float(np.linalg.norm(g))) for w, g in zip(weights, gradients)]
+                 if self._uses_norms else None)
+        constants = tuple(np.float32(constant) for constant in self.rule.constants(self._updates))
+        found = None
+        for index, (weight, gradient, rate) in enumerate(zip(weights, gradients, self._rates(lr, norms))):
+            states = [state.asnumpy().reshape(-1) for state in self.states[index]]
+            if not self._update(weight.reshape(-1), gradient.reshape(-1), states, np.float32(rate),
+                                self.treatments[index].decay, constants) and found is None:
+                found = index
+        return found
+
+    def _update(self, weight: np.ndarray, gradient: np.ndarray, states: list[np.ndarray], rate: np.float32, decay: float,
+                constants: tuple[np.float32, ...]) -> bool:
+        """Returns whether the gradient is finite, which costs little while a chunk is in the cache."""
+        finite = True
+        for start in range(0, weight.size, _CHUNK):
+            part = slice(start, start + _CHUNK)
+            finite = finite and _is_finite(gradient[part])
+            of_part = tuple(state[part] for state in states)
+            weight[part], changed = self.rule.update(weight[part], gradient[part], of_part, rate, decay, constants)
+            for state, new in zip(of_part, changed):
+                state[...] = new
+        return finite
+
+
+class DeviceOptimizer(Optimizer):
+    """The update as a graph, for GPU and Ascend. Gradients are tensors; only flags and norms travel to the host."""
+
+    def __init__(self, parameters: Sequence[Parameter], rule: UpdateRule, config: Config) -> None:
+        super().__init__(parameters, rule, config)
+        self._survey = _Survey(self.parameters, self._uses_norms)
+        self._graph = _UpdateGraph(self.parameters, self.states, rule, [treatment.decay for treatment in self.treatments])
+
+    def __call__(self, lr: float, gradients: Sequence[Tensor], loss_scale: float = 1.0) -> int | None:
+        finite, norms = (found.asnumpy() for found in self._survey(tuple(gradients)))
+        if not finite.all():
+            return int(finite.argmin())
+        self._updates += 1
+        scaled = [(float(weight), float(gradient) / loss_scale) for weight, gradient in norms.T] if self._uses_norms else None
+        self._graph(Tensor(self._rates(lr, scaled), mindspore.float32),
+                    Tensor((*self.rule.constants(self._updates), 1 / loss_scale), mindspore.float32), tuple(gradients))
+        return None
+
+
+class _Survey(nn.Cell):
+    """Gradients -> (whether each is finite (n,), norms of weights and of gradients (2, n) or (1, n) zeros)."""
+
+    def __init__(self, parameters: Sequence[Parameter], norms: bool) -> None:
+        super().__init__(auto_prefix=False)
+        self.parameters, self.norms = ParameterTuple(parameters), norms
+
+    def construct(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        finite, weights, sizes = (), (), ()
+        for index in range(len(self.parameters)):
+            gradient = ops.cast(gradients[index], mindspore.float32)
+            finite += (ops.isfinite(gradient).all(),)
+            if self.norms:
+                weights += (ops.sqrt(ops.square(self.parameters[index]).sum()),)
+                sizes += (ops.sqrt(ops.square(gradient).sum()),)
+        if self.norms:
+            return ops.stack(finite), ops.stack((ops.stack(weights), ops.stack(sizes)))
+        return ops.stack(finite), ops.zeros((2, 1), mindspore.float32)
+
+
+class _UpdateGraph(nn.Cell):
+    """(rates (n,), the rule's constants and 1 / loss scale, gradients) -> nothing of use; updates weights and states."""
+
+    def __init__(self, parameters: Sequence[Parameter], states: Sequence[tuple[Parameter, ...]], rule: UpdateRule,
+                 decays: Sequence[float]) -> None:
+        super().__init__(auto_prefix=False)
+        self.parameters, self.decays = ParameterTuple(parameters), tuple(decays)
+        self.per_parameter = len(rule.states)
+        self.states = ParameterTuple([state for of_parameter in states for state in of_parameter])
+        self.rule_update = rule.update
+
+    def construct(self, rates: Tensor, constants: Tensor, gradients: tuple[Tensor, ...]) -> Tensor:
+        for index in range(len(self.parameters)):
+            gradient = ops.cast(gradients[index], mindspore.float32) * constants[-1]
+            states = ()
+            for slot in range(self.per_parameter):
+                states += (self.states[index * self.per_parameter + slot],)
+            weight, changed = self.rule_update(self.parameters[index], gradient, states, rates[index], self.decays[index], constants)
+            ops.assign(self.parameters[index], weight)
+            for slot in range(self.per_parameter):
+                ops.assign(states[slot], changed[slot])
+        return rates
+
+
+def create_optimizer(config: Config, parameters: Sequence[Parameter]) -> Optimizer:
+    """The optimizer that the key ``optimizer`` names, for the device of ``config``. Raises UserError for an unknown one."""
+    kind = HostOptimizer if config.device_target == "CPU" else DeviceOptimizer
+    return kind(parameters, make_rule(config), config)
+
+
+def is_bias(name: str) -> bool:
+    """True for biases and batch-norm offsets, both of which PyTorch calls bias."""
+    return name.rpartition(".")[2] in ("bias", "beta")
+
+
+def _zeros_like(parameter: Parameter, state: str) -> Parameter:
+    return Parameter(Tensor(np.zeros(parameter.shape, np.float32)), name=f"{OPTIMIZER_PREFIX}{state}.{parameter.name}",
+                     requires_grad=False)
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    # The sum can overflow although every element is finite, so check the elements before reporting.
+    return bool(np.isfinite(array.sum()) or np.isfinite(array).all())

@@ -1,0 +1,71 @@
+"""Counting, and evaluation by the command."""
+
+import json
+
+import numpy as np
+import pytest
+
+from conftest import execute, make_config, mpirun
+from src.inference.evaluation import count_correct
+
+
+def test_hits_are_counted_by_hand():
+    logits = np.array([[9, 1, 2, 3, 4, 5, 6], [9, 1, 2, 3, 4, 5, 6], [9, 1, 2, 3, 4, 5, 6], [0, 0, 0, 0, 0, 0, 0],
+                       [9, 1, 2, 3, 4, 5, 6]], np.float32)
+    # ranks of the labels: 0, 4 (the last of the top five), 5, 0 (ties count for the lower index), padding
+    assert count_correct(logits, np.array([0, 3, 2, 0, -1])).tolist() == [2, 3, 4]
+
+
+def test_nan_is_wrong():
+    assert count_correct(np.full((2, 3), np.nan, np.float32), np.array([0, 1])).tolist() == [0, 0, 2]
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(1), pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def test_67_images_are_counted_once_on_any_number_of_ranks(trained_run, image_root, tmp_path, ranks):
+    result = tmp_path / "result.json"
+    command = ["eval.py", f"--data_path={image_root}/val", f"--checkpoint_file_path={trained_run}/ckpt_0/",
+               f"--result_path={result}", "--per_batch_size=10"]
+    run = execute(["python3", *command]) if ranks == 1 else mpirun(ranks, *command)
+    assert run.status == 0, run
+    results = json.loads(result.read_text())
+    assert [entry["images"] for entry in results] == [67, 67]
+    assert [entry["epoch"] for entry in results] == [1, 2]
+    recorded = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["top1"] for entry in results] == pytest.approx([line["top1"] for line in recorded], abs=1e-3)
+    assert set(results[0]) == {"checkpoint", "epoch", "step", "top1", "top5", "images", "images_per_second"}
+    lines = run.out.splitlines()
+    assert f"acc={results[0]['top1']:.2f}%(TOP1)" in lines[0] and f"acc={results[0]['top5']:.2f}%(TOP5)" in lines[0]
+    best = max(results, key=lambda entry: entry["top1"])
+    assert lines[2].startswith("best: ") and best["checkpoint"] in lines[2]
+
+
+def test_missing_class_in_the_validation_folder_shifts_nothing(trained_run, image_root, tmp_path):
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "cat").symlink_to(image_root / "val" / "cat")
+    result = tmp_path / "result.json"
+    run = execute(["python3", "eval.py", f"--data_path={tmp_path}/val", f"--result_path={result}",
+                   f"--checkpoint_file_path={trained_run}/best.ckpt"])
+    assert run.status == 0, run
+    assert json.loads(result.read_text())[0]["images"] == 23
+    assert json.loads(result.read_text())[0]["top1"] > 90  # the blue class is learnt; shifted labels would give 0
+
+
+@pytest.mark.parametrize("engine", ["mindspore", "onnx"])
+def test_every_engine_finds_the_same(trained_run, image_root, tmp_path, engine):
+    if engine == "onnx":
+        pytest.importorskip("onnxruntime")
+    run = execute(["python3", "eval.py", f"--data_path={image_root}/val", f"--checkpoint_file_path={trained_run}/best.ckpt",
+                   f"--eval_engine={engine}", f"--result_path={tmp_path}/result.json"])
+    assert run.status == 0, run
+    recorded = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()]
+    (result,) = json.loads((tmp_path / "result.json").read_text())
+    assert result["top1"] == pytest.approx(max(line["top1"] for line in recorded), abs=1e-3)
+
+
+def test_users_who_could_evaluate_faster_are_told(monkeypatch):
+    from src.inference import engines
+    assert engines.faster_engine_hint(make_config(eval_engine="mindspore")) is None
+    monkeypatch.setattr(engines, "onnx_is_installed", lambda: False)
+    assert "scripts/setup.sh --onnx" in engines.faster_engine_hint(make_config())
+    monkeypatch.setattr(engines, "onnx_is_installed", lambda: True)
+    assert engines.faster_engine_hint(make_config()) is None

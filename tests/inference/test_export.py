@@ -1,0 +1,115 @@
+"""export.py as a user starts it: every format, verified, and evaluated itself."""
+
+import json
+
+import numpy as np
+import pytest
+from mindspore import Tensor
+
+from conftest import TINY, execute, mpirun, randomise
+from src.models.build import build_model
+from src.models.fusion import fuse
+from src.models.formats import read_weights
+from src.runs.checkpoint import save_checkpoint
+from src.inference.export import export_checkpoint, network_size
+from src.utils.errors import UserError
+
+
+def export(*flags, **environment):
+    return execute(["python3", "export.py", *flags], **environment)
+
+
+def evaluated(path, image_root, tmp_path, ranks=1):
+    command = ["eval.py", f"--data_path={image_root}/val", f"--checkpoint_file_path={path}", f"--result_path={tmp_path}/r.json"]
+    run = execute(["python3", *command]) if ranks == 1 else mpirun(ranks, *command)
+    assert run.status == 0, run
+    (result,) = json.loads((tmp_path / "r.json").read_text())
+    return result["top1"], result["top5"], result["images"]
+
+
+@pytest.mark.parametrize("file_format", ["CKPT", pytest.param("MINDIR", marks=pytest.mark.slow),
+                                         pytest.param("ONNX", marks=pytest.mark.slow),
+                                         pytest.param("SAFETENSORS", marks=pytest.mark.slow)])
+def test_exported_network_evaluates_like_the_trained_one(file_format, trained_run, image_root, tmp_path):
+    if file_format == "ONNX":
+        pytest.importorskip("onnxruntime", reason="ONNX is an optional extra")
+    target = tmp_path / f"net.{file_format.lower()}"
+    run = export(f"--checkpoint_file_path={trained_run}/best.ckpt", f"--file_format={file_format}", f"--result_path={target}")
+    assert run.status == 0 and "largest relative difference" in run.out and "multiply-adds" in run.out, run
+    expected = evaluated(trained_run / "best.ckpt", image_root, tmp_path)
+    assert expected[2] == 67 and evaluated(target, image_root, tmp_path) == expected
+    if file_format == "ONNX":
+        assert evaluated(target, image_root, tmp_path, ranks=2) == expected
+
+
+# Unfused exports take long to compile; these have each kind of layer.
+@pytest.mark.slow
+@pytest.mark.parametrize("name,size,fused", [
+    ("alexnet", 80, True), ("resnet18", 32, True), ("resnext50_32x4d", 32, True), ("wrn16_8_cifar", 32, True),
+    ("vgg16_cifar", 32, True), ("resnet56_cifar", 32, True), ("alexnet", 80, False), ("resnet18", 32, False)])
+def test_every_network_exports_to_onnx(name, size, fused, tmp_path):
+    """Trained blocks have one-sided paddings, which MindSpore's exporter writes in the wrong order."""
+    pytest.importorskip("onnxruntime", reason="ONNX is an optional extra")
+    network = build_model(name, 10, "acb", image_size=size)
+    randomise(network)
+    path = tmp_path / "net.ckpt"
+    save_checkpoint(path, network.get_parameters(), {})
+    flags = {"network": name, "image_size": str(size)}
+    exported = export_checkpoint(path, flags, "ONNX", fused)
+    assert 0 < exported.difference < 1e-4
+
+
+def test_safetensors_have_torchvisions_names(tmp_path):
+    network = build_model("resnet18", 10)
+    save_checkpoint(tmp_path / "net.ckpt", network.get_parameters(), {})
+    export_checkpoint(tmp_path / "net.ckpt", {"network": "resnet18", "image_size": "32"}, "SAFETENSORS")
+    arrays, _ = read_weights(tmp_path / "net.safetensors")
+    assert np.array_equal(arrays["layer1.0.bn2.weight"], network.layer1[0].conv2.norm.gamma.asnumpy())
+    assert {"conv1.weight", "bn1.running_mean", "layer2.0.downsample.0.weight", "fc.bias"} <= set(arrays)
+
+
+# Giga multiply-adds that torchvision documents for its models at 224 x 224.
+@pytest.mark.parametrize("name,published", [("alexnet", 0.71), ("resnet18", 1.81), ("resnext50_32x4d", 4.23)])
+def test_multiply_adds_are_the_published_ones(name, published):
+    assert network_size(build_model(name, 1000), 224).multiply_adds / 1e9 == pytest.approx(published, abs=0.005)
+
+
+def test_fusion_brings_parameters_and_work_back_to_the_plain_network():
+    network = build_model("cifar_quick", 10, "acb")
+    plain, fused = network_size(build_model("cifar_quick", 10), 32), network_size(fuse(network), 32)
+    assert fused.multiply_adds == plain.multiply_adds
+    # A bias in place of scale and offset.
+    assert fused.parameters == plain.parameters - (32 + 32 + 64)
+    assert network_size(network, 32).multiply_adds > 1.3 * plain.multiply_adds
+    assert network.set_train(False)(Tensor(np.zeros((1, 3, 32, 32), np.float32))).shape == (1, 10)
+
+
+@pytest.mark.parametrize("file_format", ["CKPT", "SAFETENSORS", "MINDIR"])
+def test_a_file_that_differs_is_removed(file_format, tmp_path, monkeypatch):
+    network = build_model("cifar_quick", 10, "acb")
+    randomise(network)
+    save_checkpoint(tmp_path / "net.ckpt", network.get_parameters(), {})
+    monkeypatch.setattr("src.inference.export._TOLERANCE", 0.0)
+    with pytest.raises(UserError, match="differs from the checkpoint by"):
+        export_checkpoint(tmp_path / "net.ckpt", {"network": "cifar_quick", "image_size": "32"}, file_format)
+    assert [file.name for file in tmp_path.iterdir()] == ["net.ckpt"]
+
+
+def test_wrong_checkpoint_or_folder_leaves_no_file(tmp_path, trained_run):
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    run = export(f"--checkpoint_file_path={tmp_path}/text.ckpt", f"--result_path={tmp_path}/out.ckpt")
+    assert run.status == 2 and len(run.error_lines) == 1 and "not a MindSpore checkpoint" in run.error_lines[0], run
+    for file_format in ("CKPT", "ONNX", "MINDIR", "SAFETENSORS"):
+        run = export(f"--checkpoint_file_path={trained_run}/best.ckpt", f"--result_path={tmp_path}/text.ckpt/out",
+                     f"--file_format={file_format}")
+        assert run.status == 2 and len(run.error_lines) == 1 and "cannot write" in run.error_lines[0], run
+    assert [file.name for file in tmp_path.iterdir()] == ["text.ckpt"]
+    run = export(f"--checkpoint_file_path={trained_run}/best.ckpt", "--file_format=TFLITE")
+    assert run.status == 2 and "file_format=TFLITE" in run.error_lines[0], run
+
+
+def test_damaged_deployed_files_are_one_line(tmp_path):
+    for name in ("a.onnx", "a.mindir"):
+        (tmp_path / name).write_bytes(b"\x08\x07garbage" * 20)
+        run = execute(["python3", "eval.py", f"--checkpoint_file_path={tmp_path}/{name}", "--data_path=digits", *TINY])
+        assert run.status == 2 and len(run.error_lines) == 1 and "damaged" in run.error_lines[0], run

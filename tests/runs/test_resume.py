@@ -1,0 +1,107 @@
+"""A run that was killed and resumed ends as the run that was not: the same bits."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+
+from conftest import TINY, execute, mpirun, mpirun_words, only_run
+from src.models.formats import read_weights
+
+# Batch norm, momentum, augmentation, evaluation: all that has state.
+FLAGS = (*TINY, "--block=acb", "--max_epoch=3", "--run_eval=1", "--ckpt_interval_steps=5", "--keep_checkpoint_max=100",
+         "--global_batch_size=4", "--lr=0.02")
+
+
+def command(ranks, image_root, output, *more):
+    words = ["train.py", f"--data_path={image_root}/train", f"--output_path={output}", *FLAGS, *more]
+    return ["python3", *words] if ranks == 1 else mpirun_words(ranks, *words)
+
+
+def outcome(output):
+    """(arrays of the last checkpoint, metrics without rates)."""
+    folder = only_run(output)
+    arrays, metadata = read_weights(folder / "ckpt_0" / "cifar_quick-3_12.ckpt")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return arrays, metadata, [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(image_root, tmp_path_factory):
+    """undisturbed(ranks) -> the outcome of the run that was never stopped."""
+    found = {}
+
+    def on(ranks):
+        if ranks not in found:
+            output = tmp_path_factory.mktemp("whole")
+            run = execute(command(ranks, image_root, output))
+            assert run.status == 0, run
+            found[ranks] = outcome(output)
+        return found[ranks]
+    return on
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks,first_kill", [(1, "cifar_quick-1_5.ckpt"), (1, "cifar_quick-2_3.ckpt"), (2, "cifar_quick-1_10.ckpt")])
+def test_killed_and_resumed_run_ends_with_the_same_bits(image_root, tmp_path, start, undisturbed, ranks, first_kill):
+    killed = tmp_path / "killed"
+    running = start(command(ranks, image_root, killed))
+    running.wait_for(lambda: any(killed.glob(f"*/ckpt_0/{first_kill}")))
+    running.kill()
+    run = execute(command(ranks, image_root, killed, "--resume=auto"))
+    assert run.status == 0 and "going on from" in run.out, run
+    (expected, told, metrics), (arrays, resumed, resumed_metrics) = undisturbed(ranks), outcome(killed)
+    assert set(arrays) == set(expected) and any(name.startswith("optimizer.momentum.") for name in arrays)
+    for name, value in expected.items():
+        assert np.array_equal(arrays[name], value), name
+    assert resumed_metrics == metrics and [line["epoch"] for line in metrics] == [1, 2, 3]
+    assert resumed["best_top1"] == told["best_top1"]
+
+
+@pytest.mark.slow
+def test_resuming_elsewhere_or_otherwise(image_root, tmp_path):
+    run = execute(command(1, image_root, tmp_path / "out", "--max_steps=15"))
+    assert run.status == 0, run
+    refused = execute(command(1, image_root, tmp_path / "out", "--resume=auto", "--lr=0.3"))
+    assert refused.status == 2 and "lr=0.02 there and 0.3 here" in refused.error_lines[0], refused
+    refused = execute(command(1, image_root, tmp_path / "out", "--resume=auto", "--global_batch_size=8"))
+    assert refused.status == 2 and "steps per epoch" in refused.error_lines[0], refused
+    refused = execute(command(1, image_root, tmp_path / "none", "--resume=auto"))
+    assert refused.status == 2 and "finds no checkpoint" in refused.error_lines[0], refused
+    run = mpirun(2, *command(1, image_root, tmp_path / "out", "--resume=auto")[1:])
+    assert run.status == 0 and "it ran on 1 ranks and goes on with 2" in run.out, run
+    lines = (only_run(tmp_path / "out") / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [12, 15, 24, 36]
+
+
+@pytest.mark.slow
+def test_told_to_stop_and_resumed_ends_with_the_same_bits(image_root, tmp_path, start, undisturbed):
+    stopped = tmp_path / "stopped"
+    running = start(command(1, image_root, stopped, "--log_interval=1"))
+    running.wait_for_text("epoch 2/3 step 4/12")
+    running.process.send_signal(signal.SIGTERM)
+    run, _ = running.finish(30)
+    assert run.status == 143 and "stopped by SIGTERM after step" in run.out, run
+    run = execute(command(1, image_root, stopped, "--resume=auto"))
+    assert run.status == 0, run
+    (expected, _, metrics), (arrays, _, resumed_metrics) = undisturbed(1), outcome(stopped)
+    assert all(np.array_equal(arrays[name], expected[name]) for name in expected) and resumed_metrics == metrics
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_passed_over_and_other_images_are_refused(image_root, broken_copy, tmp_path):
+    run = execute(command(1, image_root, tmp_path / "out", "--max_steps=15"))
+    assert run.status == 0, run
+    newest = only_run(tmp_path / "out") / "ckpt_0" / "cifar_quick-2_3.ckpt"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.chmod(0o600)
+    newest.write_bytes(content)
+    (broken_copy / "train" / "ant" / "000.jpg").rename(broken_copy / "train" / "bee" / "more.jpg")
+    refused = execute(command(1, broken_copy, tmp_path / "out", "--resume=auto"))
+    assert refused.status == 2 and "other images" in refused.error_lines[0], refused
+    refused = execute(command(1, image_root, tmp_path / "out", f"--resume={newest}"))
+    assert refused.status == 2 and "is damaged" in refused.error_lines[0], refused
+    run = execute(command(1, image_root, tmp_path / "out", "--resume=auto", "--max_steps=16"))
+    assert run.status == 0 and f"passed over, as damaged: {newest}" in run.out, run

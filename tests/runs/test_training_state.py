@@ -1,0 +1,108 @@
+"""What a training's checkpoint holds, and which one ranks go on from."""
+
+
+import numpy as np
+import pytest
+from mindspore import Parameter, Tensor
+
+from conftest import make_config
+from src.models.build import build_model
+from src.parallel.communicator import Communicator
+from src.runs.checkpoint import save_checkpoint
+from src.runs.resume import find_resume_point
+from src.runs.training_state import TrainingState, read_training_state, restore_arrays
+from src.utils.errors import UserError
+
+
+def state(step=15, **changes):
+    values = dict(step=step, epoch=2, finished_epoch=False, epoch_sums={"loss": 1.25, "skipped": 0, "replaced": 3}, best_top1=71.5,
+                  steps_per_epoch=12, world_size=2, labels=99, class_to_index={"a": 0}, config=make_config().model_dump(mode="json"),
+                  optimizer={"updates": step}, loss_scale={"value": 1.0, "good_steps": step})
+    return TrainingState(**{**values, **changes})
+
+
+@pytest.fixture
+def network():
+    return build_model("cifar_quick", 4)
+
+
+def moments(network):
+    random = np.random.default_rng(0)
+    return [Parameter(Tensor(random.normal(size=p.shape).astype(np.float32)), name=f"optimizer.momentum.{p.name}")
+            for p in network.trainable_params()]
+
+
+def test_what_is_written_is_read(tmp_path, network):
+    optimizer_state = moments(network)
+    state().write(tmp_path / "a.ckpt", network, optimizer_state)
+    found, arrays = read_training_state(str(tmp_path / "a.ckpt"))
+    assert found == state()
+    other = build_model("cifar_quick", 4)
+    others = [Parameter(Tensor(np.zeros(p.shape, np.float32)), name=p.name) for p in optimizer_state]
+    restore_arrays(arrays, tmp_path / "a.ckpt", other, others)
+    for a, b in zip([*network.get_parameters(), *optimizer_state], [*other.get_parameters(), *others]):
+        assert np.array_equal(a.asnumpy(), b.asnumpy()), a.name
+
+
+def test_optimizer_state_that_is_missing_is_named(tmp_path, network):
+    state().write(tmp_path / "a.ckpt", network, [])
+    _, arrays = read_training_state(str(tmp_path / "a.ckpt"))
+    with pytest.raises(UserError, match="no optimizer state optimizer.momentum.conv1.conv.weight"):
+        restore_arrays(arrays, tmp_path / "a.ckpt", network, moments(network))
+
+
+@pytest.mark.parametrize("metadata,message", [({}, "no checkpoint of a training"), ({"fused": True, "config": {}}, "no checkpoint of a training"),
+                                              ({"step": 3, "world_size": 1}, "another version of this program")])
+def test_other_checkpoints_are_refused_with_what_to_do(tmp_path, network, metadata, message):
+    save_checkpoint(tmp_path / "a.ckpt", network.get_parameters(), metadata)
+    with pytest.raises(UserError, match=f"{message}.*--checkpoint_file_path"):
+        read_training_state(str(tmp_path / "a.ckpt"))
+
+
+class OtherRank(Communicator):
+    """Rank 0 of two, of which the other cannot read the checkpoints whose names hold ``unreadable``."""
+
+    size = 2
+
+    def __init__(self, unreadable):
+        self._unreadable, self._paths = unreadable, iter(())
+
+    def from_root(self, value):
+        self._paths = iter(value)
+        return value
+
+    def gather(self, value):
+        return [value, "rank 1 cannot" if self._unreadable in next(self._paths) else ""]
+
+
+@pytest.fixture
+def run_folder(tmp_path, network):
+    """A run with checkpoints of steps 5, 10 and 15; the newest is the last."""
+    for step in (5, 10, 15):
+        state(step).write(tmp_path / "run" / "ckpt_0" / f"n-1_{step}.ckpt", network, [])
+    return tmp_path
+
+
+def test_all_ranks_take_the_newest_that_every_rank_can_read(run_folder):
+    config = make_config(resume="auto", output_path=str(run_folder))
+    assert find_resume_point(config, Communicator()).state.step == 15
+    point = find_resume_point(config, OtherRank("1_15"))
+    assert point.state.step == 10 and [path[-9:] for path in point.passed_over] == ["1_15.ckpt"]
+    with pytest.raises(UserError, match="rank 1 cannot"):
+        find_resume_point(config, OtherRank("ckpt"))
+
+
+def test_a_checkpoint_that_is_asked_for_is_not_passed_over(run_folder):
+    file = run_folder / "run" / "ckpt_0" / "n-1_15.ckpt"
+    with pytest.raises(UserError, match="rank 1 cannot"):
+        find_resume_point(make_config(resume=str(file)), OtherRank("1_15"))
+
+
+def test_keys_that_differ_are_named_unless_they_only_say_where_and_how(run_folder):
+    keys = {"resume": "auto", "output_path": str(run_folder)}
+    assert find_resume_point(make_config(**keys, log_interval=3, num_parallel_workers=2, data_path="elsewhere"), Communicator())
+    for key, value in (("lr", 0.7), ("optimizer", "adamw"), ("augmentations", "crop"), ("label_smooth", 0)):
+        with pytest.raises(UserError, match=f"of another training: {key}="):
+            find_resume_point(make_config(**keys, **{key: value}), Communicator())
+
+

@@ -1,0 +1,120 @@
+"""Optimizers against PyTorch's, and against the paper's formula where PyTorch has none."""
+
+import numpy as np
+import pytest
+from mindspore import Parameter, Tensor
+
+from conftest import make_config
+from src.training.optimizers import DeviceOptimizer, HostOptimizer
+from src.training.update_rules import make_rule
+from src.utils.errors import UserError
+
+RATES = (0.1, 0.05, 0.2, 0.1)
+KEYS = {"momentum": 0.9, "weight_decay": 0.1, "decay_norm_and_bias": 0, "bias_lr_factor": 2}
+
+
+@pytest.fixture
+def problem():
+    """(first values, gradients of each step) of a matrix larger than a chunk and a bias."""
+    random = np.random.default_rng(0)
+    shapes = {"a.weight": (70, 1000), "a.bias": (40,)}
+    return ({name: random.normal(size=shape) for name, shape in shapes.items()},
+            [{name: random.normal(size=shape) for name, shape in shapes.items()} for _ in RATES])
+
+
+def trained(kind, optimizer, problem, loss_scale=1.0):
+    """(weights after the steps, the optimizer) here."""
+    start, gradients = problem
+    config = make_config(optimizer=optimizer, **KEYS)
+    parameters = [Parameter(Tensor(value.astype(np.float32)), name=name) for name, value in start.items()]
+    instance = kind(parameters, make_rule(config), config)
+    for lr, of_step in zip(RATES, gradients):
+        arrays = [(loss_scale * of_step[name]).astype(np.float32) for name in start]
+        given = arrays if kind is HostOptimizer else [Tensor(array) for array in arrays]
+        assert instance(lr, given, loss_scale) is None
+    return {p.name: p.asnumpy() for p in parameters}, instance
+
+
+def by_formula(problem, formula):
+    """Weights after the steps by ``formula``(w, g, state, lr, decay) -> w, in float64; state is a dictionary."""
+    start, gradients = problem
+    weights, states = {name: value.copy() for name, value in start.items()}, {name: {} for name in start}
+    for lr, of_step in zip(RATES, gradients):
+        for name in weights:
+            decay, factor = (0.1, 1) if name == "a.weight" else (0.0, 2)
+            weights[name] = formula(weights[name], of_step[name], states[name], lr * factor, decay)
+    return weights
+
+
+def momentum(w, g, state, lr, decay):
+    state["v"] = 0.9 * state.get("v", 0) + g + decay * w
+    return w - lr * state["v"]
+
+
+def lars(w, g, state, lr, decay):
+    """You et al., arXiv:1708.03888, algorithm 1."""
+    trust = 0.001 * np.linalg.norm(w) / (np.linalg.norm(g) + decay * np.linalg.norm(w)) if w.ndim > 1 else 1
+    state["v"] = 0.9 * state.get("v", 0) + lr * trust * (g + decay * w)
+    return w - state["v"]
+
+
+@pytest.mark.parametrize("kind", [HostOptimizer, DeviceOptimizer])
+@pytest.mark.parametrize("name,formula", [("momentum", momentum), ("lars", lars)])
+def test_follows_its_definition(kind, name, formula, problem):
+    found, _ = trained(kind, name, problem)
+    for parameter, expected in by_formula(problem, formula).items():
+        assert np.abs(found[parameter] - problem[0][parameter]).max() > 1e-4
+        assert np.allclose(found[parameter], expected, atol=1e-5), parameter
+
+
+@pytest.mark.parametrize("kind", [HostOptimizer, DeviceOptimizer])
+@pytest.mark.parametrize("optimizer", ["momentum", "nesterov", "adamw", "adamw(beta1=0.8, beta2=0.95, epsilon=1e-3)"])
+def test_agrees_with_pytorch(kind, optimizer, problem, measured):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    parameters = {name: torch.tensor(value, dtype=torch.float64, requires_grad=True) for name, value in problem[0].items()}
+    groups = [{"params": [parameters["a.weight"]], "weight_decay": 0.1, "factor": 1},
+              {"params": [parameters["a.bias"]], "weight_decay": 0.0, "factor": 2}]
+    if optimizer.startswith("adamw"):
+        betas, epsilon = ((0.8, 0.95), 1e-3) if "(" in optimizer else ((0.9, 0.999), 1e-8)
+        theirs = torch.optim.AdamW(groups, betas=betas, eps=epsilon)
+    else:
+        theirs = torch.optim.SGD(groups, momentum=0.9, nesterov=optimizer == "nesterov", lr=1.0)
+    for lr, gradients in zip(RATES, problem[1]):
+        for group in theirs.param_groups:
+            group["lr"] = lr * group["factor"]
+        for name, parameter in parameters.items():
+            parameter.grad = torch.tensor(gradients[name])
+        theirs.step()
+    found, _ = trained(kind, optimizer, problem)
+    largest = max(np.abs(found[name] - parameter.detach().numpy()).max() for name, parameter in parameters.items())
+    measured(f"{optimizer} on {kind.__name__}: largest difference from PyTorch after {len(RATES)} steps {largest:.1e}")
+    assert largest < 1e-5
+
+
+@pytest.mark.parametrize("kind", [HostOptimizer, DeviceOptimizer])
+@pytest.mark.parametrize("optimizer", ["momentum", "lars"])
+def test_loss_scale_does_not_change_the_update(kind, optimizer, problem):
+    (plain, _), (scaled, _) = trained(kind, optimizer, problem), trained(kind, optimizer, problem, loss_scale=1024.0)
+    assert all(np.allclose(plain[name], scaled[name], atol=1e-6) for name in plain)
+
+
+def test_states_are_named_after_their_parameters(problem):
+    _, optimizer = trained(HostOptimizer, "adamw", problem)
+    assert [p.name for p in optimizer.state_parameters] == [
+        f"optimizer.{state}.{name}" for name in problem[0] for state in ("first_moment", "second_moment")]
+    assert optimizer.counters() == {"updates": len(RATES)}
+
+
+def test_lars_moves_weights_that_are_zero():
+    config = make_config(optimizer="lars")
+    parameter = Parameter(Tensor(np.zeros((2, 2), np.float32)), name="a.weight")
+    HostOptimizer([parameter], make_rule(config), config)(0.1, [np.ones((2, 2), np.float32)])
+    assert np.allclose(parameter.asnumpy(), -0.1)
+
+
+@pytest.mark.parametrize("text,message", [
+    ("adam", "did you mean 'adamw'"), ("adamw(beta3=1)", "adamw takes no argument 'beta3'"), ("adamw(beta1=2)", "less than 1"),
+    ("adamw(0.9)", "neither a name nor"), ("momentum(momentum='x')", "momentum=x"), ("__import__('os')", "neither a name nor")])
+def test_a_wrong_optimizer_is_named(text, message):
+    with pytest.raises(UserError, match=message):
+        make_rule(make_config(optimizer=text))
