@@ -7,7 +7,7 @@ from src.command import begin, run_main
 from src.parallel.environment import launched_rank
 
 
-def main(arguments):
+def main(arguments: list[str]) -> None:
     command = begin(arguments)
     config, communicator = command.config, command.communicator
     from src.inference.engines import faster_engine_hint

@@ -7,7 +7,7 @@ Networks with blocks are fused into the plain network unless --fuse=0. What was 
 from src.command import begin, run_main
 
 
-def main(arguments):
+def main(arguments: list[str]) -> None:
     command = begin(arguments, distributed=False)
     config = command.config
     from src.inference.export import export_checkpoint

@@ -6,7 +6,7 @@ Takes checkpoints and exported files (.ckpt, .safetensors, .pth, .hdf5, .onnx, .
 from src.command import begin, run_main
 
 
-def main(arguments):
+def main(arguments: list[str]) -> None:
     command = begin(arguments, names="IMAGE_OR_FOLDER", distributed=False)
     config = command.config
     from src.inference.engines import open_engine

@@ -3,11 +3,20 @@
 Without arguments the bundled digits are trained. `mpirun -n N python3 train.py --run_distribute=1 ...` trains on N ranks.
 """
 
+from typing import TYPE_CHECKING
+
 from src.command import begin, run_main
 from src.parallel.environment import launched_rank
+from src.utils.signals import Signals
+
+if TYPE_CHECKING:
+    from src.parallel.communicator import Communicator
+    from src.runs.recorder import Recorder
+    from src.runs.resume import ResumePoint
+    from src.utils.config import Config
 
 
-def main(arguments, signals):
+def main(arguments: list[str], signals: Signals) -> None:
     command = begin(arguments)
     config, communicator = command.config, command.communicator
     from src.training.data import check_training_keys, open_eval_images, open_train_images, resolve_classes
@@ -49,7 +58,7 @@ def main(arguments, signals):
     recorder.log_place()
 
 
-def create_recorder(config, communicator, resumed):
+def create_recorder(config: "Config", communicator: "Communicator", resumed: "ResumePoint | None") -> "Recorder":
     """What reports and saves: on rank 0 into the run's folder, a new one unless the run is resumed."""
     from src.runs.recorder import Recorder, RunRecorder
     from src.runs.run_folder import create_run_folder

@@ -53,10 +53,11 @@ def evaluate(options, network):
     from src.utils.device import prepare_process, select_device
     prepare_process()
     import numpy as np
-    from src.models.fusion import fuse
+
     from src.inference.engines import network_engine
     from src.inference.onnx_engine import onnx_is_installed
     from src.models.build import create_network
+    from src.models.fusion import fuse
     select_device("CPU", 0)
     images = np.random.default_rng(0).integers(0, 256, (options.batch, options.image_size, options.image_size, 3), np.uint8)
     for name in ("mindspore", *(("onnx",) if onnx_is_installed() else ())):

@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.utils.device import prepare_process  # noqa: E402
 from src.command import run_main  # noqa: E402
+from src.utils.device import prepare_process  # noqa: E402
 
 ANGLES = tuple(range(0, 181, 15))
 BLOCKS = ("base", "acb")
@@ -53,13 +53,13 @@ def parse(arguments):
 def study_run(network_name, block, seed, epochs):
     """Train one network by the digits recipe; {upright, by_angle, fused_upright, kernels}."""
     from src.dataset.sources import open_images
+    from src.inference.engines import NetworkEngine
+    from src.inference.evaluation import Evaluator
+    from src.models.build import create_network
     from src.models.fusion import fuse
     from src.parallel.communicator import Communicator
-    from src.inference.evaluation import Evaluator
-    from src.inference.engines import NetworkEngine
     from src.runs.recorder import Recorder
     from src.training.data import resolve_classes
-    from src.models.build import create_network
     from src.training.trainer import Trainer
     from src.utils.config import load_config
 
@@ -79,6 +79,7 @@ def rotated(images, config, angle):
     """The images at evaluation size, turned by ``angle`` degrees about their centre on black."""
     import cv2
     import numpy as np
+
     from src.dataset.sources import ImageSet
     from src.dataset.transforms import eval_transform
     size = config.image_size

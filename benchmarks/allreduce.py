@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.processes import last_line, mpirun_words  # noqa: E402
 from benchmarks.timing import median_seconds  # noqa: E402
-from src.parallel.environment import launched_rank  # noqa: E402
 from src.command import prepare_rank, run_main  # noqa: E402
+from src.parallel.environment import launched_rank  # noqa: E402
 
 _MCCL_TIMEOUT_S = 240
 

@@ -23,6 +23,7 @@ def main(arguments):
     config = load_config({"data_path": "none", "num_classes": "1000", "per_batch_size": "16", **parse_only_flags(arguments)})
     prepare_process(config.device_target)
     import numpy as np
+
     from src.dataset.batches import Batch
     from src.models.build import create_network
     from src.models.formats import read_weights
@@ -38,7 +39,8 @@ def main(arguments):
     step_s = median_seconds(lambda: step([zeros], 0.0, 0), _REPEATS)
     with tempfile.TemporaryDirectory(dir=".") as folder:
         file = Path(folder) / "a.ckpt"
-        save_s = median_seconds(lambda: save_checkpoint(file, [*network.get_parameters(), *step.optimizer.state_parameters], {"epoch": 1}), _REPEATS)
+        parameters = [*network.get_parameters(), *step.optimizer.state_parameters]
+        save_s = median_seconds(lambda: save_checkpoint(file, parameters, {"epoch": 1}), _REPEATS)
         read_s = median_seconds(lambda: read_weights(file), _REPEATS)
         mib = file.stat().st_size / 2 ** 20
     print(f"checkpoint_cost network={config.network} block={config.block} mib={mib:.1f} save_s={save_s:.3f} read_s={read_s:.3f} "

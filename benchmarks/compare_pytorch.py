@@ -106,11 +106,12 @@ def free_port():
 
 def pytorch_train(options):
     """On each rank: DistributedDataParallel's step; rank 0 prints."""
-    rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", 0))
+    rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", "0"))
     cores = sorted(os.sched_getaffinity(0))
     share = max(len(cores) // options.ranks, 1)
     os.sched_setaffinity(0, cores[rank * share % len(cores):][:share])
     import torch
+
     from benchmarks.pytorch_reference import build, normalise
     torch.set_num_threads(share)
     torch.manual_seed(0)
@@ -147,6 +148,7 @@ def pytorch_train(options):
 
 def pytorch_eval(options):
     import torch
+
     from benchmarks.pytorch_reference import build, normalise
     torch.manual_seed(0)
     network = build(options.network, 1000, options.block).eval()
@@ -171,6 +173,7 @@ def our_eval(options):
                           "image_size": str(options.image_size)})
     prepare_process()
     import numpy as np
+
     from src.inference.engines import network_engine
     from src.models.build import create_network
     select_device("CPU", 0)

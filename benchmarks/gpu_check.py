@@ -1,11 +1,11 @@
-"""Everything that there is to know of a GPU, in one command on a machine that has one (after `bash scripts/setup.sh --gpu`):
+"""Everything that there is to know about a GPU, in one command on a machine that has one (after `bash scripts/setup.sh --gpu`):
 
     python3 benchmarks/gpu_check.py [--networks=alexnet,resnet18+acb,resnext50_32x4d] [--batches=64,128,256] [--steps=30]
 
 Each network: loss and gradient norms of one step against CPU in float32; images/s of training in O0, O2 and O3 at the best of
-the batches, beside PyTorch on the same GPU (float32 and autocast, channels_last) where a PyTorch with CUDA is installed; the
+the batches, beside PyTorch on the same GPU (float32 and autocast, channels_last) if a PyTorch with CUDA is installed; the
 fused ACNet against the plain network in inference. Each measurement is a process of its own. `--device_target=CPU` shows the
-program itself to work where there is no GPU.
+program itself to work if there is no GPU.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.timing import median_seconds  # noqa: E402
-from src.utils.errors import UserError  # noqa: E402
 from src.command import run_main  # noqa: E402
+from src.utils.errors import UserError  # noqa: E402
 
 
 def main(arguments):
@@ -77,7 +77,7 @@ def measured(worker, options, network, **changes):
 
 
 def fastest(worker, options, network, **changes):
-    """(images/s, batch) at the best of the batches; (0, 0) where the worker cannot run."""
+    """(images/s, batch) at the best of the batches; (0, 0) if the worker cannot run."""
     rates = {}
     for batch in map(int, options.batches.split(",")):
         rates[batch] = measured(worker, options, network, batch=batch, **changes)["images_per_second"]
@@ -96,6 +96,7 @@ def set_up(options):
                           "amp_level": options.amp_level, "device_target": options.device_target})
     prepare_process(options.device_target)
     import numpy as np
+
     from src.dataset.batches import Batch
     from src.models.build import create_network
 
@@ -108,6 +109,7 @@ def set_up(options):
 def gradients_of_one_step(options):
     import numpy as np
     from mindspore import Tensor
+
     from src.models.layers import InputNormalizer
     from src.training.step import ForwardBackward, NetworkWithLoss
     network, config, batch = set_up(options)
@@ -127,17 +129,18 @@ def training_rate(options):
 
 
 def inference_rate(options):
-    from src.models.fusion import fuse
     from src.inference.engines import NetworkEngine
+    from src.models.fusion import fuse
     network, config, batch = set_up(options)
     engine = NetworkEngine(fuse(network), config)
     return rate(options, lambda number: engine(batch.images))
 
 
 def pytorch_rate(options):
-    """The same step in PyTorch: momentum SGD, label smoothing, channels_last; 0 where there is no PyTorch for the device."""
+    """The same step in PyTorch: momentum SGD, label smoothing, channels_last; 0 if there is no PyTorch for the device."""
     try:
         import torch
+
         from benchmarks.pytorch_reference import build
     except ImportError:
         return {"images_per_second": 0.0}

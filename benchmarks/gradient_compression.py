@@ -1,7 +1,7 @@
 """What sending gradients in sixteen bits does to the loss curve: `python3 benchmarks/gradient_compression.py [--epochs=12] [--ranks=2]`.
 
 The digits recipe with --gradient_compression=none, float16 and bfloat16; each form's losses by epoch beside those without (relative
-differences), and the same with another seed as a measure of what such differences mean. Prints a line a form.
+differences), and the same with another seed as a measure of what such differences mean. Prints one line per form.
 """
 
 import argparse
@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.processes import mpirun_environment, mpirun_words  # noqa: E402
-from src.utils.errors import UserError  # noqa: E402
 from src.command import run_main  # noqa: E402
+from src.utils.errors import UserError  # noqa: E402
 
 
 def main(arguments):
@@ -39,7 +39,7 @@ def main(arguments):
 
 
 def trained(options, form, seed):
-    """metrics.jsonl of one training, a dictionary an epoch."""
+    """metrics.jsonl of one training, one dictionary per epoch."""
     with tempfile.TemporaryDirectory() as folder:
         words = mpirun_words(options.ranks, ROOT / "train.py", "--run_distribute=1", "--config_path=digits", f"--output_path={folder}",
                              f"--gradient_compression={form}", f"--seed={seed}", f"--max_epoch={options.epochs}", "--run_eval=1")

@@ -134,7 +134,8 @@ def print_operations(images):
     """Milliseconds of each operation on one image and thread."""
     import cv2
     import numpy as np
-    from mindspore import Tensor, set_context, set_device, GRAPH_MODE
+    from mindspore import GRAPH_MODE, Tensor, set_context, set_device
+
     from src.dataset import transforms
     from src.dataset.augmentations import sample_generator
     from src.models.layers import InputNormalizer

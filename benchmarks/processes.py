@@ -18,7 +18,7 @@ def mpirun_environment():
 
 
 def last_line(words):
-    """The last line that the command ``words`` prints. Raises UserError where it fails."""
+    """The last line that the command ``words`` prints. Raises UserError if it fails."""
     finished = subprocess.run(words, stdout=subprocess.PIPE, text=True, env=mpirun_environment())
     if finished.returncode or not finished.stdout.strip():
         raise UserError(f"'{' '.join(words)}' ended with status {finished.returncode}; its error is above")

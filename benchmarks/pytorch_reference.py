@@ -22,7 +22,7 @@ class Acb(nn.Module):
 
     def __init__(self, in_channels, out_channels, size=5, stride=1, groups=1):
         super().__init__()
-        half, shape = size // 2, dict(stride=stride, groups=groups, bias=False)
+        half, shape = size // 2, {"stride": stride, "groups": groups, "bias": False}
         self.square_conv = nn.Conv2d(in_channels, out_channels, size, padding=half, **shape)
         self.hor_conv = nn.Conv2d(in_channels, out_channels, (1, size), padding=(0, half), **shape)
         self.ver_conv = nn.Conv2d(in_channels, out_channels, (size, 1), padding=(half, 0), **shape)

@@ -3,7 +3,7 @@
     python3 benchmarks/repeatability.py [--steps=50] [--networks=alexnet,resnet18] [--ranks=1,2,4]
 
 AlexNet has no batch norm (and trains here without dropout): its curves differ by rounding alone. Batch norm sees each
-rank's share of the batch, unless it is synchronised, which CPU has not. Prints a line a network and number of ranks.
+rank's share of the batch, unless it is synchronised, which CPU does not have. Prints one line per network and number of ranks.
 """
 
 import argparse
@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.processes import last_line, mpirun_words  # noqa: E402
-from src.parallel.environment import launched_rank, started_by_mpirun  # noqa: E402
 from src.command import prepare_rank, run_main  # noqa: E402
+from src.parallel.environment import launched_rank, started_by_mpirun  # noqa: E402
 
 _BATCH = 8
 
@@ -57,8 +57,8 @@ def print_losses(network_name, steps):
     prepare_rank(communicator)
     from src.dataset.batches import TrainBatches
     from src.dataset.sources import open_images
-    from src.training.schedule import learning_rate
     from src.models.build import create_network
+    from src.training.schedule import learning_rate
     from src.training.step import create_train_step
 
     select_device("CPU", 0)

@@ -14,7 +14,7 @@ from src.command import run_main  # noqa: E402
 
 _LATENCY_S = 10e-6
 _GPUS = 8
-# network: (bytes of float32 gradients, images a step and device, compute seconds of that step)
+# network: (bytes of float32 gradients, images per step and device, compute seconds of that step)
 _SEEDS = {
     "resnext50_32x4d": (4 * 25_028_904, 128, 128 / 109.97),
     "resnet18+acb": (4 * 19_030_000, 32, 1 / 5.78),

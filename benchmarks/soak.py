@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.processes import mpirun_environment, mpirun_words  # noqa: E402
-from src.utils.errors import UserError  # noqa: E402
 from src.command import run_main  # noqa: E402
+from src.utils.errors import UserError  # noqa: E402
 
 
 def main(arguments):
@@ -112,7 +112,7 @@ def run_with_kills(options, folder, trained_s):
 
 
 def progresses(process, output):
-    """Wait until the training has written a checkpoint since it began; False where it ended first."""
+    """Wait until the training has written a checkpoint since it began; False if it ended first."""
     began = time.time_ns()
     while process.poll() is None:
         if any(file.stat().st_mtime_ns > began for file in output.glob("*/latest.ckpt") if file.exists()):
@@ -141,7 +141,7 @@ def ranks_of(process):
 
 
 def usage(pid):
-    """(resident MiB, open files) of a process, or None where it has ended."""
+    """(resident MiB, open files) of a process, or None if it has ended."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE") / 2 ** 20, len(os.listdir(f"/proc/{pid}/fd"))

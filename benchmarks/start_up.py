@@ -1,6 +1,6 @@
 """Time from `python3 train.py` to the end of its first step: `python3 benchmarks/start_up.py [--networks=NAME:SIZE,...] [--repeats=3]`.
 
-Each training (8 digits of SIZE x SIZE a step) runs with the graph cache off and with the graph in it. Medians of what was spent on
+Each training (8 digits of SIZE x SIZE per step) runs with the graph cache off and with the graph in it. Medians of what was spent on
 imports, the data set, building the network, compiling and the rest of the first step, beside a later step.
 """
 
@@ -18,8 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from src.utils.errors import UserError  # noqa: E402
 from src.command import run_main  # noqa: E402
+from src.utils.errors import UserError  # noqa: E402
 
 _STEPS = 3
 
@@ -66,6 +66,7 @@ def watch(started, arguments):
         prepare(*words)
         # Only now: these import MindSpore.
         from mindspore.nn import cell
+
         from src.models import build
         from src.training import data, step
         clock.time(data, "open_train_images", "data_s")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.parallel.environment import launched_rank  # noqa: E402
 from src.command import prepare_rank, run_main  # noqa: E402
+from src.parallel.environment import launched_rank  # noqa: E402
 
 _WARMUP = 2
 
@@ -28,6 +28,7 @@ def main(arguments):
     communicator = connect(config.run_distribute)
     prepare_rank(communicator, config.device_target)
     import numpy as np
+
     from src.dataset.batches import Batch
     from src.models.build import create_network
     from src.training.step import create_train_step

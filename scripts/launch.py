@@ -45,7 +45,7 @@ def run(command, environment):
 
 
 def parse(arguments):
-    """Options, script and the script's own arguments; ends the process with a usage line where they are wrong."""
+    """Options, script and the script's own arguments; ends the process with a usage line if they are wrong."""
     parser = argparse.ArgumentParser(description="Start ranks under mpirun, each on its own cores.",
                                      allow_abbrev=False)
     parser.error = fail
@@ -74,7 +74,7 @@ def find_script(script, mode):
         return script
     if mode == "test" and os.path.basename(script) == "test.py":
         return str(ROOT / "eval.py")
-    fail(f"script '{script}' does not exist")
+    return fail(f"script '{script}' does not exist")
 
 
 def launch_environment(options):

@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.utils.errors import UserError  # noqa: E402
 from src.command import run_main  # noqa: E402
+from src.utils.errors import UserError  # noqa: E402
 
 
 def main(arguments):

@@ -13,6 +13,6 @@ for argument in "$@"; do
     esac
 done
 bash scripts/setup.sh "${extras[@]}"
-source .venv/bin/activate
+source "${VENV:-.venv}/bin/activate"
 # Two at a time: most tests wait for one core's work, compiling or starting a process. A later -n, 0 too, wins.
 exec python3 -m pytest -n 2 --dist worksteal ${arguments[@]+"${arguments[@]}"}

@@ -14,7 +14,7 @@ from src.parallel.ending import PATIENCE_S, end_process
 from src.utils.errors import Stopped, UserError
 from src.utils.signals import Signals
 
-_WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+_WORDS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
 @dataclass(frozen=True)

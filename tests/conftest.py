@@ -127,7 +127,7 @@ def only_run(output_path):
 
 
 def write_image_folder(root, split, classes, per_class, size=(40, 32), seed=0):
-    """JPEG files of coloured noise, one folder a class; the colour tells the class."""
+    """JPEG files of coloured noise, one folder per class; the colour shows the class."""
     random = np.random.default_rng(seed)
     for label, name in enumerate(classes):
         folder = Path(root) / split / name

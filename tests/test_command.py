@@ -3,7 +3,6 @@
 import subprocess
 
 import pytest
-
 from conftest import ROOT, TINY, only_run, user_environment
 
 

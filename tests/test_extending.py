@@ -5,8 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
-
 from conftest import ROOT, execute, only_run
+
 from src.models.formats import read_weights
 
 TEXT = (ROOT / "docs" / "extending.md").read_text()

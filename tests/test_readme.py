@@ -4,16 +4,15 @@ import re
 import shlex
 
 import pytest
-
 from conftest import ROOT, execute
+
 from src.utils.config import load_config, parse_flags
 
 
-
-
-def shown():
-    blocks = re.findall(r"(?m)^    (\S.*)$", (ROOT / "README.md").read_text())
-    inline = re.findall(r"`((?:python3|mpirun|bash|source) [^`]*)`", (ROOT / "README.md").read_text())
+def shown(document="README.md"):
+    text = (ROOT / document).read_text()
+    blocks = re.findall(r"(?m)^    (\S.*)$", text)
+    inline = re.findall(r"`((?:python3|mpirun|bash|source) [^`]*)`", text)
     commands = [line.partition("  #")[0].strip() for line in blocks + inline]
     return [command for command in dict.fromkeys(commands) if command.startswith(("python3", "mpirun", "bash"))]
 
@@ -37,9 +36,9 @@ def test_flags_in_the_readme_are_keys():
 
 
 @pytest.mark.slow
-def test_short_training_commands_of_the_readme_run(tmp_path):
-    commands = [command for command in shown() if "config_path=digits" in command and "..." not in command]
-    assert len(commands) >= 2
+def test_short_training_commands_of_the_documents_run(tmp_path):
+    commands = [command for command in (*shown(), *shown("docs/recipes.md")) if "config_path=digits" in command and "..." not in command]
+    assert len(commands) >= 4
     for command in commands:
         run = execute([*shlex.split(command), "--max_steps=2", f"--output_path={tmp_path}/out"])
         assert run.status == 0, run

@@ -4,6 +4,7 @@ A source below answers "batch i" from (seed, epoch, indices) alone and fills who
 ``prefetch`` makes the next batches while one is in use.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -159,7 +160,7 @@ class EvalBatches:
         self._threads = _Threads(config.num_parallel_workers or available_cores())
 
     def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch)
+        return math.ceil(len(self.indices) / self.batch)
 
     def __getitem__(self, number: int) -> Batch:
         mine = self.indices[number * self.batch:(number + 1) * self.batch]

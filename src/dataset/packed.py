@@ -132,7 +132,7 @@ def pack(images: "ImageSet", path: str, short_side: int, quality: int, workers: 
         UserError: for an image that cannot be decoded, a folder that cannot be written, or parts made with other options.
     """
     parts = -(-len(images) // part_images)
-    source = zlib.crc32("\n".join(map(images.name, range(len(images)))).encode(), zlib.crc32(images.labels))
+    source = zlib.crc32("\n".join(map(images.name, range(len(images)))).encode(), zlib.crc32(images.labels.data))
     description = {"class_to_index": images.class_to_index, "parts": parts, "images": len(images), "source": source,
                    "short_side": short_side, "quality": quality}
     for number in range(parts):
@@ -183,7 +183,7 @@ def _verify(path: Path, checksums: list[int], labels: np.ndarray) -> None:
     reader = FileReader(str(path))
     rows = sorted((row["name"], int(row["label"]), zlib.crc32(bytes(row["image"]))) for row in reader.get_next())
     reader.close()
-    found = [zlib.crc32(part.encoded(index)) for index in range(len(part.labels))]
+    found = [zlib.crc32(part.encoded(index).data) for index in range(len(part.labels))]
     ours = sorted(zip(part.names, part.labels.tolist(), found))
     if found != checksums or not np.array_equal(part.labels, labels) or ours != rows:
         raise UserError(f"'{path}' reads back otherwise than it was written; is the disk in order?")

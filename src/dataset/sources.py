@@ -122,7 +122,7 @@ def decode_image(encoded: np.ndarray, name: str) -> np.ndarray:
 def _claimed_pixels(encoded: np.ndarray) -> int:
     """Number of pixels by the header of an image file; 0 if Pillow cannot read it, when OpenCV's own limit of 2^30 holds."""
     try:
-        with Image.open(io.BytesIO(encoded)) as header:
+        with Image.open(io.BytesIO(encoded.data)) as header:
             return header.width * header.height
     except Image.DecompressionBombError:
         return _MOST_PIXELS + 1

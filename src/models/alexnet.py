@@ -24,8 +24,8 @@ class AlexNet(nn.Cell):
     def __init__(self, num_classes: int, layers: LayerFactory, dropout: float = 0.5, image_size: int = 224) -> None:
         super().__init__()
 
-        def conv(*shape: int, **geometry: int) -> nn.Cell:
-            return layers.conv(*shape, bias=True, **geometry)
+        def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0) -> nn.Cell:
+            return layers.conv(in_channels, out_channels, kernel_size, stride, padding, bias=True)
 
         self.conv1 = conv(3, 64, 11, stride=4, padding=2)
         self.conv2 = conv(64, 192, 5, padding=2)

@@ -14,7 +14,7 @@ class Block:
         builder: "MODULE:CLASS" of a ``fusion.BranchedConv``, called as ``builder(in_channels, out_channels, kernel_size,
             stride=..., padding=..., groups=..., norm=..., gamma_init=...)``.
         kernels: sizes of the square convolutions that it replaces, together with the batch norm behind them.
-        marks: parts of parameter names that only its trained form has; they tell what a file of another program holds.
+        marks: parts of parameter names that only its trained form has; by them files of other programs are recognised.
         fused_marks: the same for files of its fused form.
     """
 

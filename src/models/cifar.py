@@ -10,7 +10,7 @@ from src.models.layers import LayerFactory, global_average
 class CifarQuick(nn.Cell):
     """Caffe's CIFAR-quick with batch norm: three 5x5 convolutions and two dense layers. (N, 3, S, S) -> (N, num_classes)."""
 
-    def __init__(self, num_classes: int, layers: LayerFactory, image_size: int = 32, **_: Any) -> None:
+    def __init__(self, num_classes: int, layers: LayerFactory, image_size: int = 32, **unused: Any) -> None:
         super().__init__()
         self.conv1 = layers.conv_norm(3, 32, 5, padding=2)
         self.conv2 = layers.conv_norm(32, 32, 5, padding=2)
@@ -38,7 +38,7 @@ class Vgg16Cifar(nn.Cell):
 
     STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
-    def __init__(self, num_classes: int, layers: LayerFactory, image_size: int = 32, **_: Any) -> None:
+    def __init__(self, num_classes: int, layers: LayerFactory, image_size: int = 32, **unused: Any) -> None:
         super().__init__()
         features, in_channels = [], 3
         for stage in self.STAGES:
@@ -74,7 +74,7 @@ class _BasicBranchBlock(nn.Cell):
 class ResNetCifar(nn.Cell):
     """ResNet of depth 6n + 2 for CIFAR (He et al., section 4.2), with projection shortcuts as in ACNet's code."""
 
-    def __init__(self, num_classes: int, layers: LayerFactory, blocks_per_stage: int = 9, **_: Any) -> None:
+    def __init__(self, num_classes: int, layers: LayerFactory, blocks_per_stage: int = 9, **unused: Any) -> None:
         super().__init__()
         self.conv1 = layers.conv_norm(3, 16, 3, padding=1)
         self.relu = nn.ReLU()
@@ -114,7 +114,7 @@ class WideResNetCifar(nn.Cell):
     the last batch norm and the pooling.
     """
 
-    def __init__(self, num_classes: int, layers: LayerFactory, blocks_per_stage: int = 2, width: int = 8, **_: Any) -> None:
+    def __init__(self, num_classes: int, layers: LayerFactory, blocks_per_stage: int = 2, width: int = 8, **unused: Any) -> None:
         super().__init__()
         self.conv1 = layers.conv(3, 16, 3, padding=1)
         blocks, in_channels = [], 16

@@ -82,7 +82,7 @@ def content_checksum(arrays: Mapping[str, np.ndarray]) -> bytes:
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
         checksum = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), checksum)
-        checksum = zlib.crc32(array.reshape(-1).view(np.uint8), checksum)
+        checksum = zlib.crc32(array.reshape(-1).view(np.uint8).data, checksum)
     return checksum.to_bytes(4, "little")
 
 
@@ -105,7 +105,8 @@ def _read_safetensors(path: Path) -> tuple[Arrays, dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(str(path), framework="np") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
+            names = file.keys()
+            arrays = {name: file.get_tensor(name) for name in names}
             metadata = file.metadata() or {}
     except (SafetensorError, TypeError, ValueError, OSError, AttributeError) as failure:
         raise UserError(f"'{path}' is a damaged .safetensors file: {str(failure).splitlines()[0]}") from None

@@ -119,9 +119,9 @@ def chain(first: np.ndarray, first_bias: np.ndarray, second: np.ndarray, second_
     """
     first_parts, bias_parts = np.split(first[:, :, 0, 0], groups), np.split(first_bias, groups)
     second_parts = np.split(second, groups)
-    kernel = np.concatenate([np.einsum("omhw,mi->oihw", after, before) for before, after in zip(first_parts, second_parts)])
-    bias = np.concatenate([np.einsum("omhw,m->o", after, before) for before, after in zip(bias_parts, second_parts)])
-    return kernel, second_bias + bias
+    kernel = np.concatenate([np.tensordot(after, before, (1, 0)) for before, after in zip(first_parts, second_parts)])
+    bias = np.concatenate([after.sum((2, 3)) @ before for before, after in zip(bias_parts, second_parts)])
+    return kernel.transpose(0, 3, 1, 2), second_bias + bias
 
 
 def set_gamma(gamma: float | None, *batch_norms: nn.Cell) -> None:

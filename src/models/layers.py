@@ -85,9 +85,9 @@ class InputNormalizer(nn.Cell):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        std = np.asarray(std, np.float32)
-        self.scale = Tensor((1 / (255 * std)).reshape(1, 3, 1, 1).astype(np.float32))
-        self.offset = Tensor((-np.asarray(mean, np.float32) / std).reshape(1, 3, 1, 1))
+        deviation = np.asarray(std, np.float32)
+        self.scale = Tensor((1 / (255 * deviation)).reshape(1, 3, 1, 1).astype(np.float32))
+        self.offset = Tensor((-np.asarray(mean, np.float32) / deviation).reshape(1, 3, 1, 1))
 
     def construct(self, images: Tensor) -> Tensor:
         images = ops.transpose(ops.cast(images, mindspore.float32), (0, 3, 1, 2))

@@ -40,6 +40,12 @@ def _without_relu(layer: str, inner: str) -> str:
     return f"{layer}.{inner.replace('norm', 'bn')}" if inner in ("conv", "norm") else f"{layer}.{inner or 'fused_conv'}"
 
 
+def _split(module: str) -> tuple[str, str, str, str]:
+    """First three parts of a dotted name, and the rest."""
+    first, second, third, *rest = module.split(".")
+    return first, second, third, ".".join(rest)
+
+
 def acnet_quick(module: str, fused: bool) -> str:
     layer, _, inner = module.partition(".")
     if layer.startswith("conv"):
@@ -65,8 +71,7 @@ def acnet_resnet(module: str, fused: bool) -> str:
     first, _, inner = module.partition(".")
     if first == "conv1":
         return _with_relu("conv1", inner)
-    stage, block, layer, *inner = module.split(".")
-    inner = ".".join(inner)
+    stage, block, layer, inner = _split(module)
     place = f"stage{stage[-1]}.{block}"
     if layer == "downsample":
         return f"{place}.shortcut.{inner.replace('norm', 'bn')}"
@@ -78,9 +83,8 @@ def acnet_resnet56(module: str, fused: bool) -> str:
         return "linear"
     if module.startswith("conv1"):
         return _without_relu("stage1.conv1", module.partition(".")[2])
-    _, index, layer, *inner = module.split(".")
+    _, index, layer, inner = _split(module)
     stage, block = divmod(int(index), _RESNET56_BLOCKS_PER_STAGE)
-    inner = ".".join(inner)
     if layer == "downsample":
         return f"stage{stage + 1}.projection.{inner.replace('norm', 'bn')}"
     place = f"stage{stage + 1}.block{block}.{layer}"
@@ -93,8 +97,7 @@ def acnet_resnet50(module: str, fused: bool) -> str:
     first, _, inner = module.partition(".")
     if first == "conv1":
         return _with_relu("conv1", inner)
-    stage, block, layer, *inner = module.split(".")
-    inner = ".".join(inner)
+    stage, block, layer, inner = _split(module)
     if layer == "downsample":
         return f"stage{stage[-1]}.projection.{inner.replace('norm', 'bn')}"
     place = f"stage{stage[-1]}.block{block}.{layer}"
@@ -107,13 +110,13 @@ def acnet_wrn(module: str, fused: bool) -> str:
     plain = "fused_conv" if fused else ""
     if module.startswith("conv1"):
         return f"conv1.{module.partition('.')[2] or plain}".rstrip(".")
-    _, index, layer, *inner = module.split(".")
+    _, index, layer, inner = _split(module)
     stage, block = divmod(int(index), _WRN_BLOCKS_PER_STAGE)
     place = f"stage{stage + 1}.block{block + 1}"
     if layer == "shortcut":
-        return f"{place}.proj.{'bn' if inner[0] == '0' else 'conv'}"
+        return f"{place}.proj.{'bn' if inner == '0' else 'conv'}"
     if layer.startswith("norm"):
         return f"{place}.conv{layer[-1]}.bn"
     if inner or fused:
-        return f"{place}.{layer}.acb.{'.'.join(inner) or plain}"
+        return f"{place}.{layer}.acb.{inner or plain}"
     return f"{place}.{layer}.conv"

@@ -10,7 +10,7 @@ from src.models.layers import LayerFactory, MaxPoolAfterReLU, global_average
 
 
 def build(num_classes: int, layers: LayerFactory, *, bottleneck: bool, depths: tuple[int, ...], cardinality: int = 1,
-          base_width: int = 64, **_: Any) -> nn.Cell:
+          base_width: int = 64, **unused: Any) -> nn.Cell:
     """The ResNet with these blocks, initialised as in the paper and torchvision: Kaiming normal by fan-out."""
     layers = replace(layers, weight_init=HeNormal(mode="fan_out", nonlinearity="relu"))
     return ResNet(Bottleneck if bottleneck else BasicBlock, depths, num_classes, layers, cardinality, base_width)

@@ -12,7 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import mindspore
@@ -140,10 +140,8 @@ def _last_used(folder: Path) -> float:
 
 
 def _mark_as_used(folder: Path) -> None:
-    try:
+    with suppress(OSError):
         os.utime(folder)
-    except OSError:
-        pass
 
 
 def _is_whole(folder: Path) -> bool:

@@ -136,7 +136,9 @@ class _Survey(nn.Cell):
         self.parameters, self.norms = ParameterTuple(parameters), norms
 
     def construct(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        finite, weights, sizes = (), (), ()
+        finite: tuple[Tensor, ...] = ()
+        weights: tuple[Tensor, ...] = ()
+        sizes: tuple[Tensor, ...] = ()
         for index in range(len(self.parameters)):
             gradient = ops.cast(gradients[index], mindspore.float32)
             finite += (ops.isfinite(gradient).all(),)
@@ -162,7 +164,7 @@ class _UpdateGraph(nn.Cell):
     def construct(self, rates: Tensor, constants: Tensor, gradients: tuple[Tensor, ...]) -> Tensor:
         for index in range(len(self.parameters)):
             gradient = ops.cast(gradients[index], mindspore.float32) * constants[-1]
-            states = ()
+            states: tuple[Tensor, ...] = ()
             for slot in range(self.per_parameter):
                 states += (self.states[index * self.per_parameter + slot],)
             weight, changed = self.rule_update(self.parameters[index], gradient, states, rates[index], self.decays[index], constants)

@@ -155,7 +155,7 @@ def create_train_step(network: nn.Cell, config: Config, communicator: Communicat
     """The train step of ``network`` for the device of ``config``.
 
     Args:
-        graph_cache: takes the compiled graph of an earlier run; None compiles anew.
+        graph_cache: takes the compiled graph of an earlier run; None compiles it.
     """
     masks = dropout_masks(network, config, communicator)
     if config.device_target == "CPU":

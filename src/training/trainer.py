@@ -51,7 +51,7 @@ class Trainer:
         self.step = create_train_step(network, config, communicator, graph_cache)
         self.evaluator = Evaluator(eval_images, config, communicator) if eval_images is not None else None
         self.engine = NetworkEngine(network, config)
-        self.class_to_index, self._labels = train_images.class_to_index, zlib.crc32(train_images.labels)
+        self.class_to_index, self._labels = train_images.class_to_index, zlib.crc32(train_images.labels.data)
         self.first_step, self.best_top1, self._finished_epoch = 0, -1.0, True
         # Over the steps of the epoch: losses (means over ranks), steps skipped for overflow, images replaced.
         self._sums = _no_sums()
@@ -73,7 +73,7 @@ class Trainer:
             self._finish_epoch(self.first_step)
         passes = self.config.accumulation_steps
         batches = prefetch(self.batches, self.first_step * passes, self.last_step * passes)
-        # A run of a step or two has nothing else to time.
+        # A run of one or two steps has nothing else to time.
         first_timed = min(self.first_step + _WARMUP_STEPS, self.last_step - 1)
         for step in range(self.first_step, self.last_step):
             if step == self.first_step or step % self.steps_per_epoch == 0:

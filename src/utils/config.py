@@ -51,7 +51,7 @@ def _device_name(value: Any) -> Any:
 def _as_list(value: Any) -> Any:
     """`30,60,90` on the command line is a list."""
     if isinstance(value, str):
-        return [part for part in value.strip("[]() ").replace(",", " ").split()]
+        return value.strip("[]() ").replace(",", " ").split()
     return [value] if isinstance(value, (int, float)) else value
 
 

@@ -15,7 +15,7 @@ def prepare_process(device_target: str = "CPU") -> None:
     Raises:
         UserError: if a driver or library of the device is missing.
     """
-    # MindSpore's C++ warnings tell a user nothing that our own errors do not.
+    # MindSpore's C++ warnings say nothing to a user that our own errors do not.
     os.environ.setdefault("GLOG_v", "3")
     # With AVX-512, the oneDNN inside MindSpore falls back to its reference convolution for plain layouts: a step is
     # 6 to 25 times slower than with its AVX2 kernels (benchmarks/README.md).

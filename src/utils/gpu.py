@@ -37,7 +37,7 @@ _CPU_WORKS = "--device_target=CPU works on this machine"
 def prepare_gpu(packages: Path | None = None) -> None:
     """Load the driver and the CUDA libraries, and tell MindSpore which of its plug-ins fits; before MindSpore is imported.
 
-    A library that is loaded is found by its name ever after, so that the user sets no LD_LIBRARY_PATH.
+    A library that is loaded is found by its name from then on, so that the user sets no LD_LIBRARY_PATH.
 
     Args:
         packages: the site-packages folder to look in; None is this Python's.
@@ -74,7 +74,8 @@ def find_libraries(packages: Path | None = None) -> list[Path]:
 def cuda_release(home: str | Path | None) -> str | None:
     """"11.6" as the nvcc of the CUDA folder ``home`` says, or None if there is none."""
     try:
-        told = subprocess.run([f"{home}/bin/nvcc", "--version"], capture_output=True, text=True, timeout=10).stdout
+        told = subprocess.run([f"{home}/bin/nvcc", "--version"], capture_output=True, text=True, timeout=10,
+                              check=False).stdout
     except (OSError, subprocess.TimeoutExpired):
         return None
     release = re.search(r"release (\d+\.\d+)", told)

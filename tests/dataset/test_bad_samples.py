@@ -6,8 +6,8 @@ import zlib
 
 import numpy as np
 import pytest
-
 from conftest import execute, make_config
+
 from src.dataset.batches import PADDING_LABEL, UNDECODABLE_LABEL, EvalBatches, TrainBatches
 from src.dataset.sources import BadImage, find_bad_image, open_images, read_image
 from src.utils.errors import UserError

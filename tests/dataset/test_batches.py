@@ -4,8 +4,8 @@ import time
 
 import numpy as np
 import pytest
-
 from conftest import make_config
+
 from src.dataset.batches import PADDING_LABEL, EvalBatches, TrainBatches, epoch_order, global_batch, prefetch, rank_batch
 from src.dataset.sources import ImageSet, open_images
 from src.utils.errors import UserError

@@ -5,8 +5,8 @@ import os
 import cv2
 import numpy as np
 import pytest
-
 from conftest import TINY, execute, make_config, write_image_folder
+
 from src.dataset.batches import TrainBatches
 from src.dataset.packed import PackedImages, pack, part_name
 from src.dataset.sources import open_images

@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 import pytest
-
 from conftest import make_config
+
 from src.dataset.augmentations import sample_generator
 from src.dataset.transforms import _random_part, color_jitter, eval_transform, padded_crop
 

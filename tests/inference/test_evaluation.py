@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-
 from conftest import execute, make_config, mpirun
+
 from src.inference.evaluation import count_correct
 
 

@@ -4,14 +4,14 @@ import json
 
 import numpy as np
 import pytest
+from conftest import TINY, execute, mpirun, randomise
 from mindspore import Tensor
 
-from conftest import TINY, execute, mpirun, randomise
-from src.models.build import build_model
-from src.models.fusion import fuse
-from src.models.formats import read_weights
-from src.runs.checkpoint import save_checkpoint
 from src.inference.export import export_checkpoint, network_size
+from src.models.build import build_model
+from src.models.formats import read_weights
+from src.models.fusion import fuse
+from src.runs.checkpoint import save_checkpoint
 from src.utils.errors import UserError
 
 

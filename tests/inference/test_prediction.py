@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from conftest import execute
 from PIL import Image
 
-from conftest import execute
 from src.inference.prediction import read_picture, softmax
 from src.utils.errors import UserError
 

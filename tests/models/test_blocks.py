@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from conftest import randomise
 from mindspore import Tensor
 
-from conftest import randomise
 from src.models.acb import AsymmetricConvBlock
 from src.models.blocks import recognise_block
 from src.models.build import build_model

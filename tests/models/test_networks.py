@@ -7,7 +7,7 @@ from mindspore import Tensor
 
 from src.models.build import build_model
 from src.models.layers import MaxPoolAfterReLU
-from src.models.networks import NETWORKS, aliases, check_network
+from src.models.networks import NETWORKS, aliases
 from src.utils.errors import UserError
 
 # torchvision's documentation of each model's weights.
@@ -83,7 +83,7 @@ def test_seed_decides_the_weights():
 
 
 def test_resnet_initialisation_is_kaiming_normal_by_fan_out():
-    weight = dict((p.name, p) for p in build_model("resnet18", 10).get_parameters())["layer4.1.conv2.conv.weight"].asnumpy()
+    weight = {p.name: p for p in build_model("resnet18", 10).get_parameters()}["layer4.1.conv2.conv.weight"].asnumpy()
     assert weight.std() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.01)
 
 

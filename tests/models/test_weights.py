@@ -2,16 +2,16 @@
 
 import numpy as np
 import pytest
+from conftest import randomise
 from mindspore import Tensor
 
-from conftest import randomise
 from src.models.build import build_model
-from src.models.fusion import fuse
 from src.models.formats import read_weights
+from src.models.fusion import fuse
 from src.models.networks import acnet_name, torch_name
 from src.models.weights import load_weights
-from src.utils.errors import UserError
 from src.runs.checkpoint import save_checkpoint
+from src.utils.errors import UserError
 
 
 @pytest.fixture

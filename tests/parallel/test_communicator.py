@@ -4,8 +4,8 @@ import sys
 
 import numpy as np
 import pytest
-
 from conftest import ROOT, mpirun
+
 from src.parallel.communicator import Communicator, connect
 from src.utils.errors import UserError
 

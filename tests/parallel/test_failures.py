@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-
 from conftest import TINY, mpirun_words, only_run
+
 from src.models.formats import read_weights
 
 pytestmark = pytest.mark.slow

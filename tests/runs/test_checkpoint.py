@@ -8,8 +8,8 @@ import time
 
 import numpy as np
 import pytest
-
 from conftest import TINY, execute, only_run
+
 from src.models.build import build_model
 from src.models.formats import read_weights
 from src.runs.checkpoint import find_checkpoints, save_checkpoint

@@ -5,8 +5,8 @@ import signal
 
 import numpy as np
 import pytest
-
 from conftest import TINY, execute, mpirun, mpirun_words, only_run
+
 from src.models.formats import read_weights
 
 # Batch norm, momentum, augmentation, evaluation: all that has state.

@@ -3,9 +3,9 @@
 
 import numpy as np
 import pytest
+from conftest import make_config
 from mindspore import Parameter, Tensor
 
-from conftest import make_config
 from src.models.build import build_model
 from src.parallel.communicator import Communicator
 from src.runs.checkpoint import save_checkpoint
@@ -51,8 +51,9 @@ def test_optimizer_state_that_is_missing_is_named(tmp_path, network):
         restore_arrays(arrays, tmp_path / "a.ckpt", network, moments(network))
 
 
-@pytest.mark.parametrize("metadata,message", [({}, "no checkpoint of a training"), ({"fused": True, "config": {}}, "no checkpoint of a training"),
-                                              ({"step": 3, "world_size": 1}, "another version of this program")])
+@pytest.mark.parametrize("metadata,message", [
+    ({}, "no checkpoint of a training"), ({"fused": True, "config": {}}, "no checkpoint of a training"),
+    ({"step": 3, "world_size": 1}, "another version of this program")])
 def test_other_checkpoints_are_refused_with_what_to_do(tmp_path, network, metadata, message):
     save_checkpoint(tmp_path / "a.ckpt", network.get_parameters(), metadata)
     with pytest.raises(UserError, match=f"{message}.*--checkpoint_file_path"):

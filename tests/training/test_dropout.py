@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from conftest import make_config
 from mindspore import Tensor
 
-from conftest import make_config
 from src.models.build import build_model
 from src.training.dropout import DropoutMasks
 

@@ -1,12 +1,12 @@
-"""A compiled graph is taken from an earlier run only where it is the same, whole, and gives the same bits."""
+"""A compiled graph is taken from an earlier run only if it is the same and whole, and gives the same bits."""
 
 import json
 
 import numpy as np
 import pytest
+from conftest import ROOT, TINY, execute, make_config, only_run
 from mindspore import Tensor, nn
 
-from conftest import ROOT, TINY, execute, make_config, only_run
 from src.training.graph_cache import GraphCache
 
 

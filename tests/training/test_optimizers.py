@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from conftest import make_config
 from mindspore import Parameter, Tensor
 
-from conftest import make_config
 from src.training.optimizers import DeviceOptimizer, HostOptimizer
 from src.training.update_rules import make_rule
 from src.utils.errors import UserError

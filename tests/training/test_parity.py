@@ -10,16 +10,16 @@ import math
 import cv2
 import numpy as np
 import pytest
+from conftest import make_config
 from mindspore import Tensor
 
-from conftest import make_config
 from src.dataset.batches import Batch
+from src.inference.engines import NetworkEngine
 from src.models.build import build_model
 from src.models.layers import InputNormalizer
 from src.models.networks import torch_name
 from src.models.weights import assign_weights
 from src.parallel.communicator import Communicator
-from src.inference.engines import NetworkEngine
 from src.training.schedule import learning_rate
 from src.training.step import ForwardBackward, NetworkWithLoss, create_train_step
 
@@ -54,7 +54,7 @@ class Pair:
         self._forward_backward = None
 
     def batch(self, count=16):
-        """Smooth random images; the red channel tells the class."""
+        """Smooth random images; the red channel shows the class."""
         labels = self.random.integers(0, CLASSES, count).astype(np.int32)
         coarse = self.random.integers(0, 256, (count, 6, 6, 3), np.uint8)
         images = np.stack([cv2.resize(image, (self.size, self.size), interpolation=cv2.INTER_CUBIC) for image in coarse])

@@ -3,8 +3,8 @@
 import math
 
 import pytest
-
 from conftest import make_config
+
 from src.training.schedule import learning_rate
 
 STEPS = 10  # an epoch

@@ -3,9 +3,9 @@
 import mindspore
 import numpy as np
 import pytest
+from conftest import ROOT, make_config, mpirun
 from mindspore import Tensor, nn
 
-from conftest import ROOT, make_config, mpirun
 from src.dataset.batches import Batch
 from src.models.build import build_model
 from src.models.layers import InputNormalizer
@@ -13,8 +13,7 @@ from src.parallel.communicator import Communicator
 from src.training.loss_scale import LossScale
 from src.training.optimizers import DeviceOptimizer, HostOptimizer
 from src.training.reducers import DeviceReducer, HostReducer, StagedReducer
-from src.training.step import (ForwardBackward, NetworkWithLoss, ScaledForwardBackward, TrainStep, create_train_step,
-                               running_statistics)
+from src.training.step import ForwardBackward, NetworkWithLoss, ScaledForwardBackward, TrainStep, create_train_step, running_statistics
 from src.training.update_rules import make_rule
 
 
@@ -108,8 +107,10 @@ def batches():
     return [Batch(random.integers(0, 256, (8, 32, 32, 3), np.uint8), np.arange(8, dtype=np.int32) % 5) for _ in range(4)]
 
 
-@pytest.mark.parametrize("reducer", [StagedReducer, DeviceReducer])
-@pytest.mark.parametrize("keys", [{}, {"amp_level": "O2", "loss_scale": 1024}, {"optimizer": "adamw"}])
+@pytest.mark.parametrize("reducer,keys", [
+    (StagedReducer, {}), pytest.param(DeviceReducer, {}, marks=pytest.mark.slow),
+    pytest.param(StagedReducer, {"amp_level": "O2", "loss_scale": 1024}, marks=pytest.mark.slow),
+    pytest.param(StagedReducer, {"optimizer": "adamw"}, marks=pytest.mark.slow)])
 def test_device_step_trains_like_the_host_step(batches, reducer, keys):
     host_keys = {key: value for key, value in keys.items() if key == "optimizer"}
     (host_network, host), (network, device) = step_by(HostOptimizer, HostReducer, **host_keys), step_by(DeviceOptimizer, reducer, **keys)

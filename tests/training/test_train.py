@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 import yaml
-
 from conftest import ROOT, TINY, execute, mpirun, only_run
+
 from src.dataset.batches import epoch_order
 from src.models.formats import read_weights
 

@@ -4,9 +4,9 @@ import dataclasses
 
 import numpy as np
 import pytest
+from conftest import make_config
 from mindspore import Tensor
 
-from conftest import make_config
 from src.dataset.sources import ImageSet
 from src.models.build import create_network
 from src.parallel.communicator import Communicator
@@ -88,7 +88,8 @@ def test_both_twins_see_the_same_loop():
     """A rank with nothing to record takes the same steps: same weights, no file."""
     with_notes, silent = trainer(Notes()), trainer(Recorder())
     with_notes.run(), silent.run()
-    assert all(np.array_equal(a.asnumpy(), b.asnumpy()) for a, b in zip(with_notes.network.get_parameters(), silent.network.get_parameters()))
+    pairs = zip(with_notes.network.get_parameters(), silent.network.get_parameters())
+    assert all(np.array_equal(a.asnumpy(), b.asnumpy()) for a, b in pairs)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

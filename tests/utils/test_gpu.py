@@ -7,8 +7,8 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-
 from conftest import execute
+
 from src.utils import gpu
 from src.utils.errors import UserError
 
