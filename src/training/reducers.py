@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from mindspore import Parameter, Tensor
+from mindspore import Parameter, Tensor, ops
 
 from src.parallel.communicator import Communicator
 from src.parallel.compression import COMPRESSIONS, Compression
@@ -91,11 +91,8 @@ class DeviceReducer(StagedReducer):
         return gradients
 
     def _sum(self, tensor: Tensor) -> Tensor:
-        if self._communicator.size == 1:
-            return tensor
-        from mindspore.communication.comm_func import all_reduce
-        summed, _ = all_reduce(tensor)
-        return summed
+        # Called outside a Cell, it runs by itself and not as part of a graph.
+        return tensor if self._communicator.size == 1 else ops.AllReduce()(tensor)
 
 
 def create_reducer(config: Config, communicator: Communicator) -> Reducer:

@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-
 from conftest import ROOT, user_environment
 
 # On CPU MindSpore's collectives are MCCL, which wants a scheduler process.
