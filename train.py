@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 def main(arguments: list[str], signals: Signals) -> None:
     command = begin(arguments)
     config, communicator = command.config, command.communicator
+    from src.parallel.agreement import agree
     from src.training.data import check_training_keys, open_eval_images, open_train_images, resolve_classes
 
     check_training_keys(config)
     train_images = open_train_images(config, communicator)
     config = resolve_classes(config, train_images)
     eval_images = open_eval_images(config, train_images) if config.run_eval else None
+    agree(communicator, {**train_images.facts("training"), **(eval_images.facts("validation") if eval_images else {})})
 
     # Only now, because MindSpore takes seconds to import and wrong commands are reported by here.
     from src.models.build import create_network

@@ -48,15 +48,16 @@ def begin(arguments: Sequence[str], names: str = "", distributed: bool = True) -
         distributed: False for commands that run as one process.
 
     Raises:
-        UserError: for a wrong command line, or one that contradicts how the process was started.
+        UserError: for a wrong command line, one that contradicts how the process was started, or one that differs between ranks.
     """
     from src.dataset.augmentations import check_augmentations
     from src.dataset.sources import check_source
     from src.models.blocks import find_block
     from src.models.networks import check_network
+    from src.parallel.agreement import agree
     from src.parallel.communicator import Communicator, connect
     from src.training.update_rules import make_rule
-    from src.utils.config import load_config, parse_flags
+    from src.utils.config import Affects, keys_affecting, load_config, parse_flags
 
     flags, found = parse_flags(arguments)
     if found and not names:
@@ -72,6 +73,7 @@ def begin(arguments: Sequence[str], names: str = "", distributed: bool = True) -
     make_rule(config)
     communicator = connect(config.run_distribute) if distributed else Communicator()
     communicator.watch_for_stalls(config.stall_timeout_s)
+    agree(communicator, config.model_dump(mode="json", exclude=keys_affecting(Affects.IMAGES, Affects.PROCESS)))
     prepare_rank(communicator, config.device_target)
     return Command(flags, found, config, communicator)
 

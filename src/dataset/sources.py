@@ -2,9 +2,11 @@
 
 import io
 import os
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -21,6 +23,8 @@ _CIFAR_RECORD = 1 + 3 * 32 * 32
 _CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _LISTED_BAD_LINE = 80
 _SEARCHED_FILES = 100_000
+# Class names that ranks compare one by one, for a message that names the first that differs; of the rest, a checksum.
+_COMPARED_CLASSES = 50
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG"
 # JPEG, PNG, BMP, WebP, TIFF (both byte orders), and the netpbm formats
 _MAGIC = (_JPEG, _PNG, b"BM", b"RIFF", b"II*\0", b"MM\0*", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6")
@@ -66,6 +70,14 @@ class ImageSet:
         if self.packed is not None:
             return self.packed.name(index)
         return self.paths[index] if self.paths is not None else f"record {index}"
+
+    def facts(self, what: str) -> dict[str, Any]:
+        """What ranks compare of their images: how many, their labels, their classes. ``what`` is a word for the set."""
+        classes = sorted(self.class_to_index, key=lambda name: self.class_to_index[name])
+        return {f"number of {what} images": len(self), f"number of {what} classes": len(classes),
+                **{f"{what} class {label}": name for label, name in enumerate(classes[:_COMPARED_CLASSES])},
+                f"checksum of {what} class names": zlib.crc32("\0".join(classes).encode("utf-8", "surrogateescape")),
+                f"checksum of {what} labels": zlib.crc32(self.labels.data)}
 
     def load(self, index: int) -> np.ndarray:
         """Image ``index`` as (H, W, 3) uint8 RGB. Raises BadImage that names an undecodable file."""

@@ -13,9 +13,11 @@ import numpy as np
 from src.dataset.batches import PADDING_LABEL, UNDECODABLE_LABEL, EvalBatches, prefetch
 from src.dataset.sources import ImageSet
 from src.inference.engines import Engine, open_engine
+from src.parallel.agreement import agree
 from src.parallel.communicator import Communicator
 from src.utils.config import Config
 from src.utils.errors import UserError
+from src.utils.files import checksum
 
 _TOP = 5
 _LARGEST_BATCH = 64
@@ -95,13 +97,18 @@ def evaluate_checkpoints(paths: Sequence[Path], flags: Mapping[str, Any], commun
     Returns:
         List of {checkpoint, epoch, step, top1, top5, images, images_per_second}.
     """
+    if communicator.size > 1:
+        agree(communicator, {"number of checkpoints": len(paths)})
+        agree(communicator, {f"checksum of {path.name}": checksum(path) for path in _in_order(paths)})
     results: list[dict[str, Any]] = []
     opened = evaluated = evaluator = None
     for path in _in_order(paths):
         opened = open_engine(path, flags, opened)
         model, engine, metadata = opened
         if evaluator is None or model != evaluated:
-            evaluator, evaluated = Evaluator(model.open_images(), model.config, communicator), model
+            images = model.open_images()
+            agree(communicator, images.facts("validation"))
+            evaluator, evaluated = Evaluator(images, model.config, communicator), model
         accuracy = evaluator(engine)
         results.append({"checkpoint": str(path), "epoch": metadata.get("epoch"), "step": metadata.get("step"),
                         "top1": accuracy.top1, "top5": accuracy.top5, "images": accuracy.images,

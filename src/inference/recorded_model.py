@@ -41,7 +41,7 @@ class RecordedModel:
         """
         fused = bool(metadata.get("fused", False))
         recorded = {key: value for key, value in metadata.get("config", {}).items()
-                    if key in keys_affecting(Affects.MODEL, Affects.IMAGES)}
+                    if key in keys_affecting(Affects.MODEL, Affects.IMAGES, Affects.BATCH)}
         if "data_path" in flags:
             recorded.pop("eval_data_path", None)
         elif recorded.get("data_path") and not recorded.get("eval_data_path"):

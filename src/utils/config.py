@@ -27,13 +27,16 @@ ALIASES = {
 
 
 class Affects(Enum):
-    """What a key affects. Each key has exactly one; resuming, the graph cache and evaluation derive their lists from it."""
+    """What a key affects. Each key has exactly one; from it follows which keys must be the same in a resumed run, in a kept graph
+    and on every rank, and which evaluation takes from a checkpoint."""
 
     MODEL = "the network that a checkpoint holds, and how images are prepared for it"
     GRAPH = "the compiled forward and backward pass"
     TRAINING = "what a training computes otherwise"
-    IMAGES = "which images are read, and how many at a time"
-    RUN = "only where and how a command runs, and what it reports"
+    IMAGES = "where images are found; ranks may find the same ones at different places"
+    BATCH = "how many images are taken at a time"
+    RUN = "how a command runs and what it reports, on all ranks alike"
+    PROCESS = "one process alone: its places, devices and threads"
 
 
 def _lower(value: Any) -> Any:
@@ -93,7 +96,7 @@ class Config(BaseModel):
     eval_data_path: Annotated[str, Affects.IMAGES]
     dataset_format: Annotated[str, BeforeValidator(_lower), Affects.IMAGES]
     bad_samples: Annotated[Literal["error", "replace"], BeforeValidator(_lower), Affects.TRAINING]
-    num_parallel_workers: Annotated[NonNegative, Affects.RUN]
+    num_parallel_workers: Annotated[NonNegative, Affects.PROCESS]
 
     augmentations: Annotated[Entries, Affects.TRAINING]
     train_crop: Annotated[Literal["random_resized", "padded", "resize"], BeforeValidator(_lower), Affects.TRAINING]
@@ -107,7 +110,7 @@ class Config(BaseModel):
     std: Annotated[PositiveRgb, Affects.MODEL]
 
     device_target: Annotated[Literal["CPU", "GPU", "Ascend"], BeforeValidator(_device_name), Affects.RUN]
-    device_id: Annotated[NonNegative | None, Affects.RUN]
+    device_id: Annotated[NonNegative | None, Affects.PROCESS]
     run_distribute: Annotated[bool | None, Affects.RUN]
     stall_timeout_s: Annotated[float, Field(ge=1), Affects.RUN]
     amp_level: Annotated[Literal["O0", "O2", "O3"], BeforeValidator(_upper), Affects.GRAPH]
@@ -115,11 +118,11 @@ class Config(BaseModel):
     is_dynamic_loss_scale: Annotated[bool, Affects.TRAINING]
     reducer: Annotated[Literal["auto", "mpi", "device"], BeforeValidator(_lower), Affects.RUN]
     gradient_compression: Annotated[Literal["none", "float16", "bfloat16"], BeforeValidator(_lower), Affects.TRAINING]
-    compile_cache: Annotated[bool, Affects.RUN]
+    compile_cache: Annotated[bool, Affects.PROCESS]
 
     seed: Annotated[int, Field(ge=0, lt=2 ** 32), Affects.TRAINING]
-    per_batch_size: Annotated[Positive, Affects.IMAGES]
-    global_batch_size: Annotated[NonNegative, Affects.IMAGES]
+    per_batch_size: Annotated[Positive, Affects.BATCH]
+    global_batch_size: Annotated[NonNegative, Affects.BATCH]
     accumulation_steps: Annotated[Positive, Affects.TRAINING]
     max_epoch: Annotated[Positive, Affects.TRAINING]
     max_steps: Annotated[NonNegative, Affects.RUN]
@@ -138,21 +141,21 @@ class Config(BaseModel):
     label_smooth: Annotated[bool, Affects.GRAPH]
     label_smooth_factor: Annotated[Share, Affects.GRAPH]
 
-    checkpoint_file_path: Annotated[str, Affects.RUN]
+    checkpoint_file_path: Annotated[str, Affects.PROCESS]
     allow_head_mismatch: Annotated[bool, Affects.RUN]
     run_eval: Annotated[bool, Affects.RUN]
     eval_interval: Annotated[Positive, Affects.RUN]
     eval_engine: Annotated[Literal["auto", "mindspore", "onnx"], BeforeValidator(_lower), Affects.RUN]
-    output_path: Annotated[str, Affects.RUN]
+    output_path: Annotated[str, Affects.PROCESS]
     ckpt_interval: Annotated[Positive, Affects.RUN]
     ckpt_interval_steps: Annotated[NonNegative, Affects.RUN]
-    keep_checkpoint_max: Annotated[Positive, Affects.RUN]
+    keep_checkpoint_max: Annotated[Positive, Affects.PROCESS]
     resume: Annotated[str, Affects.RUN]
-    log_interval: Annotated[Positive, Affects.RUN]
-    result_path: Annotated[str, Affects.RUN]
+    log_interval: Annotated[Positive, Affects.PROCESS]
+    result_path: Annotated[str, Affects.PROCESS]
     file_format: Annotated[Literal["CKPT", "MINDIR", "ONNX", "SAFETENSORS"], BeforeValidator(_upper), Affects.RUN]
     fuse: Annotated[bool, Affects.RUN]
-    save_figure: Annotated[str, Affects.RUN]
+    save_figure: Annotated[str, Affects.PROCESS]
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":

@@ -1,6 +1,7 @@
 """Files that are complete or absent, whenever the process is killed."""
 
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,18 @@ def write_whole(target: str | Path, write: Callable[[Path], Any]) -> None:
     finally:
         # A writer may have one of its own behind it: MindSpore writes NAME.tmp first.
         _remove(target.parent, partial.stem)
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file's content. Raises UserError if it cannot be read."""
+    found = 0
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 24):
+                found = zlib.crc32(chunk, found)
+    except OSError as failure:
+        raise UserError(f"cannot read '{path}': {failure.strerror}") from None
+    return found
 
 
 def remove_partials(folder: Path) -> None:

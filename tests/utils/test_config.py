@@ -101,7 +101,7 @@ def test_what_keys_affect():
     assert {"lr", "seed", "optimizer", "augmentations", "max_epoch", "network", "label_smooth", "gradient_compression"} <= fixed
     assert not fixed & {"data_path", "output_path", "max_steps", "log_interval", "per_batch_size", "global_batch_size", "device_target",
                         "num_parallel_workers", "keep_checkpoint_max", "eval_interval", "resume", "compile_cache", "stall_timeout_s"}
-    recorded = keys_affecting(Affects.MODEL, Affects.IMAGES)
+    recorded = keys_affecting(Affects.MODEL, Affects.IMAGES, Affects.BATCH)
     assert {"network", "block", "image_size", "eval_resize", "mean", "std", "data_path", "eval_data_path"} <= recorded
     assert not recorded & {"device_target", "eval_engine", "result_path", "lr", "output_path", "checkpoint_file_path"}
     compiled = keys_affecting(Affects.MODEL, Affects.GRAPH)
