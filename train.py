@@ -29,6 +29,7 @@ def main(arguments: list[str], signals: Signals) -> None:
     agree(communicator, {**train_images.facts("training"), **(eval_images.facts("validation") if eval_images else {})})
 
     # Only now, because MindSpore takes seconds to import and wrong commands are reported by here.
+    from src.dataset.sources import left_out_line
     from src.models.build import create_network
     from src.models.weights import load_weights
     from src.parallel.stopping import StopRequest
@@ -47,6 +48,9 @@ def main(arguments: list[str], signals: Signals) -> None:
 
     if config.data_path == DIGITS:
         recorder.log("training on the bundled handwritten digits; --data_path=DIR trains on your own images")
+    for line in (left_out_line(train_images, "training"), left_out_line(eval_images, "validation") if eval_images else None):
+        if line:
+            recorder.log(line)
     if config.checkpoint_file_path:
         recorder.log(f"starting from {config.checkpoint_file_path}" + (f" without {', '.join(left_out)}" if left_out else ""))
     if resumed:

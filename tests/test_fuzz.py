@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor
 
-from src.dataset.sources import BadImage, open_images, read_image
+from src.dataset.decoding import BadImage, read_image
+from src.dataset.sources import open_images
 from src.models.formats import read_weights
 from src.runs.checkpoint import save_checkpoint
 from src.utils.config import ALIASES, Config, read_layer, validated

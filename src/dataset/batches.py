@@ -15,7 +15,8 @@ import cv2
 import numpy as np
 
 from src.dataset.augmentations import Augmenter
-from src.dataset.sources import BadImage, ImageSet
+from src.dataset.decoding import BadImage
+from src.dataset.sources import ImageSet
 from src.dataset.transforms import eval_transform
 from src.utils.config import Config
 from src.utils.device import available_cores

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from src.dataset.sources import BadImage, ImageSet, open_images, read_image, validation_path
+from src.dataset.decoding import BadImage, read_image
+from src.dataset.sources import ImageSet, open_images, validation_path
 from src.utils.errors import UserError
 
 _CHUNK = 32

@@ -1,6 +1,5 @@
 """Where labelled images come from: class folders, list files, CIFAR-10, packed sets, the bundled digits."""
 
-import io
 import os
 import zlib
 from collections.abc import Callable, Mapping
@@ -8,14 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
-from PIL import Image
 
+from src.dataset.decoding import BadImage, decode_image, open_regular, read_image
 from src.dataset.packed import PackedImages, is_packed
 from src.utils.errors import UserError, suggestion
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif", ".avif")
+# Pictures all the same, which are not read.
+_OTHER_PICTURES = (".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".tga", ".ico", ".dng", ".cr2", ".nef", ".arw", ".raw", ".eps", ".pdf")
 DIGITS_FOLDER = Path(__file__).resolve().parents[2] / "data" / "digits"
 _CIFAR_TRAIN = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
 _CIFAR_TEST = ("test_batch.bin",)
@@ -31,13 +31,7 @@ _MAGIC = (_JPEG, _PNG, b"BM", b"RIFF", b"II*\0", b"MM\0*", b"P1", b"P2", b"P3", 
 # What the last bytes of a whole file hold; cameras may add some bytes behind.
 _ENDS = {_JPEG: b"\xff\xd9", _PNG: b"IEND"}
 _LAST_BYTES = 64
-_LARGEST_FILE = 1 << 28
-_MOST_PIXELS = 1 << 26
 Classes = Mapping[str, int] | None
-
-
-class BadImage(UserError):
-    """An image file that cannot be read or decoded."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +44,7 @@ class ImageSet:
         paths: N image files, or None if ``pixels`` or ``packed`` holds the images.
         pixels: (N, H, W, 3) uint8 RGB, or None.
         packed: encoded images of a packed set, or None.
+        left_out: files and linked folders beside the images that look like images and are not read.
     """
 
     class_to_index: dict[str, int]
@@ -57,6 +52,7 @@ class ImageSet:
     paths: list[str] | None = None
     pixels: np.ndarray | None = None
     packed: PackedImages | None = None
+    left_out: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -86,60 +82,6 @@ class ImageSet:
         if self.packed is not None:
             return decode_image(self.packed.encoded(index), self.packed.name(index))
         return read_image(self.name(index))
-
-
-def read_image(path: str) -> np.ndarray:
-    """An image file as (H, W, 3) uint8 RGB; see ``decode_image``.
-
-    Raises:
-        BadImage: if the file cannot be read or is no image, or too large a one.
-    """
-    try:
-        # Not np.fromfile with a count, which allocates for the count first.
-        with open(path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            encoded = np.frombuffer(file.read(min(size, _LARGEST_FILE)), np.uint8)
-    except OSError as failure:
-        raise BadImage(f"cannot read the image {path}: {failure.strerror}") from None
-    return decode_image(encoded, path)
-
-
-def decode_image(encoded: np.ndarray, name: str) -> np.ndarray:
-    """The content of an image file, (N,) uint8, as (H, W, 3) uint8 RGB.
-
-    As stored: EXIF orientation is not applied, as in the seeds' decoders. Files of 256 MiB and more and images of more than
-    2^26 pixels are refused, by their headers: a small file may decode to many gigabytes.
-
-    Args:
-        name: what to call it in a message.
-
-    Raises:
-        BadImage: if it is no image, or too large a one.
-    """
-    if not encoded.size:
-        raise BadImage(f"{name} is empty")
-    if encoded.size >= _LARGEST_FILE:
-        raise BadImage(f"{name} is larger than {_LARGEST_FILE >> 20} MiB")
-    if _claimed_pixels(encoded) > _MOST_PIXELS:
-        raise BadImage(f"{name} has too many pixels, as a decompression bomb has")
-    try:
-        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
-    except cv2.error:
-        image = None
-    if image is None:
-        raise BadImage(f"{name} is not an image that can be decoded")
-    return image
-
-
-def _claimed_pixels(encoded: np.ndarray) -> int:
-    """Number of pixels by the header of an image file; 0 if Pillow cannot read it, when OpenCV's own limit of 2^30 holds."""
-    try:
-        with Image.open(io.BytesIO(encoded.data)) as header:
-            return header.width * header.height
-    except Image.DecompressionBombError:
-        return _MOST_PIXELS + 1
-    except Exception:  # many kinds, one for each format's way of being damaged
-        return 0
 
 
 def find_bad_image(images: ImageSet, rank: int, size: int) -> list[str]:
@@ -219,7 +161,7 @@ def validation_path(data_path: str) -> str | None:
 
 def _looks_whole(path: str) -> bool:
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             first = file.read(4)
             file.seek(max(os.fstat(file.fileno()).st_size - _LAST_BYTES, 0))
             last = file.read(_LAST_BYTES)
@@ -238,7 +180,7 @@ def _from_folder(path: Path, split: str, class_to_index: Classes) -> ImageSet:
     root = inner if inner.is_dir() and _holds_class_folders(inner) else path
     folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     if not folders:
-        what = "has images but no class folders" if _images_in(root) else "is empty: it has no class folders"
+        what = "has images but no class folders" if images_in(root)[0] else "is empty: it has no class folders"
         raise UserError(f"data_path '{root}' {what}; it must hold one folder of images per class")
     known = class_to_index or {name: label for label, name in enumerate(folders)}
     unknown = [name for name in folders if name not in known]
@@ -246,22 +188,44 @@ def _from_folder(path: Path, split: str, class_to_index: Classes) -> ImageSet:
         raise UserError(f"class folder '{unknown[0]}' in {root} is none of the {len(known)} classes of the training")
     paths: list[str] = []
     labels: list[int] = []
+    left_out: list[str] = []
     for name in folders:
-        images = _images_in(root / name)
+        images, others = images_in(root / name)
+        left_out += others
         if not images:
             raise UserError(f"class folder '{root / name}' has no images ({', '.join(EXTENSIONS[:3])} ...); "
                             "add some or remove the folder")
         paths += images
         labels += [known[name]] * len(images)
-    return ImageSet(dict(known), np.array(labels, np.int32), paths)
+    return ImageSet(dict(known), np.array(labels, np.int32), paths, left_out=tuple(left_out))
 
 
-def _images_in(folder: Path) -> list[str]:
+def images_in(folder: Path | str) -> tuple[list[str], list[str]]:
+    """(image files in ``folder`` and below, in order; what looks like images there and is left out)."""
     found: list[str] = []
-    for directory, subfolders, files in os.walk(folder):
-        subfolders.sort()
-        found += [os.path.join(directory, file) for file in sorted(files) if file.lower().endswith(EXTENSIONS)]
-    return found
+    left_out: list[str] = []
+    folders: list[str] = []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.is_dir(follow_symlinks=False):
+            folders.append(entry.path)
+        elif entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
+            found.append(entry.path)
+        elif entry.name.lower().endswith((*EXTENSIONS, *_OTHER_PICTURES)) or entry.is_dir():
+            left_out.append(entry.path)
+    for inner in folders:
+        more, also_left_out = images_in(inner)
+        found += more
+        left_out += also_left_out
+    return found, left_out
+
+
+def left_out_line(images: ImageSet, what: str) -> str | None:
+    """What to say about files of a set that look like images and are not read; None if there are none."""
+    if not images.left_out:
+        return None
+    kinds = sorted({os.path.splitext(path)[1].lower() or "a linked folder" for path in images.left_out})
+    return (f"left out of the {what} images: {len(images.left_out)} files or linked folders that are not read "
+            f"({', '.join(kinds)}), the first is {images.left_out[0]}")
 
 
 def _from_packed(path: Path, split: str, class_to_index: Classes) -> ImageSet:
@@ -296,6 +260,13 @@ def _from_list(path: Path, split: str, class_to_index: Classes) -> ImageSet:
         raise UserError(f"{list_file} names {paths[0]}, which does not exist")
     labels = np.array(listed, np.int32)
     known = class_to_index or _classes_of_list(paths, labels)
+    contradictions = [(path, label) for path, label in zip(paths, listed)
+                      if known.get(os.path.basename(os.path.dirname(path)), label) != label]
+    if contradictions and class_to_index is not None:
+        image, label = contradictions[0]
+        name = os.path.basename(os.path.dirname(image))
+        raise UserError(f"{list_file}: {len(contradictions)} of {len(paths)} labels contradict the class folders in their paths; the "
+                        f"first is {image}, labelled {label}, while '{name}' is class {known[name]} of the training")
     outside = labels[labels > max(known.values())]
     if outside.size:
         raise UserError(f"{list_file} has label {outside[0]}, outside the {len(known)} classes of the training")

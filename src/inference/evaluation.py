@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from src.dataset.batches import PADDING_LABEL, UNDECODABLE_LABEL, EvalBatches, prefetch
-from src.dataset.sources import ImageSet
+from src.dataset.sources import ImageSet, left_out_line
 from src.inference.engines import Engine, open_engine
 from src.parallel.agreement import agree
 from src.parallel.communicator import Communicator
@@ -57,7 +57,7 @@ class Evaluator:
         messages: list[str] = []
         started = time.perf_counter()
         for number, batch in enumerate(prefetch(self._batches)):
-            counts += count_correct(engine(batch.images), batch.labels)
+            counts += count_correct(finite(engine(batch.images)), batch.labels)
             messages += batch.undecodable
             if number == 0 and len(self._batches) > 1:
                 # The first batch compiles the graph; a rate that counts it says nothing about the network.
@@ -69,6 +69,15 @@ class Evaluator:
         if len(undecodable) == seen:
             raise UserError(f"none of the {len(undecodable)} images can be decoded: {undecodable[0]}")
         return Accuracy(100 * top1 / seen, 100 * top5 / seen, int(seen), rate, undecodable)
+
+
+def finite(logits: np.ndarray) -> np.ndarray:
+    """``logits`` (N, C) as they are. Raises UserError if one is not finite: such a network says nothing about its images."""
+    wrong = ~np.isfinite(logits).all(axis=1)
+    if wrong.any():
+        raise UserError(f"the network's outputs for {np.count_nonzero(wrong)} of {len(logits)} images are not finite; "
+                        "its weights are too large or damaged")
+    return logits
 
 
 def count_correct(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -108,6 +117,8 @@ def evaluate_checkpoints(paths: Sequence[Path], flags: Mapping[str, Any], commun
         if evaluator is None or model != evaluated:
             images = model.open_images()
             agree(communicator, images.facts("validation"))
+            if line := left_out_line(images, "validation"):
+                log(line)
             evaluator, evaluated = Evaluator(images, model.config, communicator), model
         accuracy = evaluator(engine)
         results.append({"checkpoint": str(path), "epoch": metadata.get("epoch"), "step": metadata.get("step"),

@@ -1,18 +1,18 @@
 """Predictions for single images: reading any picture a person has, the likeliest classes, a contact sheet."""
 
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
 
-from src.dataset.sources import EXTENSIONS
+from src.dataset.decoding import read_image
+from src.dataset.sources import images_in
 from src.dataset.transforms import eval_transform
 from src.inference.engines import Engine
+from src.inference.evaluation import finite
 from src.inference.recorded_model import RecordedModel
 from src.utils.errors import UserError
 
@@ -41,7 +41,7 @@ def find_images(names: Sequence[str]) -> list[str]:
     for name in names:
         path = Path(name)
         if path.is_dir():
-            inside = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
+            inside = sorted(images_in(path)[0])
             if not inside:
                 raise UserError(f"the folder '{name}' has no images")
             found += inside
@@ -50,30 +50,6 @@ def find_images(names: Sequence[str]) -> list[str]:
         else:
             raise UserError(f"image '{name}' does not exist")
     return found
-
-
-def read_picture(path: str) -> np.ndarray:
-    """Any picture as a person sees it, (H, W, 3) uint8 RGB: turned by its EXIF orientation, grey and CMYK converted,
-    transparent parts over white.
-
-    Raises:
-        UserError: if it cannot be decoded.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
-                picture: Image.Image = ImageOps.exif_transpose(file)
-                if picture.mode.startswith("I;16") or picture.mode == "I":
-                    picture = Image.fromarray((np.asarray(picture, np.float64) / 257).clip(0, 255).astype(np.uint8))
-                if picture.has_transparency_data:
-                    picture = picture.convert("RGBA")
-                    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-                return np.asarray(picture.convert("RGB"))
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise UserError(f"{path} is too large to be an image for classification") from None
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError) as failure:
-        raise UserError(f"{path} is not an image that can be decoded") from failure
 
 
 def predict(paths: Sequence[str], model: RecordedModel, engine: Engine) -> list[Prediction]:
@@ -91,8 +67,8 @@ def predict(paths: Sequence[str], model: RecordedModel, engine: Engine) -> list[
         # Always a whole batch, so that MindSpore compiles one graph.
         images = np.zeros((min(_BATCH, len(paths)), size, size, 3), np.uint8)
         for slot, path in enumerate(batch):
-            images[slot] = eval_transform(read_picture(path), model.config)
-        for path, probabilities in zip(batch, softmax(engine(images))):
+            images[slot] = eval_transform(read_image(path), model.config)
+        for path, probabilities in zip(batch, softmax(finite(engine(images)))):
             best = np.argsort(-probabilities, kind="stable")[:_TOP]
             predictions.append(Prediction(path, [names.get(int(label), str(label)) for label in best],
                                           [round(float(probabilities[label]), 6) for label in best]))
@@ -125,7 +101,7 @@ def contact_sheet(predictions: Sequence[Prediction], path: str) -> None:
     for axes in np.atleast_1d(figure.subplots(rows, columns)).flat:
         axes.axis("off")
     for axes, prediction in zip(figure.axes, shown):
-        axes.imshow(read_picture(prediction.path))
+        axes.imshow(read_image(prediction.path))
         lines = [f"{name} {100 * probability:.1f}%" for name, probability in
                  list(zip(prediction.classes, prediction.probabilities))[:2]]
         axes.set_title(os.path.basename(prediction.path)[:24] + "\n" + "\n".join(lines), fontsize=8)

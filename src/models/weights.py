@@ -36,7 +36,8 @@ def assign_weights(network: nn.Cell, arrays: Mapping[str, np.ndarray], path: obj
         Names of the parameters that were left out.
 
     Raises:
-        UserError: counts the mismatches and names the first, in the file's names.
+        UserError: counts the mismatches and names the first, in the file's names; or names weights that are not finite, of an
+            integer type, or variances below zero.
     """
     weights = {name: array for name, array in without_optimizer_state(arrays).items() if not name.endswith(_WITHOUT_MEANING)}
     parameters = {p.name: p for p in network.get_parameters()}
@@ -48,11 +49,26 @@ def assign_weights(network: nn.Cell, arrays: Mapping[str, np.ndarray], path: obj
                 else "; is it of another network or block?")
         more = f" and {len(found) - _MISMATCHES_SHOWN} more" if len(found) > _MISMATCHES_SHOWN else ""
         raise UserError(f"checkpoint '{path}' does not fit: {', '.join(found[:_MISMATCHES_SHOWN])}{more}{hint}")
+    _check_values(weights, path)
     skipped = {name for name in parameters if heads and is_classifier(name)}
     for name, parameter in parameters.items():
         if name not in skipped:
             parameter.set_data(Tensor(np.ascontiguousarray(weights[names[name] or name], np.float32)))
     return sorted(skipped)
+
+
+def _check_values(weights: Mapping[str, np.ndarray], path: object) -> None:
+    """Raise UserError for weights with which no network computes anything sensible; names the first."""
+    for name, array in weights.items():
+        problem = None
+        if not np.issubdtype(array.dtype, np.floating):
+            problem = f"is of type {array.dtype}, not of floating point"
+        elif not np.isfinite(array).all():
+            problem = f"has {np.count_nonzero(~np.isfinite(array))} values that are not finite"
+        elif name.endswith(("moving_variance", "running_var")) and (array < 0).any():
+            problem = "has negative variances"
+        if problem:
+            raise UserError(f"checkpoint '{path}' is of no use: {name} {problem}")
 
 
 def classes_in(arrays: Mapping[str, np.ndarray], network: str) -> int | None:

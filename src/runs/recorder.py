@@ -29,8 +29,8 @@ class Recorder:
     def start(self, class_to_index: dict[str, int]) -> None:
         """A new training begins."""
 
-    def go_on_from(self, step: int, class_to_index: dict[str, int]) -> None:
-        """A training goes on after ``step``; what was recorded beyond it goes."""
+    def go_on_from(self, state: TrainingState, class_to_index: dict[str, int]) -> None:
+        """A training goes on from ``state``; what was recorded beyond it goes."""
 
     def add_epoch(self, metrics: dict[str, Any]) -> None:
         """Record the figures of an epoch."""
@@ -59,6 +59,7 @@ class RunRecorder(Recorder):
 
     def __init__(self, folder: RunFolder, config: Config, log: Callable[[str], None]) -> None:
         self.folder, self._config, self._log = folder, config, log
+        self._lock = folder.lock()
 
     def log(self, text: str) -> None:
         self._log(text)
@@ -66,9 +67,10 @@ class RunRecorder(Recorder):
     def start(self, class_to_index: dict[str, int]) -> None:
         self.folder.write_start(self._config, class_to_index)
 
-    def go_on_from(self, step: int, class_to_index: dict[str, int]) -> None:
+    def go_on_from(self, state: TrainingState, class_to_index: dict[str, int]) -> None:
         self.folder.remove_leftovers()
-        self.folder.drop_metrics_after(step)
+        # An epoch that is not finished is reported anew when it is.
+        self.folder.keep_metrics(lambda line: line["step"] <= state.step and (state.finished_epoch or line["epoch"] < state.epoch))
         self.start(class_to_index)
 
     def add_epoch(self, metrics: dict[str, Any]) -> None:

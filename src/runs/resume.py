@@ -1,7 +1,10 @@
 """Going on with a run from its checkpoint, as if it had never stopped."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from src.models.formats import Arrays
 from src.parallel.communicator import Communicator
@@ -23,32 +26,39 @@ class ResumePoint:
     passed_over: tuple[str, ...] = ()
 
     @property
+    def is_best(self) -> bool:
+        """Whether it is a best.ckpt, behind which the run was killed before it saved the epoch's own checkpoint."""
+        return self.path.parent.name != "ckpt_0"
+
+    @property
     def run_folder(self) -> RunFolder:
         """The folder of the run, in which it goes on."""
-        parent = self.path.parent
-        return RunFolder(parent.parent if parent.name == "ckpt_0" else parent)
+        return RunFolder(self.path.parent if self.is_best else self.path.parent.parent)
 
 
 def find_resume_point(config: Config, communicator: Communicator) -> ResumePoint:
     """The ResumePoint that ``config.resume`` names: a file, or "auto", the newest checkpoint under output_path.
 
-    Rank 0 lists the checkpoints; the first that every rank can read is the one that all take.
+    With "auto" the newest run comes first, and in it the checkpoint with the most steps, whatever the time of its file. The first
+    that every rank can read, and that is of the same training, is the one that all ranks take.
 
     Raises:
-        UserError: if there is none, or the run differs from ``config`` in what it computes (the keys are named).
+        UserError: if there is none; says of the newest why it is not taken.
     """
     found = communicator.from_root(_newest_first(config.output_path) if config.resume == "auto" else [config.resume])
     if not found:
         raise UserError(f"resume=auto finds no checkpoint under output_path '{config.output_path}'")
-    failures: list[str] = []
-    for number, path in enumerate(found):
-        read, failure = _try_to_read(path)
-        failures += [message for message in communicator.gather(failure) if message][:1]
-        if read is not None and len(failures) == number:
+    passed_over: list[str] = []
+    reasons: list[str] = []
+    for path in found:
+        read, reason = _try_to_read(path, config)
+        failures = [text for text in communicator.gather(reason) if text]
+        if read is not None and not failures:
             state, arrays = read
-            _check_same_training(path, state, config)
-            return ResumePoint(Path(path), state, arrays, tuple(found[:number]))
-    raise UserError(failures[-1])
+            return ResumePoint(Path(path), state, arrays, tuple(passed_over))
+        passed_over.append(path)
+        reasons += failures[:1]
+    raise UserError(reasons[0])
 
 
 def check_batches(point: ResumePoint, steps_per_epoch: int, labels: int) -> None:
@@ -69,7 +79,7 @@ def resume_line(point: ResumePoint, size: int) -> str:
     """What to say about a resumed run on ``size`` ranks."""
     text = f"going on from {point.path} after step {point.state.step}"
     if point.passed_over:
-        text += f"; passed over, as damaged: {', '.join(point.passed_over)}"
+        text += f"; passed over, as damaged or of another training: {', '.join(point.passed_over)}"
     if point.state.world_size != size:
         text += (f"; it ran on {point.state.world_size} ranks and goes on with {size}: the same global batches, but sums are "
                  "rounded in another order and batch norm sees other shares")
@@ -77,25 +87,62 @@ def resume_line(point: ResumePoint, size: int) -> str:
 
 
 def _newest_first(output_path: str) -> list[str]:
-    files = [*Path(output_path).glob("*/ckpt_0/*.ckpt"), *Path(output_path).glob("*/best.ckpt")]
-    found = sorted((file for file in files if not file.name.startswith(".")), key=lambda file: -file.stat().st_mtime_ns)
+    """Checkpoints of the runs under ``output_path``: the newest run first by its name, which is its date, the most steps first."""
+    runs = sorted((folder for folder in Path(output_path).glob("*/") if (folder / "ckpt_0").is_dir()), reverse=True)
+    found: list[Path] = []
+    for run in runs:
+        numbered = {file: _place_in_name(file) for file in (run / "ckpt_0").glob("*.ckpt") if not file.name.startswith(".")}
+        files = sorted(numbered, key=lambda file: numbered[file], reverse=True)
+        best = run / "best.ckpt"
+        if best.is_file():
+            step = _place_of_best(best)
+            files.insert(sum(numbered[file] >= step for file in files), best)
+        found += files
     return [str(file) for file in found]
 
 
-def _try_to_read(path: str) -> tuple[tuple[TrainingState, Arrays] | None, str]:
-    """(what the checkpoint holds, "") or (None, why it cannot be read)."""
+def _place_in_name(file: Path) -> tuple[int, int]:
+    """(epoch, steps of it) of NETWORK-EPOCH_STEPS.ckpt; (0, 0) for another name."""
+    numbers = re.search(r"-(\d+)_(\d+)$", file.stem)
+    return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+
+
+def _place_of_best(file: Path) -> tuple[int, int]:
+    """The same of best.ckpt, by what it records; (0, 0) if that cannot be read."""
     try:
-        return read_training_state(path), ""
+        state, _ = read_training_state(str(file))
+    except UserError:
+        return 0, 0
+    return state.epoch, state.step - (state.epoch - 1) * state.steps_per_epoch
+
+
+def _try_to_read(path: str, config: Config) -> tuple[tuple[TrainingState, Arrays] | None, str]:
+    """(what the checkpoint holds, "") or (None, why it is not one to go on from)."""
+    try:
+        state, arrays = read_training_state(path)
+        _check_same_training(path, state, config)
     except UserError as failure:
         return None, str(failure)
+    return (state, arrays), ""
 
 
 def _check_same_training(path: str, state: TrainingState, config: Config) -> None:
-    """Raise UserError if a key that changes what is computed differs."""
+    """Raise UserError if a key differs that changes what was computed up to here."""
     fixed = keys_affecting(Affects.MODEL, Affects.GRAPH, Affects.TRAINING)
-    present = config.model_dump(mode="json", include=fixed)
-    differing = [key for key in Config.model_fields if key in fixed and state.config.get(key) != present[key]]
+    present, stored = config.model_dump(mode="json"), state.config
+    differing = [key for key in Config.model_fields if key in fixed and stored.get(key) != present[key]]
+    if set(differing) & {"max_epoch", "T_max"} and state.step <= config.max_epoch * state.steps_per_epoch:
+        if config.lr_scheduler != "cosine_annealing" or _cosine_length(stored) == _cosine_length(present):
+            differing = [key for key in differing if key not in ("max_epoch", "T_max")]
+        elif differing == ["max_epoch"]:
+            raise UserError(f"'{path}' is of a training with max_epoch={stored['max_epoch']}, on which its learning rates depend; to go on "
+                            f"for longer add --T_max={_cosine_length(stored):g}, which keeps them as they were")
     if differing:
-        shown = ", ".join(f"{key}={state.config.get(key)} there and {present[key]} here" for key in differing[:_KEYS_SHOWN])
+        shown = ", ".join(f"{key}={stored.get(key)} there and {present[key]} here" for key in differing[:_KEYS_SHOWN])
         more = " ..." if len(differing) > _KEYS_SHOWN else ""
         raise UserError(f"'{path}' is of another training: {shown}{more}")
+
+
+def _cosine_length(config: Mapping[str, Any]) -> float:
+    """Epochs over which cosine_annealing falls."""
+    return config["T_max"] or config["max_epoch"]

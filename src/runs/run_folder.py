@@ -1,7 +1,9 @@
 """What a run leaves behind: its dated folder and the names in it."""
 
+import fcntl
 import json
 import os
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,21 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.curves = self.path / "curves.png"
 
+    def lock(self) -> int:
+        """Keep other trainings from writing here until this process ends, however it ends; returns the lock's handle.
+
+        Raises:
+            UserError: if another one is writing here.
+        """
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another training is writing to '{self.path}'; wait for its end, or start anew without --resume") from None
+        except OSError:
+            pass  # a file system without locks
+        return handle
+
     def write_start(self, config: Config, class_to_index: dict[str, int]) -> None:
         """Write config.yaml and class_indexing.json."""
         (self.path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
@@ -41,10 +58,9 @@ class RunFolder:
         lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("}\n")]
 
-    def drop_metrics_after(self, step: int) -> None:
-        """Remove lines of metrics.jsonl beyond ``step``, which a resumed run writes anew."""
-        kept = [line for line in self.read_metrics() if line["step"] <= step]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
+    def keep_metrics(self, keep: Callable[[dict[str, Any]], bool]) -> None:
+        """Remove the other lines of metrics.jsonl, which a resumed run writes again."""
+        text = "".join(json.dumps(line) + "\n" for line in self.read_metrics() if keep(line))
         write_whole(self.metrics, lambda partial: partial.write_text(text, encoding="utf-8"))
 
     def point_latest_at(self, checkpoint: Path) -> None:

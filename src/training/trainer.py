@@ -52,7 +52,7 @@ class Trainer:
         self.evaluator = Evaluator(eval_images, config, communicator) if eval_images is not None else None
         self.engine = NetworkEngine(network, config)
         self.class_to_index, self._labels = train_images.class_to_index, zlib.crc32(train_images.labels.data)
-        self.first_step, self.best_top1, self._finished_epoch = 0, -1.0, True
+        self.first_step, self.best_top1, self._finished_epoch, self._is_unsaved = 0, -1.0, True, False
         # Over the steps of the epoch: losses (means over ranks), steps skipped for overflow, images replaced.
         self._sums = _no_sums()
         if resumed is None:
@@ -71,6 +71,8 @@ class Trainer:
         self.step.reducer.broadcast([*self.network.get_parameters(), *self.step.optimizer.state_parameters])
         if self._ends_epoch(self.first_step) and not self._finished_epoch:
             self._finish_epoch(self.first_step)
+        elif self._is_unsaved:
+            self._save_if_due(self.first_step)
         passes = self.config.accumulation_steps
         batches = prefetch(self.batches, self.first_step * passes, self.last_step * passes)
         # A run of one or two steps has nothing else to time.
@@ -133,7 +135,8 @@ class Trainer:
                    "lr": learning_rate(step - 1, self.steps_per_epoch, self.config),
                    "images_per_second": round(self._rates.since_last(), 2)}
         metrics.update({name: self._sums[key] for key, name in COUNTS.items() if self._sums[key]})
-        self._sums, self._finished_epoch = _no_sums(), True
+        if step % self.steps_per_epoch == 0:
+            self._sums, self._finished_epoch = _no_sums(), True
         if self.evaluator is not None and (last or epoch % self.config.eval_interval == 0):
             accuracy = self.evaluator(self.engine)
             metrics.update(top1=round(accuracy.top1, 4), top5=round(accuracy.top5, 4))
@@ -143,9 +146,12 @@ class Trainer:
         if metrics.get("top1", -1.0) > self.best_top1:
             self.best_top1 = metrics["top1"]
             self.recorder.save_best(*self._state(step))
-        if last or epoch % self.config.ckpt_interval == 0 or self._saves_at(step):
-            self.recorder.save(*self._state(step))
+        self._save_if_due(step)
         self.communicator.barrier()
+
+    def _save_if_due(self, step: int) -> None:
+        if step == self.last_step or self._epoch_of(step) % self.config.ckpt_interval == 0 or self._saves_at(step):
+            self.recorder.save(*self._state(step))
 
     def _state(self, step: int) -> tuple[TrainingState, nn.Cell, list[Parameter]]:
         """What the recorder saves."""
@@ -164,7 +170,8 @@ class Trainer:
         self.step.loss_scale.restore(state.loss_scale)
         self.first_step, self.best_top1 = state.step, state.best_top1
         self._sums, self._finished_epoch = dict(state.epoch_sums), state.finished_epoch
-        self.recorder.go_on_from(state.step, self.class_to_index)
+        self._is_unsaved = resumed.is_best
+        self.recorder.go_on_from(state, self.class_to_index)
 
     def _new_progress(self, step: int) -> Progress:
         epoch = step // self.steps_per_epoch + 1

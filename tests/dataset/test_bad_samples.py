@@ -9,7 +9,8 @@ import pytest
 from conftest import execute, make_config
 
 from src.dataset.batches import PADDING_LABEL, UNDECODABLE_LABEL, EvalBatches, TrainBatches
-from src.dataset.sources import BadImage, find_bad_image, open_images, read_image
+from src.dataset.decoding import BadImage, read_image
+from src.dataset.sources import find_bad_image, open_images
 from src.utils.errors import UserError
 
 KEYS = {"image_size": 32, "train_crop": "resize", "per_batch_size": 6}

@@ -4,8 +4,10 @@ import os
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from src.dataset.sources import open_images, read_image, validation_path
+from src.dataset.decoding import read_image
+from src.dataset.sources import left_out_line, open_images, validation_path
 from src.utils.errors import UserError
 
 
@@ -96,3 +98,33 @@ def test_validation_images_lie_beside_the_training_ones(image_root):
     assert validation_path(str(image_root / "train")) == str(image_root / "val")
     assert validation_path(str(image_root)) == str(image_root)
     assert validation_path(os.path.dirname(__file__)) is None
+
+
+def test_what_looks_like_an_image_and_is_left_out_is_counted_and_named(broken_copy):
+    bee = broken_copy / "train" / "bee"
+    (bee / "a.heic").write_bytes(b"x")
+    (bee / "b.HEIC").write_bytes(b"x")
+    (bee / "linked").symlink_to(broken_copy / "train" / "cat")
+    (bee / "notes.txt").write_text("no picture")
+    os.mkfifo(bee / "pipe.jpg")
+    images = open_images(str(broken_copy / "train"), "train")
+    assert len(images) == 48 and len(images.left_out) == 4
+    line = left_out_line(images, "training")
+    assert "4 files or linked folders" in line and ".heic" in line and ".jpg" in line and "linked folder" in line
+    assert str(bee / "a.heic") in line and left_out_line(open_images(str(broken_copy / "val"), "val"), "") is None
+
+
+def test_gif_and_avif_are_read(tmp_path):
+    (tmp_path / "a").mkdir()
+    for suffix in ("gif", "avif"):
+        Image.new("RGB", (8, 6), (200, 30, 30)).save(tmp_path / "a" / f"x.{suffix}")
+    images = open_images(str(tmp_path), "train")
+    assert len(images) == 2
+    for index in range(2):
+        assert images.load(index).shape == (6, 8, 3) and abs(int(images.load(index)[2, 2, 0]) - 200) < 12
+
+
+def test_labels_that_contradict_the_class_folders_are_refused(broken_copy):
+    (broken_copy / "val_list.txt").write_text("val/ant/002.jpg 0\nval/bee/000.jpg 2\nval/cat/000.jpg 1\n")
+    with pytest.raises(UserError, match="2 of 3 labels contradict.*bee/000.jpg, labelled 2, while 'bee' is class 1"):
+        open_images(str(broken_copy / "val_list.txt"), "val", class_to_index={"ant": 0, "bee": 1, "cat": 2})

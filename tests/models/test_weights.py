@@ -9,7 +9,7 @@ from src.models.build import build_model
 from src.models.formats import read_weights
 from src.models.fusion import fuse
 from src.models.networks import acnet_name, torch_name
-from src.models.weights import load_weights
+from src.models.weights import assign_weights, load_weights
 from src.runs.checkpoint import save_checkpoint
 from src.utils.errors import UserError
 
@@ -177,3 +177,25 @@ def test_loaded_network_computes_the_same(saved):
     load_weights(other, path)
     x = Tensor(np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32))
     assert np.array_equal(network.set_train(False)(x).asnumpy(), other.set_train(False)(x).asnumpy())
+
+
+@pytest.mark.parametrize("name,value,message", [
+    ("conv1.conv.weight", np.nan, "conv1.conv.weight has 1 values that are not finite"), ("fc1.bias", np.inf, "fc1.bias has 1 values"),
+    ("conv2.norm.moving_variance", -0.5, "conv2.norm.moving_variance has negative variances")])
+def test_weights_of_no_use_are_refused_by_name(tmp_path, name, value, message):
+    network = build_model("cifar_quick", 10)
+    parameter = {p.name: p for p in network.get_parameters()}[name]
+    array = parameter.asnumpy().copy()
+    array.reshape(-1)[0] = value
+    parameter.set_data(Tensor(array))
+    save_checkpoint(tmp_path / "a.ckpt", network.get_parameters(), {})
+    with pytest.raises(UserError, match=message):
+        load_weights(build_model("cifar_quick", 10), tmp_path / "a.ckpt")
+
+
+def test_integer_weights_are_refused_by_name():
+    network = build_model("cifar_quick", 10)
+    arrays = {p.name: p.asnumpy() for p in network.get_parameters()}
+    arrays["fc1.weight"] = arrays["fc1.weight"].astype(np.int8)
+    with pytest.raises(UserError, match="fc1.weight is of type int8"):
+        assign_weights(network, arrays, "a.safetensors")

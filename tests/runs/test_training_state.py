@@ -1,6 +1,8 @@
 """What a training's checkpoint holds, and which one ranks go on from."""
 
 
+import os
+
 import numpy as np
 import pytest
 from conftest import make_config
@@ -107,3 +109,47 @@ def test_keys_that_differ_are_named_unless_they_only_say_where_and_how(run_folde
             find_resume_point(make_config(**keys, **{key: value}), Communicator())
 
 
+def test_the_newest_is_the_one_with_the_most_steps_whatever_the_files_times(run_folder):
+    """As after a copy, which gives files new times."""
+    files = sorted((run_folder / "run" / "ckpt_0").iterdir(), key=lambda file: int(file.stem.rpartition("_")[2]))
+    for age, file in enumerate(files):
+        os.utime(file, (10 ** 9 - age, 10 ** 9 - age))
+    config = make_config(resume="auto", output_path=str(run_folder))
+    assert find_resume_point(config, Communicator()).state.step == 15
+
+
+@pytest.mark.parametrize("best,taken", [(12, "n-1_15.ckpt"), (18, "best.ckpt")])
+def test_the_best_checkpoint_counts_by_its_step(run_folder, network, best, taken):
+    state(best, epoch=1, steps_per_epoch=20).write(run_folder / "run" / "best.ckpt", network, [])
+    config = make_config(resume="auto", output_path=str(run_folder))
+    assert find_resume_point(config, Communicator()).path.name == taken
+
+
+def test_of_several_runs_the_newest_that_matches_is_taken(run_folder, network):
+    (run_folder / "run").rename(run_folder / "2026-01-01_time_00_00_00")
+    other = make_config(lr=0.123).model_dump(mode="json")
+    state(5, config=other).write(run_folder / "2026-02-02_time_00_00_00" / "ckpt_0" / "n-1_5.ckpt", network, [])
+    config = make_config(resume="auto", output_path=str(run_folder))
+    point = find_resume_point(config, Communicator())
+    assert "2026-01-01" in str(point.path) and point.state.step == 15 and "2026-02-02" in point.passed_over[0]
+    with pytest.raises(UserError, match="2026-02-02.*another training: seed"):
+        find_resume_point(make_config(resume="auto", output_path=str(run_folder), seed=9, lr=0.123), Communicator())
+
+
+@pytest.mark.parametrize("before,now", [({"lr_scheduler": "step"}, {"lr_scheduler": "step"}),
+                                        ({"lr_scheduler": "exponential"}, {"lr_scheduler": "exponential"}),
+                                        ({"T_max": 150}, {"T_max": 150}), ({}, {"T_max": 150})])
+def test_more_epochs_are_allowed_if_the_past_of_the_schedule_stays(tmp_path, network, before, now):
+    file = tmp_path / "run" / "ckpt_0" / "n-2_3.ckpt"
+    state(config=make_config(**before).model_dump(mode="json")).write(file, network, [])
+    for epochs in (200, 100):
+        assert find_resume_point(make_config(resume=str(file), max_epoch=epochs, **now), Communicator()).state.step == 15
+    with pytest.raises(UserError, match="another training: max_epoch=150 there and 1 here"):
+        find_resume_point(make_config(resume=str(file), max_epoch=1, **now), Communicator())
+
+
+def test_more_epochs_of_a_cosine_name_the_key_that_makes_them_possible(tmp_path, network):
+    file = tmp_path / "run" / "ckpt_0" / "n-2_3.ckpt"
+    state().write(file, network, [])
+    with pytest.raises(UserError, match="max_epoch=150.*add --T_max=150"):
+        find_resume_point(make_config(resume=str(file), max_epoch=200), Communicator())

@@ -1,0 +1,112 @@
+"""The one decoder: an image file is the same picture in training, evaluation, prediction and packed sets."""
+
+import errno
+import io
+import os
+import stat
+import warnings
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps
+
+from src.utils.errors import UserError
+
+_LARGEST_FILE = 1 << 28
+_MOST_PIXELS = 1 << 26
+_ORIENTATION = 0x0112
+_PLAIN_MODES = ("RGB", "L")
+_OPENCV_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")
+
+
+class BadImage(UserError):
+    """An image file that cannot be read or decoded."""
+
+
+def read_image(path: str) -> np.ndarray:
+    """An image file as (H, W, 3) uint8 RGB; see ``decode_image``.
+
+    Raises:
+        BadImage: if the file cannot be read or is no image, or too large a one.
+    """
+    try:
+        with open_regular(path) as file:
+            # Not np.fromfile with a count, which allocates for the count first.
+            encoded = np.frombuffer(file.read(min(os.fstat(file.fileno()).st_size, _LARGEST_FILE)), np.uint8)
+    except (OSError, ValueError) as failure:
+        raise BadImage(f"cannot read the image {path}: {getattr(failure, 'strerror', failure)}") from None
+    return decode_image(encoded, path)
+
+
+def open_regular(path: str) -> io.FileIO:
+    """Open a file for reading, without waiting for anybody. Raises OSError, also for a named pipe or a device."""
+    file = io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return file
+
+
+def decode_image(encoded: np.ndarray, name: str) -> np.ndarray:
+    """The content of an image file, (N,) uint8, as a person sees it, (H, W, 3) uint8 RGB.
+
+    Turned by its EXIF orientation; grey, CMYK and 16-bit pictures are converted; transparent parts lie over white. Files of
+    256 MiB and more and images of more than 2^26 pixels are refused, by their headers: a small file may decode to gigabytes.
+
+    Args:
+        name: what to call it in a message.
+
+    Raises:
+        BadImage: if it is no image, or too large a one.
+    """
+    if not encoded.size:
+        raise BadImage(f"{name} is empty")
+    if encoded.size >= _LARGEST_FILE:
+        raise BadImage(f"{name} is larger than {_LARGEST_FILE >> 20} MiB")
+    try:
+        picture = Image.open(io.BytesIO(encoded.data))
+    except Image.DecompressionBombError:
+        raise BadImage(f"{name} has too many pixels, as a decompression bomb has") from None
+    except Exception:  # many kinds, one for each format's way of being damaged; OpenCV knows some more formats
+        return _decoded_by_opencv(encoded, name)
+    with picture:
+        if picture.width * picture.height > _MOST_PIXELS:
+            raise BadImage(f"{name} has too many pixels, as a decompression bomb has")
+        try:
+            return _decoded_by_opencv(encoded, name) if _is_plain(picture) else _as_seen(picture)
+        except BadImage:
+            raise
+        except Exception as failure:  # as above
+            raise BadImage(f"{name} is not an image that can be decoded") from failure
+
+
+def _decoded_by_opencv(encoded: np.ndarray, name: str) -> np.ndarray:
+    """Faster than Pillow, and the same picture if it is upright, opaque and of 8 bits."""
+    try:
+        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:
+        image = None
+    if image is None:
+        raise BadImage(f"{name} is not an image that can be decoded")
+    return image
+
+
+def _is_plain(picture: Image.Image) -> bool:
+    """Whether a picture, of which only the header was read, is upright, opaque, of 8 bits, and of a format that OpenCV has."""
+    return (picture.mode in _PLAIN_MODES and picture.format in _OPENCV_FORMATS and "transparency" not in picture.info
+            and picture.getexif().get(_ORIENTATION, 1) == 1)
+
+
+def _as_seen(picture: Image.Image) -> np.ndarray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if picture.mode.startswith("I;16") or picture.mode == "I":
+            deep = np.asarray(picture, np.float64)
+            eight = Image.fromarray((deep / 257).clip(0, 255).astype(np.uint8))
+            eight.info["exif"] = picture.info.get("exif", b"")
+            picture = eight
+        turned = ImageOps.exif_transpose(picture)
+        if turned.has_transparency_data:
+            turned = turned.convert("RGBA")
+            turned = Image.alpha_composite(Image.new("RGBA", turned.size, "white"), turned)
+        return np.asarray(turned.convert("RGB"))
