@@ -13,6 +13,7 @@ def main(arguments: list[str]) -> None:
     from src.inference.engines import faster_engine_hint
     from src.inference.evaluation import evaluate_checkpoints, report_line, write_results
     from src.runs.checkpoint import find_checkpoints
+    from src.utils.errors import Incomplete
     from src.utils.log import create_log
 
     paths = find_checkpoints(config.checkpoint_file_path)
@@ -20,12 +21,14 @@ def main(arguments: list[str]) -> None:
     log = create_log(shown=communicator.is_root)
     if hint := faster_engine_hint(config):
         log(hint)
-    results = evaluate_checkpoints(paths, command.flags, communicator, log)
+    results, failures = evaluate_checkpoints(paths, command.flags, communicator, log)
     if len(results) > 1:
         log("best: " + report_line(max(results, key=lambda result: result["top1"])))
     if communicator.is_root and config.result_path:
         write_results(config.result_path, results)
         log(f"results in {config.result_path}")
+    if failures:
+        raise Incomplete(f"{len(failures)} of {len(paths)} checkpoints could not be evaluated, the first is {failures[0]}")
 
 
 if __name__ == "__main__":

@@ -13,13 +13,16 @@ def main(arguments: list[str]) -> None:
     from src.inference.evaluation import write_results
     from src.inference.prediction import as_table, contact_sheet, find_images, predict
     from src.runs.checkpoint import find_checkpoints
+    from src.utils.errors import Incomplete
     from src.utils.log import create_log
 
     paths = find_images(command.names)
     command.select_device()
     model, engine, _ = open_engine(find_checkpoints(config.checkpoint_file_path)[-1], command.flags)
-    predictions = predict(paths, model, engine)
+    predictions, bad = predict(paths, model, engine)
     log = create_log()
+    for message in bad:
+        log(f"left out: {message}")
     if config.result_path:
         write_results(config.result_path, [prediction.as_dict() for prediction in predictions])
         log(f"results in {config.result_path}")
@@ -28,6 +31,8 @@ def main(arguments: list[str]) -> None:
     if config.save_figure:
         contact_sheet(predictions, config.save_figure)
         log(f"figure in {config.save_figure}")
+    if bad:
+        raise Incomplete(f"{len(bad)} of {len(paths)} images could not be decoded, the first: {bad[0]}")
 
 
 if __name__ == "__main__":

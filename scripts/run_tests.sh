@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Set up and run the test suite: `bash scripts/run_tests.sh [--fast] [--parity] [PYTEST ARGUMENTS]`.
-# --fast leaves out the slow tests; --parity installs PyTorch, without which the tests that compare with it are skipped.
+# Set up and run the test suite: `bash scripts/run_tests.sh [--fast | --extended] [--parity] [PYTEST ARGUMENTS]`.
+# --fast leaves out the slow tests, --extended adds those that take longest; --parity installs PyTorch, without which the tests that
+# compare with it are skipped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-arguments=()
+arguments=(-m "not extended")
 extras=(--test)
 for argument in "$@"; do
     case $argument in
-        --fast) arguments+=(-m "not slow") ;;
+        --fast) arguments+=(-m "not slow and not extended") ;;
+        --extended) arguments+=(-m "") ;;
         --parity) extras+=(--parity) ;;
         *) arguments+=("$argument") ;;
     esac

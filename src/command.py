@@ -93,8 +93,8 @@ def prepare_rank(communicator: Any, device_target: str = "CPU") -> None:
 def run_main(main: Callable[..., object], rank: int = 0, defers_signals: bool = False) -> None:
     """Run ``main(arguments)``, or ``main(arguments, signals)`` with ``defers_signals``, and end the process.
 
-    Status 0; 2 after a UserError; 1 after a defect; 128 + the number of a signal after that signal. Errors are one line, on one
-    rank, and end every rank. ``--help`` prints the text of main's module.
+    Status 0; 2 after a UserError; 1 after an Incomplete or a defect; 128 + the number of a signal after that signal. Errors are one
+    line, on one rank, and end every rank. ``--help`` prints the text of main's module.
 
     Args:
         main: takes the list of command-line arguments.
@@ -115,7 +115,7 @@ def run_main(main: Callable[..., object], rank: int = 0, defers_signals: bool = 
         os._exit(128 + signal.SIGPIPE)
     except UserError as failure:
         whose = f"rank {rank}: " if rank else ""
-        end_process(f"error: {whose}{failure}", 2, rank)
+        end_process(f"error: {whose}{failure}", failure.status, rank)
     except Stopped as stop:
         sys.stdout.flush()
         if rank != 0:

@@ -96,7 +96,7 @@ def count_correct(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def evaluate_checkpoints(paths: Sequence[Path], flags: Mapping[str, Any], communicator: Communicator,
-                         log: Callable[[str], None]) -> list[dict[str, Any]]:
+                         log: Callable[[str], None]) -> tuple[list[dict[str, Any]], list[str]]:
     """Evaluate checkpoint files in order of epoch.
 
     Args:
@@ -104,15 +104,24 @@ def evaluate_checkpoints(paths: Sequence[Path], flags: Mapping[str, Any], commun
         log: called with a line per checkpoint.
 
     Returns:
-        List of {checkpoint, epoch, step, top1, top5, images, images_per_second}.
+        List of {checkpoint, epoch, step, top1, top5, images, images_per_second}, and the files that could not be read or do not
+        fit: one of several does not keep the others from being evaluated.
     """
     if communicator.size > 1:
         agree(communicator, {"number of checkpoints": len(paths)})
         agree(communicator, {f"checksum of {path.name}": checksum(path) for path in _in_order(paths)})
     results: list[dict[str, Any]] = []
+    failures: list[str] = []
     opened = evaluated = evaluator = None
     for path in _in_order(paths):
-        opened = open_engine(path, flags, opened)
+        try:
+            opened = open_engine(path, flags, opened)
+        except UserError as failure:
+            if len(paths) == 1:
+                raise
+            failures.append(str(path))
+            log(f"{path} is left out: {failure}")
+            continue
         model, engine, metadata = opened
         if evaluator is None or model != evaluated:
             images = model.open_images()
@@ -128,7 +137,9 @@ def evaluate_checkpoints(paths: Sequence[Path], flags: Mapping[str, Any], commun
             results[-1]["undecodable"] = len(accuracy.undecodable)
             log(undecodable_line(accuracy))
         log(report_line(results[-1]))
-    return results
+    if not results:
+        raise UserError(f"none of the {len(paths)} checkpoints can be evaluated")
+    return results, failures
 
 
 def _in_order(paths: Sequence[Path]) -> list[Path]:

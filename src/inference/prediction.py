@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from src.dataset.decoding import read_image
+from src.dataset.decoding import BadImage, read_image
 from src.dataset.sources import images_in
 from src.dataset.transforms import eval_transform
 from src.inference.engines import Engine
@@ -52,27 +52,34 @@ def find_images(names: Sequence[str]) -> list[str]:
     return found
 
 
-def predict(paths: Sequence[str], model: RecordedModel, engine: Engine) -> list[Prediction]:
-    """A Prediction for each image file.
+def predict(paths: Sequence[str], model: RecordedModel, engine: Engine) -> tuple[list[Prediction], list[str]]:
+    """A Prediction for each image file that can be decoded, and a message for each that cannot.
 
     Args:
         model: says how images are prepared and what classes are called.
         engine: (B, S, S, 3) uint8 images -> (B, C) logits.
     """
     names = {label: name for name, label in (model.class_to_index or {}).items()}
+    size = model.config.image_size
     predictions: list[Prediction] = []
+    bad: list[str] = []
     for start in range(0, len(paths), _BATCH):
-        batch = paths[start:start + _BATCH]
-        size = model.config.image_size
         # Always a whole batch, so that MindSpore compiles one graph.
         images = np.zeros((min(_BATCH, len(paths)), size, size, 3), np.uint8)
-        for slot, path in enumerate(batch):
-            images[slot] = eval_transform(read_image(path), model.config)
-        for path, probabilities in zip(batch, softmax(finite(engine(images)))):
+        good: list[str] = []
+        for path in paths[start:start + _BATCH]:
+            try:
+                images[len(good)] = eval_transform(read_image(path), model.config)
+                good.append(path)
+            except BadImage as failure:
+                bad.append(str(failure))
+        for path, probabilities in zip(good, softmax(finite(engine(images)))):
             best = np.argsort(-probabilities, kind="stable")[:_TOP]
             predictions.append(Prediction(path, [names.get(int(label), str(label)) for label in best],
                                           [round(float(probabilities[label]), 6) for label in best]))
-    return predictions
+    if not predictions:
+        raise UserError(bad[0] if len(bad) == 1 else f"none of the {len(bad)} images can be decoded: {bad[0]}")
+    return predictions, bad
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

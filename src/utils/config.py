@@ -96,7 +96,7 @@ class Config(BaseModel):
     eval_data_path: Annotated[str, Affects.IMAGES]
     dataset_format: Annotated[str, BeforeValidator(_lower), Affects.IMAGES]
     bad_samples: Annotated[Literal["error", "replace"], BeforeValidator(_lower), Affects.TRAINING]
-    num_parallel_workers: Annotated[NonNegative, Affects.PROCESS]
+    num_parallel_workers: Annotated[int, Field(ge=0, le=256), Affects.PROCESS]
 
     augmentations: Annotated[Entries, Affects.TRAINING]
     train_crop: Annotated[Literal["random_resized", "padded", "resize"], BeforeValidator(_lower), Affects.TRAINING]
@@ -165,6 +165,10 @@ class Config(BaseModel):
             raise ValueError(f"crop_ratio={list(self.crop_ratio)} must be two rising positive numbers")
         if self.eval_resize and self.eval_resize < self.image_size:
             raise ValueError(f"eval_resize={self.eval_resize} must not be below image_size={self.image_size}")
+        if self.eta_min > self.lr:
+            raise ValueError(f"eta_min={self.eta_min:g} must not be above lr={self.lr:g}, from which the learning rate falls to it")
+        if any(later <= earlier for earlier, later in zip(self.lr_epochs, self.lr_epochs[1:])):
+            raise ValueError(f"lr_epochs={self.lr_epochs} must rise from each to the next")
         return self
 
     @property

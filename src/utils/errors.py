@@ -5,7 +5,15 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Shown as one line, ``error: ...``, that says what is wrong and what to do; the process then exits with status 2."""
+    """Shown as one line, ``error: ...``, that says what is wrong and what to do; the process then exits with ``status``."""
+
+    status = 2
+
+
+class Incomplete(UserError):
+    """A command did what it could: its results are there, but not all of them."""
+
+    status = 1
 
 
 class Stopped(Exception):

@@ -15,7 +15,7 @@ def test_train_step_prints_its_line():
                         r"forward_backward_s=[\d.]+ allreduce_s=[\d.]+ optimizer_s=[\d.]+ peak_rss_mib=\d+", run.out.strip()), run
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_acnet_study_prints_its_lines_and_figures(tmp_path):
     run = execute(["python3", "benchmarks/acnet_study.py", "--seeds=1", "--epochs=1", "--networks=cifar_quick", f"--output={tmp_path}"])
     assert run.status == 0, run
@@ -32,7 +32,7 @@ def test_checkpoint_cost_prints_its_line():
                         r"steps_between_saves_for_1_percent=\d+", run.out.strip()), run
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_repeatability_prints_a_line_a_number_of_ranks():
     run = execute(["python3", "benchmarks/repeatability.py", "--steps=2", "--networks=cifar_quick", "--ranks=1,2"])
     assert run.status == 0, run
@@ -41,13 +41,13 @@ def test_repeatability_prints_a_line_a_number_of_ranks():
     assert [ranks for ranks, _ in found] == ["1", "2"], run
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_soak_ends_with_the_same_bits(tmp_path):
     run = execute(["python3", "benchmarks/soak.py", "--epochs=30", "--kills=1", f"--output={tmp_path}"])
     assert run.status == 0 and re.search(r"^soak epochs=30 ranks=2 kills=1 .*bit_identical=True ", run.out, re.M), run
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_gpu_check_prints_its_lines():
     run = execute(["python3", "benchmarks/gpu_check.py", "--device_target=CPU", "--networks=cifar_quick+acb", "--batches=4", "--steps=1",
                    "--image_size=32"])
@@ -84,7 +84,7 @@ def test_input_pipeline_prints_its_lines():
     assert "decode=" in operations and "normalise_s=" in operations
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_compare_pytorch_prints_its_line():
     pytest.importorskip("torch", reason="PyTorch is not installed")
     run = execute(["python3", "benchmarks/compare_pytorch.py", "--cases=cifar_quick+acb:4", "--image_size=32",
@@ -94,7 +94,7 @@ def test_compare_pytorch_prints_its_line():
                      r"pytorch_images_per_second=[\d.]+ pytorch_layout=\w+ ratio=[\d.]+", run.out, re.M), run
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_gradient_compression_prints_a_line_a_form():
     run = execute(["python3", "benchmarks/gradient_compression.py", "--epochs=1", "--cases=float16:1"])
     assert run.status == 0, run
@@ -102,7 +102,7 @@ def test_gradient_compression_prints_a_line_a_form():
                         r"last_loss=[\d.]+ top1=[\d.]+", run.out.strip()), run
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_acb_cost_prints_its_lines():
     run = execute(["python3", "benchmarks/acb_cost.py", "--networks=cifar_quick", "--batch=4", "--image_size=32", "--steps=1",
                    "--rounds=1", "--pytorch=0"])

@@ -1,12 +1,14 @@
 """Counting, and evaluation by the command."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from conftest import execute, make_config, mpirun
 
-from src.inference.evaluation import count_correct
+from src.inference.evaluation import count_correct, finite
+from src.utils.errors import UserError
 
 
 def test_hits_are_counted_by_hand():
@@ -69,3 +71,19 @@ def test_users_who_could_evaluate_faster_are_told(monkeypatch):
     assert "scripts/setup.sh --onnx" in engines.faster_engine_hint(make_config())
     monkeypatch.setattr(engines, "onnx_is_installed", lambda: True)
     assert engines.faster_engine_hint(make_config()) is None
+
+
+def test_one_damaged_checkpoint_does_not_end_the_evaluation_of_the_others(trained_run, image_root, tmp_path):
+    whole = sorted((trained_run / "ckpt_0").iterdir())
+    for file in whole:
+        shutil.copy(file, tmp_path)
+    (tmp_path / "damaged.ckpt").write_bytes(whole[0].read_bytes()[:1000])
+    run = execute(["python3", "eval.py", f"--data_path={image_root}/val", f"--checkpoint_file_path={tmp_path}",
+                   f"--result_path={tmp_path}/result.json"])
+    assert run.status == 1 and len(run.error_lines) == 1 and "1 of 3 checkpoints" in run.error_lines[0], run
+    assert "damaged.ckpt" in run.error_lines[0] and len(json.loads((tmp_path / "result.json").read_text())) == 2
+
+
+def test_outputs_that_are_not_finite_are_an_error():
+    with pytest.raises(UserError, match="outputs for 1 of 2 images are not finite"):
+        finite(np.array([[0, 1], [np.nan, 1]], np.float32))

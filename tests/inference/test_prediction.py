@@ -33,3 +33,12 @@ def test_predictions_as_json_and_sheet(trained_run, image_root, tmp_path):
 def test_wrong_image_is_one_line(trained_run, arguments, word):
     run = execute(["python3", "predict.py", f"--checkpoint_file_path={trained_run}/best.ckpt", *arguments])
     assert run.status == 2 and len(run.error_lines) == 1 and word in run.error_lines[0], run
+
+
+def test_one_bad_file_does_not_silence_the_others(trained_run, image_root, tmp_path):
+    (tmp_path / "bad.jpg").write_text("text")
+    run = execute(["python3", "predict.py", f"--checkpoint_file_path={trained_run}/best.ckpt", f"{image_root}/val/bee/003.jpg",
+                   f"{tmp_path}/bad.jpg", f"{image_root}/val/cat/003.jpg", f"--result_path={tmp_path}/p.json"])
+    assert run.status == 1 and len(run.error_lines) == 1 and "1 of 3 images" in run.error_lines[0] and "bad.jpg" in run.error_lines[0], run
+    results = json.loads((tmp_path / "p.json").read_text())
+    assert [entry["image"].rpartition("val/")[2] for entry in results] == ["bee/003.jpg", "cat/003.jpg"]

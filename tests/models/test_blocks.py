@@ -105,7 +105,13 @@ def test_dbb_begins_with_an_identity_ahead_of_its_inner_convolution():
 FAST = {("cifar_quick", kind) for kind in KINDS} | {("resnet18", "acb")}
 
 
-@pytest.mark.parametrize("name,kind", [pytest.param(name, kind, marks=() if (name, kind) in FAST else pytest.mark.slow)
+def marks(name, kind):
+    if (name, kind) in FAST:
+        return ()
+    return (pytest.mark.slow,) if kind == "acb" or name in ("resnet18", "resnext50_32x4d", "alexnet") else (pytest.mark.extended,)
+
+
+@pytest.mark.parametrize("name,kind", [pytest.param(name, kind, marks=marks(name, kind))
                                        for kind in KINDS for name in NETWORKS if name != "resnext101_32x4d"])
 def test_fused_network_equals_the_trained_one(name, kind, measured):
     size = 64 if name == "alexnet" else 32

@@ -43,15 +43,18 @@ def assert_refused(run, *words):
         assert word in run.error_lines[0], run
 
 
+LESS = pytest.mark.extended
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("first,second,words", [
     (["--lr=0.01"], ["--lr=0.5"], ("lr=0.01 on rank 0 and lr=0.5 on rank 1",)),
-    (["--seed=1"], ["--seed=2"], ("seed=1", "seed=2")),
-    (["--max_epoch=1"], ["--max_epoch=2"], ("max_epoch",)),
+    pytest.param(["--seed=1"], ["--seed=2"], ("seed=1", "seed=2"), marks=LESS),
+    pytest.param(["--max_epoch=1"], ["--max_epoch=2"], ("max_epoch",), marks=LESS),
     (["--network=alexnet", "--image_size=64"], ["--network=resnet18", "--image_size=64"], ("network=\"alexnet\"", "network=\"resnet18\"")),
     (["--per_batch_size=2"], ["--per_batch_size=4"], ("per_batch_size=2 on rank 0",)),
-    (["--run_eval=1"], ["--run_eval=0"], ("run_eval=true",)),
-    (["--bad_samples=error"], ["--bad_samples=replace"], ("bad_samples",)),
+    pytest.param(["--run_eval=1"], ["--run_eval=0"], ("run_eval=true",), marks=LESS),
+    pytest.param(["--bad_samples=error"], ["--bad_samples=replace"], ("bad_samples",), marks=LESS),
 ])
 def test_other_flags_end_the_training(image_root, tmp_path, first, second, words):
     common = [f"--data_path={image_root}/train", f"--output_path={tmp_path}/out", *TINY]

@@ -70,7 +70,9 @@ def test_every_list_can_be_set_on_the_command_line():
 @pytest.mark.parametrize("flags,message", [
     ({"lr": "fast"}, "lr=fast"), ({"crop_scale": "0.5"}, "crop_scale"), ({"crop_scale": "0.9,0.2"}, "rising"),
     ({"momentum": "1"}, "momentum=1"), ({"std": "0,1,1"}, "std"),
-    ({"lr": "nan"}, "lr=nan"), ({"eval_resize": "100"}, "eval_resize=100")])
+    ({"lr": "nan"}, "lr=nan"), ({"eval_resize": "100"}, "eval_resize=100"),
+    ({"num_parallel_workers": "100000"}, "num_parallel_workers=100000: .*256"),
+    ({"eta_min": "0.5"}, "eta_min=0.5 must not be above lr=0.4"), ({"lr_epochs": "60,30"}, "lr_epochs=.* must rise")])
 def test_values_out_of_range_are_named(flags, message):
     with pytest.raises(UserError, match=message):
         load_config({"data_path": "x", **flags})
