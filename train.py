@@ -54,7 +54,7 @@ def main(arguments: list[str], signals: Signals) -> None:
     if config.checkpoint_file_path:
         recorder.log(f"starting from {config.checkpoint_file_path}" + (f" without {', '.join(left_out)}" if left_out else ""))
     if resumed:
-        recorder.log(resume_line(resumed, communicator.size))
+        recorder.log(resume_line(resumed, communicator.size, trainer.threads))
     recorder.log(f"{config.network} block={config.block} on {communicator.size} x {config.device_target}: "
                  f"{len(train_images)} images, {config.num_classes} classes, {trainer.steps_per_epoch} steps of "
                  f"{trainer.batches.global_batch} images per epoch, {config.max_epoch} epochs")

@@ -5,14 +5,21 @@
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+SENT_SIGNAL_FILE = "ACNET_SENT_SIGNAL_FILE"
+# Time for the ranks to finish their step and save; then for mpirun to end them.
+STOP_S, KILL_S, EMPTY_S = 120.0, 10.0, 2.0
+LOOK_S = 0.05
 
 
 def main(arguments):
@@ -21,27 +28,66 @@ def main(arguments):
     environment = launch_environment(options)
     command = mpirun_command(options, script, len(os.sched_getaffinity(0)))
     print(" ".join(command), flush=True)
-    sys.exit(run(command, environment))
+    with tempfile.TemporaryDirectory() as folder:
+        sys.exit(run(command, environment, Path(folder) / "signal"))
 
 
-def run(command, environment):
+def run(command, environment, sent_signal_file):
     """Run ``command``, an mpirun; returns its status.
 
     SIGTERM and Ctrl-C reach the ranks as SIGUSR1, at which they save and end: mpirun passes that on without killing them.
-    The status is then 128 + the signal's number. A second signal ends everything at once.
+    The status is then 128 + the signal's number. Ranks that have not ended after STOP_S, or a second signal, get SIGTERM, and
+    after KILL_S more whatever is left of the job is killed.
+
+    Args:
+        sent_signal_file: where ranks find the number of the signal that was sent.
     """
-    # In a session of its own, because a terminal sends Ctrl-C to every process of the foreground.
-    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
     received = []
-
-    def pass_on(number, frame):
-        received.append(number)
-        process.send_signal(signal.SIGUSR1 if len(received) == 1 else signal.SIGTERM)
-
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, pass_on)
-    status = process.wait()
+        signal.signal(number, lambda number, frame: received.append(number))
+    # In a session of its own, because a terminal sends Ctrl-C to every process of the foreground.
+    process = subprocess.Popen(command, env={**environment, SENT_SIGNAL_FILE: str(sent_signal_file)}, stdin=subprocess.DEVNULL,
+                               start_new_session=True)
+    steps, deadline = iter(escalation(process, received, sent_signal_file)), 0.0
+    while (status := process.poll()) is None:
+        if received and (time.monotonic() > deadline or len(received) > 1):
+            deadline = time.monotonic() + next(steps, KILL_S)
+            del received[1:]
+        if received and living(process.pid) <= {process.pid}:
+            # An mpirun that was told so early that it does not notice the end of its ranks.
+            deadline = min(deadline, time.monotonic() + EMPTY_S)
+        time.sleep(LOOK_S)
+    kill_session(process.pid)
     return 128 + received[0] if received and status else status
+
+
+def escalation(process, received, sent_signal_file):
+    """Do what is to be done to stop the job, from gentle to harsh; yields the seconds to wait after each."""
+    sent_signal_file.write_text(str(int(received[0])))
+    process.send_signal(signal.SIGUSR1)
+    yield STOP_S
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
+    yield KILL_S
+    kill_session(process.pid)
+
+
+def kill_session(session):
+    """Kill all processes of a session: the launcher starts each rank in a group of its own."""
+    for process in living(session):
+        with contextlib.suppress(OSError):
+            os.kill(process, signal.SIGKILL)
+
+
+def living(session):
+    """Process numbers of a session, without those that have ended and are not waited for."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            state, _, _, of_session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(of_session) == session and state not in "ZX":
+                found.add(int(entry.name))
+    return found
 
 
 def parse(arguments):
@@ -95,7 +141,7 @@ def launch_environment(options):
 
 
 def mpirun_command(options, script, cores):
-    """The mpirun command: the machine's cores divided evenly, shared only where ranks outnumber them."""
+    """The mpirun command: the machine's cores divided evenly, shared only if ranks outnumber them."""
     mpirun = shutil.which("mpirun") or shutil.which("mpirun", path=os.path.dirname(sys.executable))
     if mpirun is None:
         fail("mpirun is not installed; run 'bash scripts/setup.sh', then 'source .venv/bin/activate'")

@@ -1,6 +1,7 @@
 """What the commands have in common: how they begin, and how they end."""
 
 import atexit
+import io
 import os
 import signal
 import sys
@@ -74,19 +75,19 @@ def begin(arguments: Sequence[str], names: str = "", distributed: bool = True) -
     communicator = connect(config.run_distribute) if distributed else Communicator()
     communicator.watch_for_stalls(config.stall_timeout_s)
     agree(communicator, config.model_dump(mode="json", exclude=keys_affecting(Affects.IMAGES, Affects.PROCESS)))
-    prepare_rank(communicator, config.device_target)
+    prepare_rank(communicator, config.device_target, config.threads)
     return Command(flags, found, config, communicator)
 
 
-def prepare_rank(communicator: Any, device_target: str = "CPU") -> None:
+def prepare_rank(communicator: Any, device_target: str = "CPU", threads: int = 0) -> None:
     """Place this rank on its cores and set what MindSpore and other libraries read when they are imported.
 
     Raises:
-        UserError: if a driver or library of the device is missing.
+        UserError: if a driver or library of the device, or a core, is missing.
     """
     from src.parallel.placement import pin_to_own_cores
     from src.utils.device import prepare_process
-    pin_to_own_cores(communicator.local_rank, communicator.local_size)
+    pin_to_own_cores(communicator.local_rank, communicator.local_size, threads)
     prepare_process(device_target)
 
 
@@ -101,6 +102,7 @@ def run_main(main: Callable[..., object], rank: int = 0, defers_signals: bool = 
         rank: this process's number as its launcher gave it.
         defers_signals: also give it a Signals, by which it can finish what it is doing when it is told to stop.
     """
+    _open_standard_streams()
     arguments = sys.argv[1:]
     if arguments[:1] in (["-h"], ["--help"]):
         print(f"{sys.modules[main.__module__].__doc__}"
@@ -134,3 +136,21 @@ def run_main(main: Callable[..., object], rank: int = 0, defers_signals: bool = 
     # its libraries down piece by piece: the operating system does that at once.
     atexit._run_exitfuncs()
     os._exit(0)
+
+
+def _open_standard_streams() -> None:
+    """Make sure that there are standard streams, and that no name is too strange for them.
+
+    A file that is opened while one of the first three descriptors is free gets its number, and whatever a library writes there.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    # Python has none for a descriptor that was closed when it started.
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

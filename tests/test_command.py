@@ -1,9 +1,13 @@
 """What surrounds an entry script: how it ends."""
 
+import json
+import os
 import subprocess
 
+import cv2
+import numpy as np
 import pytest
-from conftest import ROOT, TINY, only_run, user_environment
+from conftest import ROOT, TINY, execute, only_run, user_environment
 
 
 def behind_closed_pipe(words):
@@ -26,3 +30,63 @@ def test_a_training_that_nobody_reads_goes_on(image_root, tmp_path):
     assert (status, errors) == (0, "")
     assert (only_run(tmp_path) / "ckpt_0" / "cifar_quick-1_3.ckpt").is_file()
     assert "results in" in (only_run(tmp_path) / "log.txt").read_text()
+
+
+def test_without_any_standard_stream_a_training_is_whole(image_root, tmp_path):
+    words = f"python3 train.py --data_path={image_root}/train --output_path={tmp_path} {' '.join(TINY)} --max_steps=2 --lr=0.02"
+    run = execute(["bash", "-c", f"exec {words} <&- >&- 2>&-"])
+    assert run.status == 0, run
+    folder = only_run(tmp_path)
+    assert (folder / "ckpt_0" / "cifar_quick-1_2.ckpt").is_file() and "results in" in (folder / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-"])
+def test_a_closed_stream_changes_no_status(closed):
+    assert execute(["bash", "-c", f"exec python3 train.py --lr=-1 {closed}"]).status == 2
+
+
+STRANGE = ("$x^{", "two\nlines", "\u202etfel", "na\udcffme", "d\u00e9j\u00e0", "%s {0}", "-lr")
+
+
+@pytest.mark.slow
+def test_files_and_classes_may_have_any_name(tmp_path):
+    """Trained, evaluated and predicted on a terminal that knows ASCII alone; JSON has the names as they are."""
+    names = sorted(os.fsencode(name) for name in STRANGE)
+    for number, name in enumerate(names):
+        folder = os.path.join(os.fsencode(tmp_path), b"data", name)
+        os.makedirs(folder)
+        for index in range(3):
+            with open(os.path.join(folder, name + b"%d.png" % index), "wb") as file:
+                file.write(cv2.imencode(".png", np.full((8, 8, 3), 30 * number, np.uint8))[1].tobytes())
+    ascii_only = {"PYTHONIOENCODING": "ascii:strict", "LC_ALL": "C"}
+    common = [f"--data_path={tmp_path}/data", "--image_size=32", "--network=cifar_quick"]
+    flags = [*common, f"--output_path={tmp_path}/out", "--per_batch_size=4", "--max_epoch=1", "--lr=0.01"]
+    trained = execute(["python3", "train.py", *flags], **ascii_only)
+    assert trained.status == 0 and not trained.err, trained
+    folder = only_run(tmp_path / "out")
+    assert set(json.loads((folder / "class_indexing.json").read_text())) == set(STRANGE)
+    weights = f"--checkpoint_file_path={folder}/latest.ckpt"
+    evaluated = execute(["python3", "eval.py", *common, weights, f"--result_path={tmp_path}/e.json"], **ascii_only)
+    assert evaluated.status == 0 and not evaluated.err and "21 images" in evaluated.out, evaluated
+    shown = execute(["python3", "predict.py", weights, f"{tmp_path}/data", f"--save_figure={tmp_path}/s.png"], **ascii_only)
+    assert shown.status == 0 and not shown.err and "two\\nlines" in shown.out and "\\u202e" in shown.out, shown
+    assert len([line for line in shown.out.splitlines() if ".png  " in line]) == 21
+    execute(["python3", "predict.py", weights, f"{tmp_path}/data", f"--result_path={tmp_path}/p.json"], **ascii_only)
+    results = json.loads((tmp_path / "p.json").read_text())
+    assert {os.path.basename(os.path.dirname(entry["image"])) for entry in results} == set(STRANGE)
+    assert {entry["predictions"][0]["class"] for entry in results} <= set(STRANGE)
+
+
+def test_no_room_at_the_start_names_the_file_and_leaves_no_half(image_root, tmp_path):
+    """The limit on the size of a file stands for the disk: not even the configuration fits."""
+    words = f"python3 train.py --data_path={image_root}/train --output_path={tmp_path} {' '.join(TINY)}"
+    run = execute(["bash", "-c", f"ulimit -f 1; exec {words}"])
+    assert run.status == 2 and len(run.error_lines) == 1 and "config.yaml" in run.error_lines[0] and "Traceback" not in run.err, run
+    assert not [file for file in only_run(tmp_path).iterdir() if file.is_file() and file.stat().st_size]
+
+
+def test_no_room_for_a_result_leaves_none(tmp_path):
+    code = ("import resource, sys; sys.path.insert(0, '.'); from src.inference.evaluation import write_results; "
+            f"resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); write_results('{tmp_path}/r.json', [{{'top1': 1.5}}] * 20)")
+    run = execute(["python3", "-c", code])
+    assert "UserError: cannot write" in run.err and "r.json': File too large" in run.err and not list(tmp_path.iterdir()), run

@@ -22,6 +22,7 @@ import cv2
 import numpy as np
 
 from src.utils.errors import UserError
+from src.utils.text import escaped
 
 if TYPE_CHECKING:
     from src.dataset.sources import ImageSet
@@ -132,7 +133,8 @@ def pack(images: "ImageSet", path: str, short_side: int, quality: int, workers: 
         UserError: for an image that cannot be decoded, a folder that cannot be written, or parts made with other options.
     """
     parts = -(-len(images) // part_images)
-    source = zlib.crc32("\n".join(map(images.name, range(len(images)))).encode(), zlib.crc32(images.labels.data))
+    source = zlib.crc32("\n".join(map(images.name, range(len(images)))).encode("utf-8", "surrogatepass"),
+                        zlib.crc32(images.labels.data))
     description = {"class_to_index": images.class_to_index, "parts": parts, "images": len(images), "source": source,
                    "short_side": short_side, "quality": quality}
     for number in range(parts):
@@ -161,8 +163,9 @@ def _write_part(images: "ImageSet", indices: range, target: str, description: di
             for start in range(indices.start, indices.stop, _CHUNK):
                 chunk = range(start, min(start + _CHUNK, indices.stop))
                 encoded = list(pool.map(lambda index: encode(images, index, short_side, quality), chunk))
-                writer.write_raw_data([{"image": data, "label": int(images.labels[index]), "name": os.path.basename(images.name(index))}
-                                       for data, index in zip(encoded, chunk)])
+                names = (escaped(os.path.basename(images.name(index))) for index in chunk)
+                writer.write_raw_data([{"image": data, "label": int(images.labels[index]), "name": name}
+                                       for data, index, name in zip(encoded, chunk, names)])
                 checksums += map(zlib.crc32, encoded)
                 progress(len(chunk))
         writer.commit()

@@ -72,7 +72,7 @@ class ImageSet:
         classes = sorted(self.class_to_index, key=lambda name: self.class_to_index[name])
         return {f"number of {what} images": len(self), f"number of {what} classes": len(classes),
                 **{f"{what} class {label}": name for label, name in enumerate(classes[:_COMPARED_CLASSES])},
-                f"checksum of {what} class names": zlib.crc32("\0".join(classes).encode("utf-8", "surrogateescape")),
+                f"checksum of {what} class names": zlib.crc32("\0".join(classes).encode("utf-8", "surrogatepass")),
                 f"checksum of {what} labels": zlib.crc32(self.labels.data)}
 
     def load(self, index: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from src.parallel.agreement import agree
 from src.parallel.communicator import Communicator
 from src.utils.config import Config
 from src.utils.errors import UserError
-from src.utils.files import checksum
+from src.utils.files import checksum, write_whole
 
 _TOP = 5
 _LARGEST_BATCH = 64
@@ -28,7 +28,8 @@ _NAMED = 5
 class Accuracy:
     """Top-1 and top-5 accuracy in percent over ``images`` images, and the rate at which they were evaluated.
 
-    ``undecodable`` has a message for each image that could not be decoded and counts as wrong.
+    ``undecodable`` has a message for each image that could not be decoded and counts as wrong; ``nonfinite`` is the number of
+    images with outputs that are not finite, which count as wrong too.
     """
 
     top1: float
@@ -36,6 +37,7 @@ class Accuracy:
     images: int
     images_per_second: float
     undecodable: tuple[str, ...] = ()
+    nonfinite: int = 0
 
 
 class Evaluator:
@@ -53,31 +55,34 @@ class Evaluator:
 
     def __call__(self, engine: Engine) -> Accuracy:
         """Accuracy of ``engine`` over all ranks' images. Raises UserError if none can be decoded."""
-        counts, untimed = np.zeros(3), 0.0
+        counts, untimed, nonfinite = np.zeros(3), 0.0, 0
         messages: list[str] = []
         started = time.perf_counter()
         for number, batch in enumerate(prefetch(self._batches)):
-            counts += count_correct(finite(engine(batch.images)), batch.labels)
+            logits = engine(batch.images)
+            counts += count_correct(logits, batch.labels)
+            nonfinite += count_nonfinite(logits[batch.labels != PADDING_LABEL])
             messages += batch.undecodable
             if number == 0 and len(self._batches) > 1:
                 # The first batch compiles the graph; a rate that counts it says nothing about the network.
                 untimed, started = counts[2], time.perf_counter()
         seconds = max(time.perf_counter() - started, 1e-9)
         timed = counts[2] - untimed
-        top1, top5, seen, rate = self._communicator.sum([*counts, timed / seconds])
+        top1, top5, seen, rate, nonfinite_of_all = self._communicator.sum([*counts, timed / seconds, nonfinite])
         undecodable = tuple(message for of_rank in self._communicator.gather(messages) for message in of_rank)
         if len(undecodable) == seen:
             raise UserError(f"none of the {len(undecodable)} images can be decoded: {undecodable[0]}")
-        return Accuracy(100 * top1 / seen, 100 * top5 / seen, int(seen), rate, undecodable)
+        return Accuracy(100 * top1 / seen, 100 * top5 / seen, int(seen), rate, undecodable, int(nonfinite_of_all))
 
 
-def finite(logits: np.ndarray) -> np.ndarray:
-    """``logits`` (N, C) as they are. Raises UserError if one is not finite: such a network says nothing about its images."""
-    wrong = ~np.isfinite(logits).all(axis=1)
-    if wrong.any():
-        raise UserError(f"the network's outputs for {np.count_nonzero(wrong)} of {len(logits)} images are not finite; "
-                        "its weights are too large or damaged")
-    return logits
+def count_nonfinite(logits: np.ndarray) -> int:
+    """Number of rows of logits (N, C) that hold an infinity or NaN: such a network says nothing about its images."""
+    return int(np.count_nonzero(~np.isfinite(logits).all(axis=1)))
+
+
+def nonfinite_line(count: int, images: int) -> str:
+    """What to say about them."""
+    return f"the network's outputs for {count} of {images} images are not finite; its weights are too large or damaged"
 
 
 def count_correct(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -130,6 +135,8 @@ def evaluate_checkpoints(paths: Sequence[Path], flags: Mapping[str, Any], commun
                 log(line)
             evaluator, evaluated = Evaluator(images, model.config, communicator), model
         accuracy = evaluator(engine)
+        if accuracy.nonfinite:
+            raise UserError(f"{path}: {nonfinite_line(accuracy.nonfinite, accuracy.images)}")
         results.append({"checkpoint": str(path), "epoch": metadata.get("epoch"), "step": metadata.get("step"),
                         "top1": accuracy.top1, "top5": accuracy.top5, "images": accuracy.images,
                         "images_per_second": accuracy.images_per_second})
@@ -165,8 +172,5 @@ def undecodable_line(accuracy: Accuracy) -> str:
 
 def write_results(path: str, results: Sequence[Mapping[str, Any]]) -> None:
     """Write results as a JSON list. Raises UserError if the file cannot be written."""
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=1)
-    except OSError as failure:
-        raise UserError(f"cannot write result_path '{path}': {failure.strerror}") from None
+    text = json.dumps(results, indent=1, allow_nan=False)
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))

@@ -12,9 +12,11 @@ from src.dataset.decoding import BadImage, read_image
 from src.dataset.sources import images_in
 from src.dataset.transforms import eval_transform
 from src.inference.engines import Engine
-from src.inference.evaluation import finite
+from src.inference.evaluation import count_nonfinite, nonfinite_line
 from src.inference.recorded_model import RecordedModel
 from src.utils.errors import UserError
+from src.utils.files import write_whole
+from src.utils.text import escaped
 
 _TOP = 5
 _BATCH = 16
@@ -73,7 +75,10 @@ def predict(paths: Sequence[str], model: RecordedModel, engine: Engine) -> tuple
                 good.append(path)
             except BadImage as failure:
                 bad.append(str(failure))
-        for path, probabilities in zip(good, softmax(finite(engine(images)))):
+        logits = engine(images)[:len(good)]
+        if nonfinite := count_nonfinite(logits):
+            raise UserError(nonfinite_line(nonfinite, len(good)))
+        for path, probabilities in zip(good, softmax(logits)):
             best = np.argsort(-probabilities, kind="stable")[:_TOP]
             predictions.append(Prediction(path, [names.get(int(label), str(label)) for label in best],
                                           [round(float(probabilities[label]), 6) for label in best]))
@@ -90,9 +95,9 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 def as_table(predictions: Sequence[Prediction]) -> str:
     """Lines of text, one per image."""
-    width = max(len(prediction.path) for prediction in predictions)
-    return "\n".join(f"{prediction.path:<{width}}  " + "  ".join(
-        f"{name} {100 * probability:.1f}%" for name, probability in zip(prediction.classes, prediction.probabilities))
+    width = max(len(escaped(prediction.path)) for prediction in predictions)
+    return "\n".join(f"{escaped(prediction.path):<{width}}  " + "  ".join(
+        f"{escaped(name)} {100 * probability:.1f}%" for name, probability in zip(prediction.classes, prediction.probabilities))
         for prediction in predictions)
 
 
@@ -109,10 +114,9 @@ def contact_sheet(predictions: Sequence[Prediction], path: str) -> None:
         axes.axis("off")
     for axes, prediction in zip(figure.axes, shown):
         axes.imshow(read_image(prediction.path))
-        lines = [f"{name} {100 * probability:.1f}%" for name, probability in
+        lines = [f"{escaped(name)} {100 * probability:.1f}%" for name, probability in
                  list(zip(prediction.classes, prediction.probabilities))[:2]]
-        axes.set_title(os.path.basename(prediction.path)[:24] + "\n" + "\n".join(lines), fontsize=8)
-    try:
-        figure.savefig(path, dpi=100, format="png")
-    except OSError as failure:
-        raise UserError(f"cannot write save_figure '{path}': {failure.strerror}") from None
+        title = "\n".join([escaped(os.path.basename(prediction.path))[:24], *lines])
+        # A dollar in a name is no formula.
+        axes.set_title(title, fontsize=8, parse_math=False)
+    write_whole(path, lambda partial: figure.savefig(partial, dpi=100, format="png"))

@@ -4,6 +4,8 @@ import os
 import sys
 import time
 
+from src.utils.text import escaped
+
 # A mistake in the command shows on every rank at about the same time. Rank 0 reports it and its end takes the others
 # along; another rank speaks only if rank 0 did not, in which case the error is that rank's own.
 PATIENCE_S = 5.0
@@ -14,7 +16,7 @@ def end_process(line: str, status: int, rank: int) -> None:
     sys.stdout.flush()
     if rank != 0:
         time.sleep(PATIENCE_S)
-    sys.stderr.write(line.replace("\n", " ") + "\n")
+    sys.stderr.write(escaped(line.replace("\n", " ")) + "\n")
     sys.stderr.flush()
     # Not sys.exit: MPI's own finalisation would wait for ranks that wait for this one.
     os._exit(status)

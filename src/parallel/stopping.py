@@ -1,18 +1,25 @@
 """Being told to stop: a scheduler's SIGTERM, Ctrl-C, or SIGUSR1, which mpirun passes on without killing anyone."""
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from src.parallel.communicator import Communicator
+from src.utils.errors import Stopped
 from src.utils.signals import Signals
 
 _LAUNCHERS = ("prterun", "prted", "mpirun", "orted", "mpiexec")
 # Schedulers give 30 s between SIGTERM and SIGKILL.
 _GRACE_S = 25
+# System call of Linux 5.6 and later, the same number on x86-64 and aarch64.
+_PIDFD_GETFD = 438
+# scripts/launch.py, which sends SIGUSR1 for any signal, writes into this file which one it received.
+SENT_SIGNAL_FILE = "ACNET_SENT_SIGNAL_FILE"
 
 
 class StopRequest:
@@ -24,7 +31,7 @@ class StopRequest:
     until the checkpoint is written, for at most 25 s. A second Ctrl-C ends a process that is alone at once.
 
     Attributes:
-        signal: number of the signal that came, or 0.
+        signal: number of the signal that was sent, or 0.
     """
 
     def __init__(self, signals: Signals, communicator: Communicator) -> None:
@@ -40,6 +47,8 @@ class StopRequest:
     def __exit__(self, *exception: object) -> None:
         self._signals.defer_to(None)
         if self._launcher is not None and self._guard is not None:
+            if self._communicator.is_root and isinstance(exception[1], Stopped):
+                _say(str(exception[1]))
             os.kill(self._launcher, signal.SIGCONT)
             os.killpg(self._guard.pid, signal.SIGKILL)
 
@@ -54,7 +63,10 @@ class StopRequest:
         peers = self._communicator.local_peers()
         if not all(_alive(pid) for pid in peers):
             os._exit(128 + number)
-        self.signal = number
+        self.signal = _sent_signal(number)
+        if self._communicator.size > 1 and self._communicator.is_root:
+            name = signal.Signals(self.signal).name + (", which mpirun sends on Ctrl-C too" if number == signal.SIGTERM else "")
+            _say(f"told to stop ({name}): finishing the step, then saving")
         if self._communicator.size > 1 and number != signal.SIGUSR1:
             # A rank of another machine may be gone: then this step never ends.
             threading.Timer(_GRACE_S, lambda: os._exit(128 + number)).start()
@@ -70,6 +82,32 @@ class StopRequest:
             self._guard = subprocess.Popen(
                 ["sh", "-c", f"sleep {_GRACE_S}; kill -CONT {parent}"], start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def _sent_signal(received: int) -> int:
+    """The signal that a person or scheduler sent, as far as this process can know."""
+    try:
+        return int(Path(os.environ[SENT_SIGNAL_FILE]).read_text()) if received == signal.SIGUSR1 else received
+    except (KeyError, OSError, ValueError):
+        return received
+
+
+def _say(text: str) -> None:
+    """Print on the launcher's own standard output: mpirun passes on nothing that ranks print after it received SIGTERM."""
+    output = _launchers_output()
+    with suppress(OSError):  # nobody reads
+        os.write(output if output is not None else 1, f"{text}\n".encode(errors="backslashreplace"))
+
+
+def _launchers_output() -> int | None:
+    """A duplicate of the parent's standard output if that is a launcher and the system allows it."""
+    if _name_of(os.getppid()) not in _LAUNCHERS:
+        return None
+    try:
+        duplicate = ctypes.CDLL(None).syscall(_PIDFD_GETFD, os.pidfd_open(os.getppid()), 1, 0)
+    except (OSError, AttributeError):
+        return None
+    return duplicate if duplicate >= 0 else None
 
 
 def _alive(pid: int) -> bool:

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from src.utils.files import write_whole
+
 
 def plot_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw loss, learning rate and accuracy over epochs into a PNG file.
+    """Draw loss, learning rate and accuracy over epochs into a PNG file. Raises UserError if it cannot be written.
 
     Args:
         metrics: the lines of metrics.jsonl.
@@ -31,4 +33,4 @@ def plot_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
         right.legend(loc="lower right")
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    write_whole(path, lambda partial: figure.savefig(partial, dpi=110))

@@ -1,7 +1,7 @@
 """Going on with a run from its checkpoint, as if it had never stopped."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,15 +75,22 @@ def check_batches(point: ResumePoint, steps_per_epoch: int, labels: int) -> None
                         f"{steps_per_epoch}; keep the data and the global batch (--global_batch_size)")
 
 
-def resume_line(point: ResumePoint, size: int) -> str:
-    """What to say about a resumed run on ``size`` ranks."""
+def resume_line(point: ResumePoint, size: int, threads: Sequence[int]) -> str:
+    """What to say about a resumed run on ``size`` ranks with so many ``threads``."""
     text = f"going on from {point.path} after step {point.state.step}"
     if point.passed_over:
         text += f"; passed over, as damaged or of another training: {', '.join(point.passed_over)}"
     if point.state.world_size != size:
         text += (f"; it ran on {point.state.world_size} ranks and goes on with {size}: the same global batches, but sums are "
                  "rounded in another order and batch norm sees other shares")
+    elif point.state.threads != list(threads):
+        text += (f"; its ranks computed with {_numbers(point.state.threads)} threads and go on with {_numbers(threads)}, which rounds sums "
+                 "in another order (--threads keeps the number)")
     return text
+
+
+def _numbers(threads: Sequence[int]) -> str:
+    return str(threads[0]) if len(set(threads)) == 1 else ", ".join(map(str, threads))
 
 
 def _newest_first(output_path: str) -> list[str]:

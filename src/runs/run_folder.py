@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,16 @@ class RunFolder:
 
     def write_start(self, config: Config, class_to_index: dict[str, int]) -> None:
         """Write config.yaml and class_indexing.json."""
-        (self.path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        (self.path / "class_indexing.json").write_text(json.dumps(class_to_index, indent=1), encoding="utf-8")
+        for name, text in (("config.yaml", config.to_yaml()), ("class_indexing.json", json.dumps(class_to_index, indent=1))):
+            write_whole(self.path / name, partial(Path.write_text, data=text, encoding="utf-8"))
 
     def add_metrics(self, **values: Any) -> None:
-        """Append one line to metrics.jsonl."""
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        """Append one line to metrics.jsonl. Raises UserError if that cannot be written."""
+        try:
+            with open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as failure:
+            raise UserError(f"cannot write '{self.metrics}': {failure.strerror}") from None
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""

@@ -27,6 +27,7 @@ class TrainingState:
         epoch_sums: what the epoch, if it is not finished, has summed up over its steps.
         best_top1: best accuracy on the validation images so far, in percent; -1 for none.
         steps_per_epoch, world_size, labels: steps in an epoch, number of ranks, checksum of the training images' labels.
+        threads: number of cores of each rank, which decides how sums are rounded.
         class_to_index: class name -> label.
         config: the resolved configuration, JSON-serialisable.
         optimizer, loss_scale: their counters.
@@ -39,6 +40,7 @@ class TrainingState:
     best_top1: float
     steps_per_epoch: int
     world_size: int
+    threads: list[int]
     labels: int
     class_to_index: dict[str, int]
     config: dict[str, Any]

@@ -12,7 +12,7 @@ from mindspore import Parameter, nn
 from src.dataset.batches import Batch, TrainBatches, prefetch
 from src.dataset.sources import ImageSet
 from src.inference.engines import NetworkEngine
-from src.inference.evaluation import Evaluator, undecodable_line
+from src.inference.evaluation import Evaluator, nonfinite_line, undecodable_line
 from src.parallel.communicator import Communicator
 from src.parallel.stopping import StopRequest
 from src.runs.recorder import COUNTS, Recorder
@@ -23,6 +23,7 @@ from src.training.progress import Progress
 from src.training.schedule import learning_rate
 from src.training.step import StepResult, create_train_step
 from src.utils.config import Config
+from src.utils.device import available_cores
 from src.utils.errors import Stopped, UserError
 
 # The first steps compile the graph and fill caches; rates leave them out.
@@ -52,6 +53,7 @@ class Trainer:
         self.evaluator = Evaluator(eval_images, config, communicator) if eval_images is not None else None
         self.engine = NetworkEngine(network, config)
         self.class_to_index, self._labels = train_images.class_to_index, zlib.crc32(train_images.labels.data)
+        self.threads = communicator.gather(available_cores())
         self.first_step, self.best_top1, self._finished_epoch, self._is_unsaved = 0, -1.0, True, False
         # Over the steps of the epoch: losses (means over ranks), steps skipped for overflow, images replaced.
         self._sums = _no_sums()
@@ -122,10 +124,11 @@ class Trainer:
 
     def _stop(self, step: int, number: int) -> None:
         self.recorder.save(*self._state(step))
-        self.recorder.log(f"stopped by {signal.Signals(number).name} after step {step}, which is saved; go on with "
-                          f"--resume=auto --output_path={self.config.output_path}")
+        text = (f"stopped by {signal.Signals(number).name} after step {step}, which is saved; go on with "
+                f"--resume=auto --output_path={self.config.output_path}")
+        self.recorder.log(text)
         self.communicator.barrier()
-        raise Stopped(number)
+        raise Stopped(number, text)
 
     def _finish_epoch(self, step: int) -> None:
         """Report the epoch that ended with ``step``, evaluate and save as configured."""
@@ -142,6 +145,8 @@ class Trainer:
             metrics.update(top1=round(accuracy.top1, 4), top5=round(accuracy.top5, 4))
             if accuracy.undecodable:
                 self.recorder.log(undecodable_line(accuracy))
+            if accuracy.nonfinite:
+                self.recorder.log(nonfinite_line(accuracy.nonfinite, accuracy.images))
         self.recorder.add_epoch(metrics)
         if metrics.get("top1", -1.0) > self.best_top1:
             self.best_top1 = metrics["top1"]
@@ -158,7 +163,7 @@ class Trainer:
         state = TrainingState(
             step=step, epoch=self._epoch_of(step), finished_epoch=self._finished_epoch, epoch_sums=self._sums,
             best_top1=self.best_top1, steps_per_epoch=self.steps_per_epoch, world_size=self.communicator.size,
-            labels=self._labels, class_to_index=self.class_to_index, config=self.config.model_dump(mode="json"),
+            threads=self.threads, labels=self._labels, class_to_index=self.class_to_index, config=self.config.model_dump(mode="json"),
             optimizer=self.step.optimizer.counters(), loss_scale=self.step.loss_scale.state())
         return state, self.network, self.step.optimizer.state_parameters
 

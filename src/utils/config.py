@@ -112,6 +112,7 @@ class Config(BaseModel):
     device_target: Annotated[Literal["CPU", "GPU", "Ascend"], BeforeValidator(_device_name), Affects.RUN]
     device_id: Annotated[NonNegative | None, Affects.PROCESS]
     run_distribute: Annotated[bool | None, Affects.RUN]
+    threads: Annotated[NonNegative, Affects.RUN]
     stall_timeout_s: Annotated[float, Field(ge=1), Affects.RUN]
     amp_level: Annotated[Literal["O0", "O2", "O3"], BeforeValidator(_upper), Affects.GRAPH]
     loss_scale: Annotated[float, Field(ge=1), Affects.TRAINING]

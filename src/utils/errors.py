@@ -19,8 +19,8 @@ class Incomplete(UserError):
 class Stopped(Exception):
     """The training saved its state because of signal number ``signal``; the process then exits with status 128 + signal."""
 
-    def __init__(self, signal: int) -> None:
-        super().__init__(f"stopped by signal {signal}")
+    def __init__(self, signal: int, text: str) -> None:
+        super().__init__(text)
         self.signal = signal
 
 

@@ -5,12 +5,22 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from src.utils.text import escaped_lines
+
 
 class _Screen(logging.StreamHandler):
     """Goes on in silence if nobody reads any more (`| head`): the run itself and its log.txt do too."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        if not isinstance(sys.exc_info()[1], BrokenPipeError):
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
+class _File(logging.FileHandler):
+    """Goes on in silence on a full disk, which the next checkpoint reports."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
 
 
@@ -23,7 +33,7 @@ def create_log(shown: bool = True, file: Path | None = None) -> Callable[[str], 
     screen.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(screen)
     if file is not None:
-        to_file = logging.FileHandler(file, encoding="utf-8")
+        to_file = _File(file, encoding="utf-8")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         logger.addHandler(to_file)
-    return logger.info
+    return lambda text: logger.info(escaped_lines(text))

@@ -6,9 +6,11 @@ import shutil
 import numpy as np
 import pytest
 from conftest import execute, make_config, mpirun
+from mindspore import Parameter, Tensor
 
-from src.inference.evaluation import count_correct, finite
-from src.utils.errors import UserError
+from src.inference.evaluation import count_correct, count_nonfinite
+from src.models.formats import read_weights, without_optimizer_state
+from src.runs.checkpoint import save_checkpoint
 
 
 def test_hits_are_counted_by_hand():
@@ -84,6 +86,12 @@ def test_one_damaged_checkpoint_does_not_end_the_evaluation_of_the_others(traine
     assert "damaged.ckpt" in run.error_lines[0] and len(json.loads((tmp_path / "result.json").read_text())) == 2
 
 
-def test_outputs_that_are_not_finite_are_an_error():
-    with pytest.raises(UserError, match="outputs for 1 of 2 images are not finite"):
-        finite(np.array([[0, 1], [np.nan, 1]], np.float32))
+def test_outputs_that_are_not_finite_are_an_error(trained_run, image_root, tmp_path):
+    assert count_nonfinite(np.array([[0, 1], [np.nan, 1], [np.inf, 0]], np.float32)) == 2
+    arrays, metadata = read_weights(trained_run / "best.ckpt")
+    huge = [Parameter(Tensor(np.full_like(array, 1e38) if name == "fc1.weight" else array), name=name)
+            for name, array in without_optimizer_state(arrays).items()]
+    save_checkpoint(tmp_path / "huge.ckpt", huge, metadata)
+    for words in (["eval.py", f"--data_path={image_root}/val"], ["predict.py", f"{image_root}/val/bee"]):
+        run = execute(["python3", *words, f"--checkpoint_file_path={tmp_path}/huge.ckpt", f"--result_path={tmp_path}/r.json"])
+        assert run.status == 2 and "are not finite" in run.error_lines[0] and not (tmp_path / "r.json").exists(), run

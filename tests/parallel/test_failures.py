@@ -70,7 +70,12 @@ def test_told_to_stop_it_finishes_the_step_and_saves(training, tmp_path, number,
     run, seconds = started.finish(30)
     assert run.status == status and not run.error_lines, run
     folder = only_run(tmp_path / "run")
-    assert "which is saved; go on with --resume=auto" in (folder / "log.txt").read_text()
+    log = (folder / "log.txt").read_text()
+    assert "which is saved; go on with --resume=auto" in log
+    # The signal that was sent, as far as mpirun lets a rank know it.
+    assert f"stopped by {number.name} after step" in log
+    if launcher != ["python3"]:
+        assert "told to stop (" in run.out and "which is saved; go on with --resume=auto" in run.out, run
     assert read_weights(folder / "latest.ckpt")[1]["step"] >= 3
 
 
@@ -96,3 +101,16 @@ def test_no_rank_listens_beyond_loopback(training):
             fields = line.split()
             listens = fields[3] == "0A"
             assert not (listens and fields[9] in inodes) or fields[1].startswith(loopback), line
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("delay", [0.05, 0.2, 0.3, 0.35, 0.4, 0.5, 0.8, 1.5])
+def test_launch_py_always_ends_when_it_is_told_to_early(image_root, tmp_path, start, delay):
+    started = start(["python3", "scripts/launch.py", "--nproc_per_node=2", "train.py", f"--data_path={image_root}/train",
+                     f"--output_path={tmp_path}/run", *TINY, "--max_epoch=1000"])
+    time.sleep(delay)
+    started.process.send_signal(signal.SIGTERM)
+    run, seconds = started.finish(60)
+    assert run.status in (143, -15) and "Traceback" not in run.err, run
+    left = [line for line in os.popen("ps -eo pid,args").read().splitlines() if str(tmp_path) in line and "ps -eo" not in line]
+    assert not left, left

@@ -2,6 +2,7 @@
 
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,14 +12,15 @@ from mindspore import Parameter, Tensor
 from src.models.build import build_model
 from src.parallel.communicator import Communicator
 from src.runs.checkpoint import save_checkpoint
-from src.runs.resume import find_resume_point
+from src.runs.resume import ResumePoint, find_resume_point, resume_line
 from src.runs.training_state import TrainingState, read_training_state, restore_arrays
 from src.utils.errors import UserError
 
 
 def state(step=15, **changes):
     values = dict(step=step, epoch=2, finished_epoch=False, epoch_sums={"loss": 1.25, "skipped": 0, "replaced": 3}, best_top1=71.5,
-                  steps_per_epoch=12, world_size=2, labels=99, class_to_index={"a": 0}, config=make_config().model_dump(mode="json"),
+                  steps_per_epoch=12, world_size=2, threads=[1, 1], labels=99,
+                  class_to_index={"a": 0}, config=make_config().model_dump(mode="json"),
                   optimizer={"updates": step}, loss_scale={"value": 1.0, "good_steps": step})
     return TrainingState(**{**values, **changes})
 
@@ -153,3 +155,10 @@ def test_more_epochs_of_a_cosine_name_the_key_that_makes_them_possible(tmp_path,
     state().write(file, network, [])
     with pytest.raises(UserError, match="max_epoch=150.*add --T_max=150"):
         find_resume_point(make_config(resume=str(file), max_epoch=200), Communicator())
+
+
+def test_other_threads_are_said_on_resuming():
+    point = ResumePoint(Path("a.ckpt"), state(), {})
+    assert "threads" not in resume_line(point, 2, [1, 1])
+    assert "1 threads and go on with 2, 1, which rounds" in resume_line(point, 2, [2, 1])
+    assert "it ran on 2 ranks and goes on with 1" in resume_line(point, 1, [2])

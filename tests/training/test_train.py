@@ -44,7 +44,7 @@ def test_no_argument_trains_the_digits_and_says_so(tmp_path):
 
 
 RESNEXT_SEED = ("--run_distribute=1", "--device_target=CPU")
-SMALL = ("--image_size=32", "--per_batch_size=2", "--max_epoch=1", "--max_steps=1")
+SMALL = ("--image_size=32", "--per_batch_size=2", "--max_epoch=1", "--max_steps=1", "--lr=0.001")
 
 
 @pytest.mark.slow
@@ -52,7 +52,8 @@ SMALL = ("--image_size=32", "--per_batch_size=2", "--max_epoch=1", "--max_steps=
 def test_model_zoo_command_line(image_root, tmp_path, ranks, network):
     run = execute(["mpirun", "--allow-run-as-root", "--map-by", ":OVERSUBSCRIBE", "-n", ranks, "python3", str(ROOT / "train.py"),
                    *RESNEXT_SEED, f"--data_path={image_root}/train", "--output_path", str(tmp_path / "out"),
-                   f"--network={network}", *SMALL])
+                   f"--network={network}", *SMALL, *(("--max_steps=12",) if network == "resnext50" else ())])
+    # After a single step ResNeXt-50's running statistics are far from what its batches have, and evaluation overflows.
     assert run.status == 0, run
     checkpoints = list((only_run(tmp_path / "out") / "ckpt_0").iterdir())
     assert len(checkpoints) == 1
