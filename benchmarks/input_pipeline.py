@@ -35,7 +35,7 @@ def main(arguments):
     prepare_process()
     with tempfile.TemporaryDirectory() as folder:
         write_jpegs(Path(folder) / "train" / "a", options.images)
-        from src.dataset.packed import pack
+        from src.dataset.packing import pack
         from src.dataset.sources import open_images
         images = open_images(f"{folder}/train", "train")
         pack(images, f"{folder}/train.mindrecord", 256, 90, options.workers, lambda count: None)

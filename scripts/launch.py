@@ -35,7 +35,7 @@ def main(arguments):
 def run(command, environment, sent_signal_file):
     """Run ``command``, an mpirun; returns its status.
 
-    SIGTERM and Ctrl-C reach the ranks as SIGUSR1, at which they save and end: mpirun passes that on without killing them.
+    SIGTERM, SIGUSR1 and Ctrl-C reach the ranks as SIGUSR1, at which they save and end: mpirun passes that on without killing them.
     The status is then 128 + the signal's number. Ranks that have not ended after STOP_S, or a second signal, get SIGTERM, and
     after KILL_S more whatever is left of the job is killed.
 
@@ -43,7 +43,7 @@ def run(command, environment, sent_signal_file):
         sent_signal_file: where ranks find the number of the signal that was sent.
     """
     received = []
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: received.append(number))
     # In a session of its own, because a terminal sends Ctrl-C to every process of the foreground.
     process = subprocess.Popen(command, env={**environment, SENT_SIGNAL_FILE: str(sent_signal_file)}, stdin=subprocess.DEVNULL,

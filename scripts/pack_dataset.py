@@ -25,7 +25,7 @@ def main(arguments):
     prepare_process()
     from tqdm import tqdm
 
-    from src.dataset.packed import pack
+    from src.dataset.packing import pack
     from src.dataset.sources import open_images
 
     classes = None

@@ -126,6 +126,10 @@ def run_main(main: Callable[..., object], rank: int = 0, defers_signals: bool = 
         os._exit(128 + stop.signal)
     except ImportError as failure:
         end_process(f"error: {failure}; run 'bash scripts/setup.sh', then 'source .venv/bin/activate'", 2, rank)
+    except OSError as failure:
+        whose = f"rank {rank}: " if rank else ""
+        place = f" '{failure.filename}'" if failure.filename else ""
+        end_process(f"error: {whose}the system refuses{place}: {failure.strerror or failure}", 2, rank)
     except Exception as failure:  # a defect or an exhausted machine: still one line, and no rank left waiting
         if os.environ.get("ACNET_TRACEBACK"):
             traceback.print_exc()

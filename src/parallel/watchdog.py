@@ -3,17 +3,23 @@
 import threading
 import time
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from src.parallel.ending import end_process
-
-if TYPE_CHECKING:
-    from src.parallel.communicator import MpiCommunicator
 
 _LOOK_EVERY_S = 1.0
 # Between the first rank that complains and the verdict: every healthy rank's watchdog answers within it.
 _ANSWER_S = 3.0
 _QUESTION, _WAITING, _BUSY = b"?", b"w", b"b"
+
+
+class Watched(Protocol):
+    """What the watchdog reads of its rank's communicator."""
+
+    rank: int
+    size: int
+    places: list[tuple[str, int]]
+    waiting_since: float | None
 
 
 class StallWatchdog(threading.Thread):
@@ -23,12 +29,12 @@ class StallWatchdog(threading.Thread):
     busy, or does not answer at all (stopped, lost with its machine), is the one that is waited for.
 
     Args:
-        communicator: an MpiCommunicator; its ``waiting_since`` and ``places`` are read.
+        communicator: this rank's.
         mpi: mpi4py.MPI.
         timeout_s: the longest wait in seconds.
     """
 
-    def __init__(self, communicator: "MpiCommunicator", mpi: ModuleType, timeout_s: float) -> None:
+    def __init__(self, communicator: Watched, mpi: ModuleType, timeout_s: float) -> None:
         super().__init__(daemon=True, name="stall watchdog")
         self._communicator, self._mpi, self._timeout_s = communicator, mpi, timeout_s
         # Its own, so that its messages never meet the collectives of the main thread.

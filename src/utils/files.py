@@ -28,7 +28,9 @@ def write_whole(target: str | Path, write: Callable[[Path], Any]) -> None:
         _flush_to_disk(partial)
         os.replace(partial, target)
         _flush_to_disk(target.parent)
-    except (OSError, RuntimeError, ValueError, TypeError) as failure:
+    except UserError:
+        raise
+    except Exception as failure:  # libraries have their own kinds for a disk that is full
         reason = getattr(failure, "strerror", None) or (str(failure).strip().splitlines() or [type(failure).__name__])[0]
         raise UserError(f"cannot write '{target}': {reason}") from None
     finally:

@@ -8,7 +8,7 @@ from conftest import execute
 from PIL import Image
 
 from src.dataset.decoding import read_image
-from src.dataset.packed import pack
+from src.dataset.packing import pack
 from src.dataset.sources import open_images
 from src.utils.errors import UserError
 

@@ -8,7 +8,8 @@ import pytest
 from conftest import TINY, execute, make_config, write_image_folder
 
 from src.dataset.batches import TrainBatches
-from src.dataset.packed import PackedImages, pack, part_name
+from src.dataset.packed import PackedImages, part_name
+from src.dataset.packing import pack
 from src.dataset.sources import open_images
 from src.utils.errors import UserError
 

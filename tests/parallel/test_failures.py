@@ -62,6 +62,7 @@ def test_a_rank_that_makes_no_progress_is_named(training):
 @pytest.mark.parametrize("number,launcher,status", [
     (signal.SIGTERM, ["python3"], 143), (signal.SIGINT, ["python3"], 130),
     (signal.SIGINT, ["python3", "scripts/launch.py", "--nproc_per_node=2"], 130),
+    (signal.SIGUSR1, ["python3", "scripts/launch.py", "--nproc_per_node=2"], 138),
     (signal.SIGTERM, None, 1), (signal.SIGUSR1, None, 138)])
 def test_told_to_stop_it_finishes_the_step_and_saves(training, tmp_path, number, launcher, status):
     """mpirun itself (None) reports its own status, 1, after SIGTERM."""

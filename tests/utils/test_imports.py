@@ -18,6 +18,25 @@ def test_imports_point_one_way():
                 assert imported == layer or LAYERS[imported] < LAYERS[layer], f"{file} imports {node.module}"
 
 
+def test_no_circle_of_imports():
+    """Imports inside functions and for type checkers count too."""
+    arrows = {}
+    for file in (ROOT / "src").rglob("*.py"):
+        name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        imported = (node.module or "" for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom))
+        arrows[name] = {module for module in imported if module.startswith("src.")}
+
+    def reached(module, path):
+        assert module not in path, " -> ".join([*path[path.index(module):], module])
+        for other in arrows.get(module, ()):
+            if other not in free:
+                reached(other, [*path, module])
+        free.add(module)
+    free = set()
+    for module in arrows:
+        reached(module, [])
+
+
 def test_importing_everything_has_no_effect_but_definitions():
     code = """
 import os, sys, importlib, pathlib
