@@ -148,3 +148,19 @@ def test_two_resumes_of_one_run_at_once_and_a_longer_one(image_root, tmp_path, s
     assert run.status == 0, run
     lines = (only_run(tmp_path / "out") / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("nesterov", marks=pytest.mark.extended),
+                                       pytest.param("lars(trust=0.01)", marks=pytest.mark.extended)])
+def test_every_optimizer_and_augmentation_resumes_to_the_same_bits(image_root, tmp_path, optimizer):
+    more = [f"--optimizer={optimizer}", "--augmentations=crop, flip, color_jitter, randaugment, random_erasing, mixup, cutmix"]
+    outcomes = []
+    for name, parts in (("whole", [[]]), ("parts", [["--max_steps=17"], ["--resume=auto"]])):
+        for flags in parts:
+            run = execute(command(1, image_root, tmp_path / name, *more, *flags))
+            assert run.status == 0, run
+        outcomes.append(outcome(tmp_path / name))
+    (expected, _, metrics), (arrays, _, resumed_metrics) = outcomes
+    assert sum(name.startswith("optimizer.") for name in expected) >= 14 and set(arrays) == set(expected)
+    assert all(np.array_equal(arrays[name], expected[name]) for name in expected) and resumed_metrics == metrics
