@@ -78,8 +78,8 @@ def open_engine(path: str | Path, flags: Mapping[str, Any], reuse: Opened | None
         metadata = exported_metadata(path)
         model = RecordedModel.of({}, metadata, flags, path.parent)
         if path.suffix == ".onnx":
-            return model, OnnxEngine(path, model.config), metadata
-        return model, NetworkEngine(load_mindir(path), model.config), metadata
+            return model, guarded(OnnxEngine(path, model.config), path), metadata
+        return model, guarded(NetworkEngine(load_mindir(path), model.config), path), metadata
     arrays, metadata = read_weights(path)
     model = RecordedModel.of(arrays, metadata, flags, path.parent)
     if reuse is not None and reuse[0] == model and isinstance(reuse[1], NetworkEngine):
@@ -88,6 +88,17 @@ def open_engine(path: str | Path, flags: Mapping[str, Any], reuse: Opened | None
     network = model.build()
     assign_weights(network, arrays, path)
     return model, network_engine(network, model.config), metadata
+
+
+def guarded(engine: Engine, path: Path) -> Engine:
+    """``engine``, whose errors name the exported file ``path``: some damage shows only when a graph is computed."""
+    def call(images: np.ndarray) -> np.ndarray:
+        try:
+            return engine(images)
+        except Exception as failure:  # each library has its own kinds
+            reason = (str(failure).strip().splitlines() or [type(failure).__name__])[0]
+            raise UserError(f"'{path}' cannot be computed; it is damaged, or made for something else: {reason}") from failure
+    return call
 
 
 def exported_metadata(path: Path) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def make_files(folder):
     import numpy as np
     from mindspore import Tensor, float32
 
-    from src.inference.engines import exported_metadata, load_mindir
+    from src.inference.engines import NetworkEngine, exported_metadata, guarded, load_mindir
     from src.inference.onnx_engine import OnnxEngine, export_quietly, write_onnx
     from src.models.build import build_model
     from src.models.formats import read_weights
@@ -70,9 +70,9 @@ def make_files(folder):
     with h5py.File(folder / "a.hdf5", "w") as file:
         for parameter in build_model("cifar_quick", 10).get_parameters():
             file.create_dataset(parameter.name, data=parameter.asnumpy())
-    inputs = np.zeros((1, 3, 32, 32), np.float32)
-    loads = {".mindir": lambda file: load_mindir(file)(Tensor(inputs)).asnumpy(),
-             ".onnx": lambda file: (exported_metadata(file), OnnxEngine(file, config).logits(inputs)),
+    images = np.zeros((1, 32, 32, 3), np.uint8)
+    loads = {".mindir": lambda file: guarded(NetworkEngine(load_mindir(file), config), file)(images),
+             ".onnx": lambda file: (exported_metadata(file), guarded(OnnxEngine(file, config), file)(images)),
              ".hdf5": read_weights}
     return {suffix: ((folder / f"a{suffix}").read_bytes(), load) for suffix, load in loads.items()}
 

@@ -7,6 +7,7 @@ import pytest
 from conftest import TINY, execute, mpirun, randomise
 from mindspore import Tensor
 
+from src.inference.engines import guarded
 from src.inference.export import export_checkpoint, network_size
 from src.models.build import build_model
 from src.models.formats import read_weights
@@ -113,3 +114,10 @@ def test_damaged_deployed_files_are_one_line(tmp_path):
         (tmp_path / name).write_bytes(b"\x08\x07garbage" * 20)
         run = execute(["python3", "eval.py", f"--checkpoint_file_path={tmp_path}/{name}", "--data_path=digits", *TINY])
         assert run.status == 2 and len(run.error_lines) == 1 and "damaged" in run.error_lines[0], run
+
+
+def test_an_error_while_computing_an_exported_file_names_it():
+    def broken(images):
+        raise RuntimeError("\n- internal -\n")
+    with pytest.raises(UserError, match="'a.onnx' cannot be computed; it is damaged"):
+        guarded(broken, "a.onnx")(None)
