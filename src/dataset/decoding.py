@@ -67,8 +67,9 @@ def decode_image(encoded: np.ndarray, name: str) -> np.ndarray:
         picture = Image.open(io.BytesIO(encoded.data))
     except Image.DecompressionBombError:
         raise BadImage(f"{name} has too many pixels, as a decompression bomb has") from None
-    except Exception:  # many kinds, one for each format's way of being damaged; OpenCV knows some more formats
-        return _decoded_by_opencv(encoded, name)
+    except Exception as failure:  # many kinds, one for each format's way of being damaged
+        # OpenCV may know it all the same, but without a header that was read nothing bounds what it decodes to.
+        raise BadImage(f"{name} is not an image that can be decoded") from failure
     with picture:
         if picture.width * picture.height > _MOST_PIXELS:
             raise BadImage(f"{name} has too many pixels, as a decompression bomb has")

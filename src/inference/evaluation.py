@@ -118,14 +118,18 @@ def evaluate_checkpoints(paths: Sequence[Path], flags: Mapping[str, Any], commun
     results: list[dict[str, Any]] = []
     failures: list[str] = []
     opened = evaluated = evaluator = None
+
+    def leave_out(path: Path, failure: UserError) -> None:
+        if len(paths) == 1:
+            raise failure
+        failures.append(str(path))
+        log(f"{path} is left out: {failure}")
+
     for path in _in_order(paths):
         try:
             opened = open_engine(path, flags, opened)
         except UserError as failure:
-            if len(paths) == 1:
-                raise
-            failures.append(str(path))
-            log(f"{path} is left out: {failure}")
+            leave_out(path, failure)
             continue
         model, engine, metadata = opened
         if evaluator is None or model != evaluated:
@@ -136,7 +140,8 @@ def evaluate_checkpoints(paths: Sequence[Path], flags: Mapping[str, Any], commun
             evaluator, evaluated = Evaluator(images, model.config, communicator), model
         accuracy = evaluator(engine)
         if accuracy.nonfinite:
-            raise UserError(f"{path}: {nonfinite_line(accuracy.nonfinite, accuracy.images)}")
+            leave_out(path, UserError(nonfinite_line(accuracy.nonfinite, accuracy.images)))
+            continue
         results.append({"checkpoint": str(path), "epoch": metadata.get("epoch"), "step": metadata.get("step"),
                         "top1": accuracy.top1, "top5": accuracy.top5, "images": accuracy.images,
                         "images_per_second": accuracy.images_per_second})

@@ -123,3 +123,12 @@ def test_a_named_pipe_is_no_image_and_hangs_nothing(pipe):
         read_image(str(pipe / "ant" / "pipe.jpg"))
     run = execute(["python3", "train.py", f"--data_path={pipe}", f"--output_path={pipe}/out"], timeout=60)
     assert run.status == 2 and len(run.error_lines) == 1, run
+
+
+@pytest.mark.parametrize("side", [4, 20000])
+def test_what_only_opencv_knows_is_refused_because_nothing_bounds_it(tmp_path, side):
+    """A Radiance picture: Pillow cannot read its header, OpenCV would decode it to any size."""
+    header = f"#?RADIANCE\nFORMAT=32-bit_rle_rgbe\n\n-Y {side} +X {side}\n".encode()
+    (tmp_path / "x.jpg").write_bytes(header + bytes(4 * 4 * 4))
+    with pytest.raises(UserError, match="not an image that can be decoded"):
+        read_image(str(tmp_path / "x.jpg"))

@@ -75,23 +75,30 @@ def test_users_who_could_evaluate_faster_are_told(monkeypatch):
     assert engines.faster_engine_hint(make_config()) is None
 
 
+def write_huge(trained_run, path):
+    """A checkpoint whose weights are finite and whose outputs are not."""
+    arrays, metadata = read_weights(trained_run / "best.ckpt")
+    huge = [Parameter(Tensor(np.full_like(array, 1e38) if name == "fc1.weight" else array), name=name)
+            for name, array in without_optimizer_state(arrays).items()]
+    save_checkpoint(path, huge, metadata)
+
+
 def test_one_damaged_checkpoint_does_not_end_the_evaluation_of_the_others(trained_run, image_root, tmp_path):
     whole = sorted((trained_run / "ckpt_0").iterdir())
     for file in whole:
         shutil.copy(file, tmp_path)
     (tmp_path / "damaged.ckpt").write_bytes(whole[0].read_bytes()[:1000])
+    write_huge(trained_run, tmp_path / "huge.ckpt")
     run = execute(["python3", "eval.py", f"--data_path={image_root}/val", f"--checkpoint_file_path={tmp_path}",
                    f"--result_path={tmp_path}/result.json"])
-    assert run.status == 1 and len(run.error_lines) == 1 and "1 of 3 checkpoints" in run.error_lines[0], run
+    assert run.status == 1 and len(run.error_lines) == 1 and "2 of 4 checkpoints" in run.error_lines[0], run
+    assert "are not finite" in run.out
     assert "damaged.ckpt" in run.error_lines[0] and len(json.loads((tmp_path / "result.json").read_text())) == 2
 
 
 def test_outputs_that_are_not_finite_are_an_error(trained_run, image_root, tmp_path):
     assert count_nonfinite(np.array([[0, 1], [np.nan, 1], [np.inf, 0]], np.float32)) == 2
-    arrays, metadata = read_weights(trained_run / "best.ckpt")
-    huge = [Parameter(Tensor(np.full_like(array, 1e38) if name == "fc1.weight" else array), name=name)
-            for name, array in without_optimizer_state(arrays).items()]
-    save_checkpoint(tmp_path / "huge.ckpt", huge, metadata)
+    write_huge(trained_run, tmp_path / "huge.ckpt")
     for words in (["eval.py", f"--data_path={image_root}/val"], ["predict.py", f"{image_root}/val/bee"]):
         run = execute(["python3", *words, f"--checkpoint_file_path={tmp_path}/huge.ckpt", f"--result_path={tmp_path}/r.json"])
         assert run.status == 2 and "are not finite" in run.error_lines[0] and not (tmp_path / "r.json").exists(), run
