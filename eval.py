@@ -11,7 +11,7 @@ def main(arguments: list[str]) -> None:
     command = begin(arguments)
     config, communicator = command.config, command.communicator
     from src.inference.engines import faster_engine_hint
-    from src.inference.evaluation import evaluate_checkpoints, report_line, write_results
+    from src.inference.evaluation import evaluate_checkpoints, report_line, seeds_line, write_results
     from src.runs.checkpoint import find_checkpoints
     from src.utils.errors import Incomplete
     from src.utils.log import create_log
@@ -22,8 +22,10 @@ def main(arguments: list[str]) -> None:
     if hint := faster_engine_hint(config):
         log(hint)
     results, failures = evaluate_checkpoints(paths, command.flags, communicator, log)
+    best = max(results, key=lambda result: result["top1"])
     if len(results) > 1:
-        log("best: " + report_line(max(results, key=lambda result: result["top1"])))
+        log("best: " + report_line(best))
+    log(seeds_line(best))
     if communicator.is_root and config.result_path:
         write_results(config.result_path, results)
         log(f"results in {config.result_path}")

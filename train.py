@@ -12,7 +12,7 @@ from src.utils.signals import Signals
 if TYPE_CHECKING:
     from src.parallel.communicator import Communicator
     from src.runs.recorder import Recorder
-    from src.runs.resume import ResumePoint
+    from src.runs.run_folder import RunFolder
     from src.utils.config import Config
 
 
@@ -20,16 +20,19 @@ def main(arguments: list[str], signals: Signals) -> None:
     command = begin(arguments)
     config, communicator = command.config, command.communicator
     from src.parallel.agreement import agree
-    from src.training.data import check_training_keys, open_eval_images, open_train_images, resolve_classes
+    from src.runs.run_folder import dated_run_folder
+    from src.training.data import check_training_keys, open_image_sets, resolve_classes
 
     check_training_keys(config)
-    train_images = open_train_images(config, communicator)
+    train_images, eval_images = open_image_sets(config, communicator)
     config = resolve_classes(config, train_images)
-    eval_images = open_eval_images(config, train_images) if config.run_eval else None
     agree(communicator, {**train_images.facts("training"), **(eval_images.facts("validation") if eval_images else {})})
+    folder = dated_run_folder(config.output_path)
+    log_first_line(config, communicator, folder)
 
     # Only now, because MindSpore takes seconds to import and wrong commands are reported by here.
     from src.dataset.sources import left_out_line
+    from src.inference.deployment import deploy
     from src.models.build import create_network
     from src.models.weights import load_weights
     from src.parallel.stopping import StopRequest
@@ -43,7 +46,7 @@ def main(arguments: list[str], signals: Signals) -> None:
     network = create_network(config)
     left_out = load_weights(network, config.checkpoint_file_path, config.allow_head_mismatch) if config.checkpoint_file_path else []
     resumed = find_resume_point(config, communicator) if config.resume else None
-    recorder = create_recorder(config, communicator, resumed)
+    recorder = create_recorder(config, communicator, resumed.run_folder if resumed else folder)
     trainer = Trainer(network, config, communicator, train_images, eval_images, recorder, resumed, user_graph_cache(config))
 
     if config.data_path == DIGITS:
@@ -60,19 +63,30 @@ def main(arguments: list[str], signals: Signals) -> None:
                  f"{trainer.batches.global_batch} images per epoch, {config.max_epoch} epochs")
     with StopRequest(signals, communicator) as stop_request:
         rate = trainer.run(stop_request)
-    recorder.log(f"{rate / communicator.size:.2f} images/s per device, {rate:.2f} images/s in total")
+    recorder.log(f"FPS: {rate:.2f} img/s in total, {rate / communicator.size:.2f} img/s per device, "
+                 f"{rate / trainer.batches.global_batch:.2f} it/s")
+    if config.deploy and eval_images:
+        deploy(network, config, communicator, eval_images, recorder)
     recorder.log_place()
 
 
-def create_recorder(config: "Config", communicator: "Communicator", resumed: "ResumePoint | None") -> "Recorder":
-    """What reports and saves: on rank 0 into the run's folder, a new one unless the run is resumed."""
+def log_first_line(config: "Config", communicator: "Communicator", folder: "RunFolder") -> None:
+    """Before the seconds, or minutes, that go by until the first step: what begins, and where its log will be."""
+    from src.utils.log import create_log
+
+    where = f"goes on under {config.output_path}" if config.resume else f"the log is {folder.log}"
+    create_log(shown=communicator.is_root)(f"{config.network} on {communicator.size} x {config.device_target}: loading; {where}")
+
+
+def create_recorder(config: "Config", communicator: "Communicator", folder: "RunFolder") -> "Recorder":
+    """What reports and saves: on rank 0 into the run's folder, which is made if it is a new one."""
     from src.runs.recorder import Recorder, RunRecorder
     from src.runs.run_folder import create_run_folder
     from src.utils.log import create_log
 
     if not communicator.is_root:
         return Recorder()
-    folder = resumed.run_folder if resumed else create_run_folder(config.output_path)
+    folder = folder if config.resume else create_run_folder(folder)
     return RunRecorder(folder, config, create_log(file=folder.log))
 
 

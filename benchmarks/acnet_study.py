@@ -80,7 +80,7 @@ def rotated(images, config, angle):
     import cv2
     import numpy as np
 
-    from src.dataset.sources import ImageSet
+    from src.dataset.image_set import ImageSet
     from src.dataset.transforms import eval_transform
     size = config.image_size
     turn = cv2.getRotationMatrix2D(((size - 1) / 2, (size - 1) / 2), angle, 1.0)

@@ -141,15 +141,17 @@ def print_operations(images):
     from src.models.layers import InputNormalizer
     from src.utils.config import load_config
     config = load_config({"data_path": "none"})
+    resize = transforms.Resizing.of(config)
     encoded = [np.fromfile(path, np.uint8) for path in images.paths[:64]]
     decoded = [images.load(index) for index in range(len(encoded))]
-    small = [transforms.resize(image, _SIZE) for image in decoded]
+    small = [resize(image, _SIZE, _SIZE) for image in decoded]
     random = sample_generator(1, 0, 0)
     operations = {
         "draw": (lambda index: sample_generator(1, 0, index), range(len(encoded))),
         "decode": (lambda data: cv2.imdecode(data, cv2.IMREAD_COLOR_RGB), encoded),
         "decode_half": (lambda data: cv2.imdecode(data, cv2.IMREAD_REDUCED_COLOR_2), encoded),
-        "crop_resize": (lambda image: transforms.random_resized_crop(image, random, _SIZE, config.crop_scale, config.crop_ratio), decoded),
+        "crop_resize": (lambda image: transforms.random_resized_crop(image, random, _SIZE, config.crop_scale, config.crop_ratio, resize),
+                        decoded),
         "flip": (lambda image: cv2.flip(image, 1), small),
         "jitter": (lambda image: transforms.color_jitter(image, random, 0.4, 0.4, 0.4), small),
         "eval_transform": (lambda image: transforms.eval_transform(image, config), decoded),

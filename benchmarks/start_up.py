@@ -69,7 +69,7 @@ def watch(started, arguments):
 
         from src.models import build
         from src.training import data, step
-        clock.time(data, "open_train_images", "data_s")
+        clock.time(data, "open_image_sets", "data_s")
         clock.time(build, "create_network", "build_s")
         clock.time(cell._cell_graph_executor, "compile", "compile_s")
         clock.time(step.TrainStep, "__init__", "build_s")

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Train on one device: bash scripts/run_standalone_train.sh DATA_PATH [DEVICE_TARGET] [DEVICE_ID] [--KEY=VALUE ...]
+# Train on one device, as the model zoo's script or in our order:
+#   bash scripts/run_standalone_train.sh DEVICE_ID DATA_PATH [CHECKPOINT] [--KEY=VALUE ...]
+#   bash scripts/run_standalone_train.sh DATA_PATH [CPU|GPU|Ascend] [DEVICE_ID] [--KEY=VALUE ...]
 set -euo pipefail
-usage="usage: bash scripts/run_standalone_train.sh DATA_PATH [CPU|GPU|Ascend] [DEVICE_ID] [--KEY=VALUE ...]"
-[ $# -ge 1 ] && [[ $1 != -* ]] || { echo "error: no DATA_PATH; $usage" >&2; exit 2; }
-data=$1; shift
-target=CPU; [ $# -ge 1 ] && [[ $1 != -* ]] && { target=$1; shift; }
-id=0; [ $# -ge 1 ] && [[ $1 != -* ]] && { id=$1; shift; }
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-if [ -f "$root/.venv/bin/activate" ]; then source "$root/.venv/bin/activate"; fi
-exec python3 "$root/train.py" --run_distribute=0 --device_target="$target" --device_id="$id" --data_path="$data" "$@"
+usage="usage: bash scripts/$(basename "$0") [DEVICE_ID] DATA_PATH [CHECKPOINT] [CPU|GPU|Ascend] [DEVICE_ID] [--KEY=VALUE ...]"
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+take_apart "$@"
+[ -z "$table" ] || fail "'$table' is no folder of images"
+words=(--run_distribute=0 "--device_target=${target:-${DEVICE_TARGET:-CPU}}" "--device_id=${number:-0}" "--data_path=$data")
+if is_zoo_order "$@"; then words+=(--output_path=./output); fi
+if [ -n "$checkpoint" ]; then words+=("--checkpoint_file_path=$checkpoint"); fi
+exec python3 "$root/train.py" "${words[@]}" ${flags[@]+"${flags[@]}"}

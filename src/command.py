@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from src.parallel.ending import PATIENCE_S, end_process
+from src.parallel.launcher import show_hidden_output
 from src.utils.errors import Stopped, UserError
 from src.utils.signals import Signals
 
@@ -57,9 +58,12 @@ def begin(arguments: Sequence[str], names: str = "", distributed: bool = True) -
     from src.models.networks import check_network
     from src.parallel.agreement import agree
     from src.parallel.communicator import Communicator, connect
+    from src.parallel.launcher import hand_over_from_torch
     from src.training.update_rules import make_rule
     from src.utils.config import Affects, keys_affecting, load_config, parse_flags
 
+    if distributed:
+        hand_over_from_torch()
     flags, found = parse_flags(arguments)
     if found and not names:
         raise UserError(f"'{found[0]}' is not a flag; write --KEY=VALUE")
@@ -103,6 +107,7 @@ def run_main(main: Callable[..., object], rank: int = 0, defers_signals: bool = 
         defers_signals: also give it a Signals, by which it can finish what it is doing when it is told to stop.
     """
     _open_standard_streams()
+    show_hidden_output()
     arguments = sys.argv[1:]
     if arguments[:1] in (["-h"], ["--help"]):
         print(f"{sys.modules[main.__module__].__doc__}"

@@ -35,6 +35,11 @@ def test_flags_in_the_readme_are_keys():
                      ("file_format", "device_target")})
 
 
+def test_tests_that_the_list_of_seeds_names_exist():
+    named = set(re.findall(r"\btest_\w+(?!\.py)\b", re.sub(r"tests/[\w/]+\.py", "", (ROOT / "docs/seeds.md").read_text())))
+    assert len(named) >= 9 and named <= set(re.findall(r"def (test_\w+)", (ROOT / "tests/test_seeds.py").read_text()))
+
+
 @pytest.mark.slow
 def test_short_training_commands_of_the_documents_run(tmp_path):
     commands = [command for command in (*shown(), *shown("docs/recipes.md")) if "config_path=digits" in command and "..." not in command]

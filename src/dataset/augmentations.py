@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import pydantic
 
-from src.dataset.transforms import color_jitter, padded_crop, random_resized_crop, resize
+from src.dataset.transforms import Resizing, color_jitter, padded_crop, random_resized_crop
 from src.utils.config import Config
 from src.utils.named import STRICT, make_named
 
@@ -58,22 +58,24 @@ class Augmentation:
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class Crop(Augmentation):
-    """To the network's image size, by the keys train_crop, crop_scale, crop_ratio and crop_padding."""
+    """To the network's image size, by the keys train_crop, crop_scale, crop_ratio, crop_padding, interpolation and antialias."""
 
     kind: str
     size: int
     scale: tuple[float, float]
     ratio: tuple[float, float]
     padding: int
+    resize: Resizing
 
     @classmethod
     def of(cls, config: Config, **arguments: Any) -> "Crop":
-        return cls(config.train_crop, config.image_size, config.crop_scale, config.crop_ratio, config.crop_padding, **arguments)
+        return cls(config.train_crop, config.image_size, config.crop_scale, config.crop_ratio, config.crop_padding, Resizing.of(config),
+                   **arguments)
 
     def __call__(self, image: np.ndarray, random: np.random.Generator) -> np.ndarray:
         if self.kind == "random_resized":
-            return random_resized_crop(image, random, self.size, self.scale, self.ratio)
-        image = resize(image, self.size)
+            return random_resized_crop(image, random, self.size, self.scale, self.ratio, self.resize)
+        image = self.resize(image, self.size, self.size)
         return padded_crop(image, random, self.padding) if self.kind == "padded" else image
 
 
@@ -126,7 +128,7 @@ class Augmenter:
 
     def __init__(self, config: Config, count: int, num_classes: int) -> None:
         self._count, self._classes = count, num_classes
-        self._seed, self._size = config.seed, config.image_size
+        self._seed, self._size, self._resize = config.seed, config.image_size, Resizing.of(config)
         self._stages = _stages(config)
         self.mixes = any(stage.augmentation.mixes for stage in self._stages)
 
@@ -141,7 +143,7 @@ class Augmenter:
         image, label = load(index)
         for stage in self._stages:
             image = stage.augmentation(image, sample_generator(self._seed, epoch, index, stage.stream))
-        return resize(image, self._size), label
+        return self._resize(image, self._size, self._size), label
 
     def _mixed(self, load: Load, epoch: int, index: int, stages: int) -> tuple[np.ndarray, np.ndarray]:
         image, label = load(index)
@@ -152,10 +154,10 @@ class Augmenter:
             if stage.augmentation.mixes:
                 other = int(random.integers(self._count))
                 draw = partial(self._mixed, load, epoch, other, position)
-                image, target = stage.augmentation.mix(resize(image, self._size), target, random, draw)
+                image, target = stage.augmentation.mix(self._resize(image, self._size, self._size), target, random, draw)
             else:
                 image = stage.augmentation(image, random)
-        return resize(image, self._size), target
+        return self._resize(image, self._size, self._size), target
 
 
 def check_augmentations(config: Config) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from src.dataset.augmentations import Augmenter
 from src.dataset.decoding import BadImage
-from src.dataset.sources import ImageSet
+from src.dataset.image_set import ImageSet
 from src.dataset.transforms import eval_transform
 from src.utils.config import Config
 from src.utils.device import available_cores

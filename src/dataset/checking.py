@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from src.dataset.decoding import BadImage, read_image
-from src.dataset.sources import ImageSet, open_images, validation_path
+from src.dataset.image_set import ImageSet
+from src.dataset.sources import open_images, validation_path
 from src.utils.errors import UserError
 
 _CHUNK = 32

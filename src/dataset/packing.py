@@ -12,8 +12,8 @@ from typing import Any
 import cv2
 import numpy as np
 
+from src.dataset.image_set import ImageSet
 from src.dataset.packed import is_packed, open_part, part_name
-from src.dataset.sources import ImageSet
 from src.utils.errors import UserError
 from src.utils.text import escaped
 

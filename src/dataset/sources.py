@@ -1,15 +1,15 @@
-"""Where labelled images come from: class folders, list files, CIFAR-10, packed sets, the bundled digits."""
+"""Where labelled images come from: class folders, list files, CIFAR, packed sets, the bundled digits."""
 
 import os
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from src.dataset.decoding import BadImage, decode_image, open_regular, read_image
+from src.dataset.cifar import CIFAR10, CIFAR100, Cifar
+from src.dataset.decoding import BadImage, open_regular, read_image
+from src.dataset.image_set import ImageSet
 from src.dataset.packed import PackedImages, is_packed
 from src.utils.errors import UserError, suggestion
 
@@ -17,14 +17,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".ppm", ".tif",
 # Pictures all the same, which are not read.
 _OTHER_PICTURES = (".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".tga", ".ico", ".dng", ".cr2", ".nef", ".arw", ".raw", ".eps", ".pdf")
 DIGITS_FOLDER = Path(__file__).resolve().parents[2] / "data" / "digits"
-_CIFAR_TRAIN = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
-_CIFAR_TEST = ("test_batch.bin",)
-_CIFAR_RECORD = 1 + 3 * 32 * 32
-_CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _LISTED_BAD_LINE = 80
 _SEARCHED_FILES = 100_000
-# Class names that ranks compare one by one, for a message that names the first that differs; of the rest, a checksum.
-_COMPARED_CLASSES = 50
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG"
 # JPEG, PNG, BMP, WebP, TIFF (both byte orders), and the netpbm formats
 _MAGIC = (_JPEG, _PNG, b"BM", b"RIFF", b"II*\0", b"MM\0*", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6")
@@ -32,56 +26,6 @@ _MAGIC = (_JPEG, _PNG, b"BM", b"RIFF", b"II*\0", b"MM\0*", b"P1", b"P2", b"P3", 
 _ENDS = {_JPEG: b"\xff\xd9", _PNG: b"IEND"}
 _LAST_BYTES = 64
 Classes = Mapping[str, int] | None
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Labelled images, each known by its index.
-
-    Attributes:
-        class_to_index: class name -> label, labels from 0.
-        labels: (N,) int32.
-        paths: N image files, or None if ``pixels`` or ``packed`` holds the images.
-        pixels: (N, H, W, 3) uint8 RGB, or None.
-        packed: encoded images of a packed set, or None.
-        left_out: files and linked folders beside the images that look like images and are not read.
-    """
-
-    class_to_index: dict[str, int]
-    labels: np.ndarray
-    paths: list[str] | None = None
-    pixels: np.ndarray | None = None
-    packed: PackedImages | None = None
-    left_out: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def num_classes(self) -> int:
-        return max(self.class_to_index.values()) + 1
-
-    def name(self, index: int) -> str:
-        """What to call image ``index`` in a message."""
-        if self.packed is not None:
-            return self.packed.name(index)
-        return self.paths[index] if self.paths is not None else f"record {index}"
-
-    def facts(self, what: str) -> dict[str, Any]:
-        """What ranks compare of their images: how many, their labels, their classes. ``what`` is a word for the set."""
-        classes = sorted(self.class_to_index, key=lambda name: self.class_to_index[name])
-        return {f"number of {what} images": len(self), f"number of {what} classes": len(classes),
-                **{f"{what} class {label}": name for label, name in enumerate(classes[:_COMPARED_CLASSES])},
-                f"checksum of {what} class names": zlib.crc32("\0".join(classes).encode("utf-8", "surrogatepass")),
-                f"checksum of {what} labels": zlib.crc32(self.labels.data)}
-
-    def load(self, index: int) -> np.ndarray:
-        """Image ``index`` as (H, W, 3) uint8 RGB. Raises BadImage that names an undecodable file."""
-        if self.pixels is not None:
-            return self.pixels[index]
-        if self.packed is not None:
-            return decode_image(self.packed.encoded(index), self.packed.name(index))
-        return read_image(self.name(index))
 
 
 def find_bad_image(images: ImageSet, rank: int, size: int) -> list[str]:
@@ -119,8 +63,8 @@ def open_images(data_path: str, split: str, dataset_format: str = "auto", class_
 
     Args:
         data_path: "digits"; a folder with one folder per class; a root with train/ and val/, or with train_list.txt and
-            val_list.txt; a list file with "PATH LABEL" lines; a packed set; a folder of CIFAR-10's binary files.
-        split: "train" or "val": which part of a root, of CIFAR-10 or of the digits.
+            val_list.txt; a list file with "PATH LABEL" lines; a packed set; a folder of CIFAR-10's or CIFAR-100's files.
+        split: "train" or "val": which part of a root, of CIFAR or of the digits.
         dataset_format: a name in SOURCES, or "auto" for the first that recognises the path.
         class_to_index: the training's map; labels follow it, so that a missing class shifts nothing.
 
@@ -151,7 +95,8 @@ def validation_path(data_path: str) -> str | None:
     A root holds both parts; beside ``.../train`` lies ``.../val`` or ``.../val_list.txt``.
     """
     path = Path(data_path)
-    if data_path == "digits" or _cifar_folder(path) or (path / "val").is_dir() or (path / "val_list.txt").is_file():
+    holds_cifar = any(cifar.find(path) for cifar in (CIFAR10, CIFAR100))
+    if data_path == "digits" or holds_cifar or (path / "val").is_dir() or (path / "val_list.txt").is_file():
         return data_path
     for sibling in ("val", "val_list.txt", "val.mindrecord", "validation", "test"):
         if path.name in ("train", "train_list.txt", "train.mindrecord") and (path.parent / sibling).exists():
@@ -298,44 +243,15 @@ def _classes_of_list(paths: list[str], labels: np.ndarray) -> dict[str, int]:
     return {str(label): label for label in range(max(names) + 1)}
 
 
-def _cifar_folder(path: Path) -> Path | None:
-    for folder in (path, path / "cifar-10-batches-bin"):
-        if (folder / _CIFAR_TEST[0]).is_file() or (folder / _CIFAR_TRAIN[0]).is_file():
-            return folder
-    return None
-
-
-def _from_cifar10(path: Path, split: str, class_to_index: Classes) -> ImageSet:
-    folder = _cifar_folder(path) or path
-    files: list[np.ndarray] = []
-    for name in _CIFAR_TRAIN if split == "train" else _CIFAR_TEST:
-        try:
-            data = np.fromfile(folder / name, np.uint8)
-        except OSError as failure:
-            raise UserError(f"cannot read {folder / name}: {failure.strerror}") from None
-        if not data.size or data.size % _CIFAR_RECORD:
-            raise UserError(f"{folder / name} has {data.size} bytes, which is no whole number of CIFAR-10 records; "
-                            "fetch it again")
-        files.append(data.reshape(-1, _CIFAR_RECORD))
-    records = np.concatenate(files)
-    labels = records[:, 0].astype(np.int32)
-    if labels.max() >= len(_CIFAR_CLASSES):
-        raise UserError(f"{folder} holds label {labels.max()}, which CIFAR-10 does not have; fetch it again")
-    pixels = np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-    names = _class_names(folder)
-    return ImageSet(dict(class_to_index or {name: label for label, name in enumerate(names)}), labels, pixels=pixels)
-
-
-def _class_names(folder: Path) -> tuple[str, ...]:
-    meta = folder / "batches.meta.txt"
-    names = meta.read_text(encoding="utf-8", errors="replace").split() if meta.is_file() else []
-    return tuple(names) if len(set(names)) == len(_CIFAR_CLASSES) else _CIFAR_CLASSES
+def _cifar_source(cifar: Cifar) -> DataSource:
+    return DataSource(lambda path, split: cifar.find(path) is not None, cifar.open)
 
 
 # In the order in which they are asked; a folder of class folders is what anything else is taken for.
 SOURCES: dict[str, DataSource] = {
     "packed": DataSource(lambda path, split: path.is_file() and is_packed(path), _from_packed),
-    "cifar10": DataSource(lambda path, split: _cifar_folder(path) is not None, _from_cifar10),
+    "cifar10": _cifar_source(CIFAR10),
+    "cifar100": _cifar_source(CIFAR100),
     "list": DataSource(lambda path, split: path.is_file() or (path / f"{split}_list.txt").is_file(), _from_list),
     "folder": DataSource(lambda path, split: True, _from_folder),
 }

@@ -1,31 +1,66 @@
 """Operations on one image, uint8 RGB in and out; normalisation is part of the network."""
 
 import math
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from src.utils.config import Config
 
 _CROP_ATTEMPTS = 10
+_OPENCV = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
+_PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+@dataclass(frozen=True)
+class Resizing:
+    """How images are resized: the keys interpolation and antialias.
+
+    With antialias a pixel of a smaller image is a weighted mean over all that it covers, as Pillow computes it, and with it
+    torchvision and timm; without, over the nearest 4 (bilinear) or 16 (bicubic), as OpenCV and MindSpore do.
+    """
+
+    interpolation: str = "bilinear"
+    antialias: bool = False
+
+    @classmethod
+    def of(cls, config: Config) -> "Resizing":
+        return cls(config.interpolation, config.antialias)
+
+    def __call__(self, image: np.ndarray, height: int, width: int) -> np.ndarray:
+        """(H, W, 3) -> (height, width, 3)."""
+        if image.shape[:2] == (height, width):
+            return image
+        if self.antialias:
+            return np.asarray(Image.fromarray(image).resize((width, height), _PILLOW[self.interpolation]))
+        return cv2.resize(image, (width, height), interpolation=_OPENCV[self.interpolation])
 
 
 def eval_transform(image: np.ndarray, config: Config) -> np.ndarray:
-    """(H, W, 3) -> (image_size, image_size, 3): resize to a square of ``config.resized_side``, crop the centre."""
-    image = resize(image, config.resized_side)
-    start = (config.resized_side - config.image_size) // 2
-    return image[start:start + config.image_size, start:start + config.image_size]
+    """(H, W, 3) -> (image_size, image_size, 3): resize as the key eval_resize_mode says, crop the centre.
+
+    ``square`` makes both sides ``config.resized_side``; ``shorter_side`` the shorter one, the longer in proportion and rounded
+    down. Crops begin where torchvision's do.
+    """
+    height, width = eval_size(image.shape[0], image.shape[1], config)
+    image = Resizing.of(config)(image, height, width)
+    top, left = round((height - config.image_size) / 2), round((width - config.image_size) / 2)
+    return image[top:top + config.image_size, left:left + config.image_size]
 
 
-def resize(image: np.ndarray, side: int) -> np.ndarray:
-    """Bilinear, to (side, side, 3)."""
-    if image.shape[:2] == (side, side):
-        return image
-    return cv2.resize(image, (side, side), interpolation=cv2.INTER_LINEAR)
+def eval_size(height: int, width: int, config: Config) -> tuple[int, int]:
+    """(height, width) to which evaluation resizes an image of this size."""
+    side = config.resized_side
+    if config.eval_resize_mode == "square":
+        return side, side
+    shorter = min(height, width)
+    return height * side // shorter, width * side // shorter
 
 
 def random_resized_crop(image: np.ndarray, random: np.random.Generator, size: int, scale: tuple[float, float],
-                        ratio: tuple[float, float]) -> np.ndarray:
+                        ratio: tuple[float, float], resize: Resizing) -> np.ndarray:
     """A random part of ``scale`` of the area and ``ratio`` of width to height, resized to (size, size, 3).
 
     Szegedy et al., arXiv:1409.4842, section 6; the ratio is drawn uniformly in its logarithm, and after ten parts that do not
@@ -33,7 +68,7 @@ def random_resized_crop(image: np.ndarray, random: np.random.Generator, size: in
     """
     height, width = image.shape[:2]
     left, top, part_width, part_height = _random_part(random, height, width, scale, ratio)
-    return resize(image[top:top + part_height, left:left + part_width], size)
+    return resize(image[top:top + part_height, left:left + part_width], size, size)
 
 
 def padded_crop(image: np.ndarray, random: np.random.Generator, padding: int) -> np.ndarray:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from src.dataset.batches import PADDING_LABEL, UNDECODABLE_LABEL, EvalBatches, prefetch
-from src.dataset.sources import ImageSet, left_out_line
+from src.dataset.image_set import ImageSet
+from src.dataset.sources import left_out_line
 from src.inference.engines import Engine, open_engine
 from src.parallel.agreement import agree
 from src.parallel.communicator import Communicator
@@ -163,9 +164,15 @@ def _in_order(paths: Sequence[Path]) -> list[Path]:
 
 
 def report_line(result: Mapping[str, Any]) -> str:
-    """A result in one line, in the seeds' words."""
+    """A result in one line, in the words of the model zoo."""
     return (f"{result['checkpoint']}: acc={result['top1']:.2f}%(TOP1) acc={result['top5']:.2f}%(TOP5) "
             f"{result['images']} images, {result['images_per_second']:.2f} images/s")
+
+
+def seeds_line(result: Mapping[str, Any]) -> str:
+    """The same in the words of AlexNet for MindSpore and of the ACNet repository, to be put beside their tables."""
+    return (f"Top1/Top5 {result['top1']:.2f}%/{result['top5']:.2f}%, top1={result['top1']:.5f},top5={result['top5']:.5f}, "
+            f"FPS {result['images_per_second']:.2f} img/s")
 
 
 def undecodable_line(accuracy: Accuracy) -> str:

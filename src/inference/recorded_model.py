@@ -8,13 +8,19 @@ from typing import Any
 
 from mindspore import nn
 
-from src.dataset.sources import ImageSet, open_images, validation_path
+from src.dataset.image_set import ImageSet
+from src.dataset.sources import open_images, validation_path
 from src.models.blocks import BLOCKS, find_block, recognise_block
 from src.models.build import create_network
 from src.models.formats import Arrays
 from src.models.weights import classes_in
 from src.utils.config import Affects, Config, keys_affecting, load_config
 from src.utils.errors import UserError
+
+# What checkpoints of version 0.2 and before did not record, because there was one way only.
+_NOT_RECORDED_BEFORE = {"eval_resize_mode": "square", "interpolation": "bilinear", "antialias": False}
+# For files of other programs: the evaluation of torchvision, timm and the ACNet repository.
+_PREPROCESSING_ELSEWHERE = {"eval_resize_mode": "shorter_side", "interpolation": "bilinear", "antialias": True}
 
 
 @dataclass(frozen=True)
@@ -41,14 +47,17 @@ class RecordedModel:
         """
         fused = bool(metadata.get("fused", False))
         recorded = {key: value for key, value in metadata.get("config", {}).items()
-                    if key in keys_affecting(Affects.MODEL, Affects.IMAGES, Affects.BATCH)}
+                    if key in keys_affecting(Affects.MODEL, Affects.IMAGES, Affects.BATCH) | {"seed"}}
         if "data_path" in flags:
             recorded.pop("eval_data_path", None)
-        elif recorded.get("data_path") and not recorded.get("eval_data_path"):
+            recorded.pop("val_split", None)
+        elif recorded.get("data_path") and not recorded.get("eval_data_path") and not recorded.get("val_split"):
             recorded["eval_data_path"] = validation_path(recorded["data_path"]) or ""
-        if not recorded:
+        if recorded:
+            recorded = {**_NOT_RECORDED_BEFORE, **recorded}
+        else:
             guessed, fused = recognise_block(arrays)
-            recorded = {"block": guessed, "data_path": ""}
+            recorded = {"block": guessed, "data_path": "", **_PREPROCESSING_ELSEWHERE}
             # A block that is asked for and shows nowhere is one that is fused.
             fused = fused or (guessed == "base" and find_block(flags.get("block", guessed)) != BLOCKS["base"])
         network = flags.get("network", recorded.get("network"))
@@ -76,7 +85,9 @@ class RecordedModel:
         path = self.config.eval_data_path or self.config.data_path
         if not path:
             raise UserError("no images to evaluate on: pass --data_path=DIR")
-        images = open_images(path, "val", self.config.dataset_format, self.class_to_index)
+        images = open_images(path, "train" if self.config.val_split else "val", self.config.dataset_format, self.class_to_index)
+        if self.config.val_split:
+            _, images = images.split(self.config.val_split, self.config.seed)
         if images.num_classes > self.config.num_classes:
             raise UserError(f"the data in '{self.config.data_path}' has {images.num_classes} classes but the checkpoint "
                             f"was trained with {self.config.num_classes}")

@@ -3,15 +3,18 @@
 import pkgutil
 
 import mindspore
-from mindspore import nn
+import numpy as np
+from mindspore import Tensor, nn
 
-from src.models.layers import LayerFactory
+from src.models.layers import WEIGHT_INITS, LayerFactory
 from src.models.networks import NETWORKS, check_network, network_name
 from src.utils.config import Config
+from src.utils.errors import UserError
 
 
 def build_model(name: str, num_classes: int, block: str = "base", *, fused: bool = False, gamma_init: float | None = None,
-                image_size: int | None = None, dropout: float = 0.5, sync_bn: bool = False) -> nn.Cell:
+                image_size: int | None = None, dropout: float = 0.5, sync_bn: bool = False, weight_init: str = "kaiming_uniform",
+                zero_init_residual: bool = False) -> nn.Cell:
     """A network of (N, 3, image_size, image_size) float images to (N, num_classes) logits.
 
     Args:
@@ -22,6 +25,9 @@ def build_model(name: str, num_classes: int, block: str = "base", *, fused: bool
         image_size: side of the images; None is the network's own.
         dropout: drop probability, in training only, of networks that have dropout.
         sync_bn: batch statistics over all ranks.
+        weight_init: initial weights of plain convolutions, a name in ``layers.WEIGHT_INITS``.
+        zero_init_residual: the last scale of each residual branch begins at 0, so that each block begins as the identity (Goyal et
+            al., arXiv:1706.02677, section 5.1).
 
     The network's attribute ``network_name`` is its name, on which name maps depend.
 
@@ -30,10 +36,12 @@ def build_model(name: str, num_classes: int, block: str = "base", *, fused: bool
     """
     check_network(name, image_size)
     name = network_name(name)
-    entry, layers = NETWORKS[name], LayerFactory(block, fused, gamma_init, sync_bn)
+    entry, layers = NETWORKS[name], LayerFactory(block, fused, gamma_init, sync_bn, WEIGHT_INITS[weight_init])
     network = pkgutil.resolve_name(entry.builder)(
         num_classes, layers, image_size=image_size or entry.image_size, dropout=dropout, **entry.arguments)
     network.network_name = name
+    if zero_init_residual and not fused:
+        _zero_last_scales(network)
     return network
 
 
@@ -41,4 +49,16 @@ def create_network(config: Config, fused: bool = False) -> nn.Cell:
     """The network that ``config`` describes, its random weights drawn from the seed."""
     mindspore.set_seed(config.seed)
     return build_model(config.network, config.num_classes, config.block, fused=fused, gamma_init=config.gamma_init,
-                       image_size=config.image_size, dropout=config.dropout, sync_bn=config.sync_bn)
+                       image_size=config.image_size, dropout=config.dropout, sync_bn=config.sync_bn, weight_init=config.weight_init,
+                       zero_init_residual=config.zero_init_residual)
+
+
+def _zero_last_scales(network: nn.Cell) -> None:
+    """Raises UserError for a network without residual branches that end in a batch norm."""
+    ends = [cell.branch_end for _, cell in network.cells_and_names() if hasattr(cell, "branch_end")]
+    if not ends:
+        raise UserError(f"zero_init_residual=1: {network.network_name} has no residual branches that end in a batch norm")
+    for end in ends:
+        for parameter in end.get_parameters():
+            if parameter.name.endswith("gamma"):
+                parameter.set_data(Tensor(np.zeros(parameter.shape, np.float32)))

@@ -70,6 +70,11 @@ class _BasicBranchBlock(nn.Cell):
     def construct(self, x: Tensor) -> Tensor:
         return self.relu(self.conv2(self.relu(self.conv1(x))) + self.downsample(x))
 
+    @property
+    def branch_end(self) -> nn.Cell:
+        """The last layer of the residual branch."""
+        return self.conv2
+
 
 class ResNetCifar(nn.Cell):
     """ResNet of depth 6n + 2 for CIFAR (He et al., section 4.2), with projection shortcuts as in ACNet's code."""

@@ -52,10 +52,11 @@ def read_weights(path: Path) -> tuple[Arrays, dict[str, Any]]:
         return _read_hdf5(path), {}
     if head.startswith(_ZIP_MAGIC):
         return _read_torch(path), {}
-    if head.startswith(_PICKLE_MAGIC):
-        raise UserError(f"'{path}' is a bare pickle, PyTorch's format before 1.6; save it again with a newer PyTorch")
+    # Before the pickle: the length of a safetensors header, with which the file begins, may have any first byte.
     if len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < os.path.getsize(path):
         return _read_safetensors(path)
+    if head.startswith(_PICKLE_MAGIC):
+        raise UserError(f"'{path}' is a bare pickle, PyTorch's format before 1.6; save it again with a newer PyTorch")
     return _read_mindspore(path)
 
 

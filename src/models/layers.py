@@ -8,9 +8,14 @@ from typing import Any
 import mindspore
 import numpy as np
 from mindspore import Tensor, nn, ops
+from mindspore.common.initializer import HeNormal
 
 from src.models.blocks import find_block
 from src.models.fusion import plain_convolution
+
+# Initial weights of plain convolutions. The framework's own are PyTorch's: Kaiming uniform with a = sqrt(5), which is uniform within
+# 1 / sqrt(fan-in). He et al., arXiv:1502.01852, by fan-out is what torchvision and timm give a ResNet.
+WEIGHT_INITS = {"kaiming_uniform": None, "kaiming_normal": HeNormal(mode="fan_out", nonlinearity="relu")}
 
 
 class ConvNorm(nn.Cell):
@@ -35,8 +40,7 @@ class LayerFactory:
         fused: the plain convolutions with bias that ``fuse`` leaves in place of the blocks.
         gamma_init: initial scale of the batch norms inside blocks; None keeps 1.
         sync_bn: batch statistics over all ranks (on devices that have it).
-        weight_init: initialiser of plain convolutions; None keeps the framework's, which is PyTorch's
-            Kaiming-uniform with a = sqrt(5).
+        weight_init: initialiser of plain convolutions; None keeps the framework's.
     """
 
     block: str = "base"

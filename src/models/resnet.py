@@ -1,18 +1,15 @@
 """ResNet (He et al., arXiv:1512.03385, stride on the 3x3 as in torchvision) and ResNeXt (Xie et al., arXiv:1611.05431)."""
 
-from dataclasses import replace
 from typing import Any
 
 from mindspore import Tensor, nn
-from mindspore.common.initializer import HeNormal
 
 from src.models.layers import LayerFactory, MaxPoolAfterReLU, global_average
 
 
 def build(num_classes: int, layers: LayerFactory, *, bottleneck: bool, depths: tuple[int, ...], cardinality: int = 1,
           base_width: int = 64, **unused: Any) -> nn.Cell:
-    """The ResNet with these blocks, initialised as in the paper and torchvision: Kaiming normal by fan-out."""
-    layers = replace(layers, weight_init=HeNormal(mode="fan_out", nonlinearity="relu"))
+    """The ResNet with these blocks."""
     return ResNet(Bottleneck if bottleneck else BasicBlock, depths, num_classes, layers, cardinality, base_width)
 
 
@@ -33,6 +30,11 @@ class BasicBlock(nn.Cell):
         out = self.conv2(self.relu(self.conv1(x)))
         return self.relu(out + self.downsample(x))
 
+    @property
+    def branch_end(self) -> nn.Cell:
+        """The last layer of the residual branch."""
+        return self.conv2
+
 
 class Bottleneck(nn.Cell):
     """1x1, 3x3 (grouped in ResNeXt) and 1x1 convolutions and a shortcut."""
@@ -52,6 +54,11 @@ class Bottleneck(nn.Cell):
         out = self.relu(self.conv1(x))
         out = self.conv3(self.relu(self.conv2(out)))
         return self.relu(out + self.downsample(x))
+
+    @property
+    def branch_end(self) -> nn.Cell:
+        """The last layer of the residual branch."""
+        return self.conv3
 
 
 class ResNet(nn.Cell):

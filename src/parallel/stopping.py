@@ -1,6 +1,5 @@
 """Being told to stop: a scheduler's SIGTERM, Ctrl-C, or SIGUSR1, which mpirun passes on without killing anyone."""
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -10,14 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from src.parallel.communicator import Communicator
+from src.parallel.launcher import LAUNCHERS, launchers_output, name_of
 from src.utils.errors import Stopped
 from src.utils.signals import Signals
 
-_LAUNCHERS = ("prterun", "prted", "mpirun", "orted", "mpiexec")
 # Schedulers give 30 s between SIGTERM and SIGKILL.
 _GRACE_S = 25
-# System call of Linux 5.6 and later, the same number on x86-64 and aarch64.
-_PIDFD_GETFD = 438
 # scripts/launch.py, which sends SIGUSR1 for any signal, writes into this file which one it received.
 SENT_SIGNAL_FILE = "ACNET_SENT_SIGNAL_FILE"
 
@@ -75,7 +72,7 @@ class StopRequest:
 
     def _suspend_launcher(self) -> None:
         parent = os.getppid()
-        if _name_of(parent) in _LAUNCHERS:
+        if name_of(parent) in LAUNCHERS:
             os.kill(parent, signal.SIGSTOP)
             self._launcher = parent
             # Should this process die meanwhile, the launcher must not stay suspended.
@@ -94,20 +91,9 @@ def _sent_signal(received: int) -> int:
 
 def _say(text: str) -> None:
     """Print on the launcher's own standard output: mpirun passes on nothing that ranks print after it received SIGTERM."""
-    output = _launchers_output()
+    output = launchers_output()
     with suppress(OSError):  # nobody reads
         os.write(output if output is not None else 1, f"{text}\n".encode(errors="backslashreplace"))
-
-
-def _launchers_output() -> int | None:
-    """A duplicate of the parent's standard output if that is a launcher and the system allows it."""
-    if _name_of(os.getppid()) not in _LAUNCHERS:
-        return None
-    try:
-        duplicate = ctypes.CDLL(None).syscall(_PIDFD_GETFD, os.pidfd_open(os.getppid()), 1, 0)
-    except (OSError, AttributeError):
-        return None
-    return duplicate if duplicate >= 0 else None
 
 
 def _alive(pid: int) -> bool:
@@ -116,10 +102,3 @@ def _alive(pid: int) -> bool:
         return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
-
-
-def _name_of(pid: int) -> str:
-    try:
-        return (Path("/proc") / str(pid) / "comm").read_text().strip()
-    except OSError:
-        return ""

@@ -13,6 +13,8 @@ from src.utils.config import Config
 from src.utils.errors import UserError
 from src.utils.files import remove_partials, write_whole
 
+_RACES = 100
+
 
 class RunFolder:
     """OUTPUT_PATH/2026-01-31_time_12_00_00/ and the names in it."""
@@ -21,6 +23,7 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints = self.path / "ckpt_0"
         self.best = self.path / "best.ckpt"
+        self.fused = self.path / "fused.ckpt"
         self.latest = self.path / "latest.ckpt"
         self.log = self.path / "log.txt"
         self.metrics = self.path / "metrics.jsonl"
@@ -94,18 +97,26 @@ class RunFolder:
             remove_partials(folder)
 
 
-def create_run_folder(output_path: str) -> RunFolder:
-    """Make a new dated folder. Raises UserError if that cannot be written."""
+def dated_run_folder(output_path: str) -> RunFolder:
+    """A RunFolder of this moment that does not exist yet."""
     stamp = datetime.now().strftime("%Y-%m-%d_time_%H_%M_%S")
+    names = (stamp + suffix for suffix in ("", *(f"_{number}" for number in range(2, 1000))))
+    return RunFolder(next((place for place in (Path(output_path) / name for name in names) if not os.path.lexists(place)),
+                          Path(output_path) / stamp))
+
+
+def create_run_folder(planned: RunFolder) -> RunFolder:
+    """Make the folder ``planned``, or another if a run of the same second has taken it. Raises UserError if it cannot be written."""
+    output_path, folder = planned.path.parent, planned
     try:
-        for suffix in ("", *(f"_{number}" for number in range(2, 1000))):
-            folder = Path(output_path) / (stamp + suffix)
+        for _ in range(_RACES):
             try:
-                (folder / "ckpt_0").mkdir(parents=True)
-                return RunFolder(folder)
+                folder.checkpoints.mkdir(parents=True)
+                return folder
             except FileExistsError:
-                if not Path(output_path).is_dir():
+                if not output_path.is_dir():
                     raise
+                folder = dated_run_folder(str(output_path))
     except OSError as failure:
         raise UserError(f"cannot write to output_path '{output_path}': {failure.strerror}") from None
     raise UserError(f"output_path '{output_path}' has too many runs of this second")

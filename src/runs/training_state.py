@@ -12,8 +12,9 @@ from src.models.weights import assign_weights
 from src.runs.checkpoint import save_checkpoint
 from src.utils.errors import UserError
 
-# 1 had no version, one random stream for all augmentations, and momentum under another name.
-VERSION = 2
+# 1 had no version, one random stream for all augmentations, and momentum under another name; 2 other formulas of learning rates and
+# smoothed labels under the same keys.
+VERSION = 3
 
 
 @dataclass(frozen=True)

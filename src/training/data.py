@@ -1,7 +1,8 @@
 """The images of a run and what must be right before it begins. Nothing here needs MindSpore, which takes seconds to import."""
 
 from src.dataset.batches import HOW_TO_GO_ON
-from src.dataset.sources import ImageSet, find_bad_image, open_images, validation_path
+from src.dataset.image_set import ImageSet
+from src.dataset.sources import find_bad_image, open_images, validation_path
 from src.models.networks import check_network
 from src.parallel.communicator import Communicator
 from src.utils.config import Config
@@ -12,7 +13,7 @@ def check_training_keys(config: Config) -> None:
     """Raise UserError for keys that the network or the device does not support."""
     check_network(config.network, config.image_size)
     if config.device_target == "CPU":
-        if config.amp_level != "O0":
+        if config.precision != "O0":
             raise UserError(f"amp_level={config.amp_level} needs device_target=GPU or Ascend; CPU trains in float32 (O0)")
         if config.sync_bn:
             raise UserError("sync_bn=1 needs device_target=GPU or Ascend; on CPU running statistics are averaged over "
@@ -28,11 +29,33 @@ def resolve_classes(config: Config, images: ImageSet) -> Config:
     if config.num_classes not in (0, images.num_classes):
         raise UserError(f"num_classes={config.num_classes} but the data in '{config.data_path}' has "
                         f"{images.num_classes} classes")
-    return config.model_copy(update={"num_classes": images.num_classes})
+    resolved = config.model_copy(update={"num_classes": images.num_classes})
+    if resolved.smoothing > 1:
+        raise UserError(f"label_smooth_factor={config.label_smooth_factor:g} leaves the true one of {images.num_classes} classes less than "
+                        "the others; use a smaller one")
+    return resolved
 
 
-def open_train_images(config: Config, communicator: Communicator) -> ImageSet:
-    """The training images of ``config``. Raises UserError, on every rank, for data that cannot be used."""
+def open_image_sets(config: Config, communicator: Communicator) -> tuple[ImageSet, ImageSet | None]:
+    """The training images of ``config`` and, if it evaluates while training, the validation images, labelled alike.
+
+    Raises:
+        UserError: on every rank, for data that cannot be used or is not there.
+    """
+    images = _open_train_images(config, communicator)
+    if config.deploy and not (config.run_eval or config.val_split):
+        raise UserError("deploy=1 evaluates the trained and the fused network in the end: add --run_eval=1, or --deploy=0")
+    if config.val_split:
+        if config.eval_data_path:
+            raise UserError("val_split takes validation images from the training images and eval_data_path names others; give one of them")
+        train, validation = images.split(config.val_split, config.seed)
+        if not len(validation):
+            raise UserError(f"val_split={config.val_split:g} finds no class with two images or more in '{config.data_path}'")
+        return train, validation
+    return images, _open_eval_images(config, images) if config.run_eval else None
+
+
+def _open_train_images(config: Config, communicator: Communicator) -> ImageSet:
     images = open_images(config.data_path, "train", config.dataset_format)
     if config.bad_samples == "error":
         found = [message for messages in communicator.gather(find_bad_image(images, communicator.rank, communicator.size))
@@ -42,9 +65,9 @@ def open_train_images(config: Config, communicator: Communicator) -> ImageSet:
     return images
 
 
-def open_eval_images(config: Config, train_images: ImageSet) -> ImageSet:
-    """The validation images of a run, labelled as in its training. Raises UserError if none are found."""
+def _open_eval_images(config: Config, train_images: ImageSet) -> ImageSet:
     path = config.eval_data_path or validation_path(config.data_path)
     if path is None:
-        raise UserError(f"run_eval=1 but no validation data lies beside '{config.data_path}'; pass --eval_data_path=DIR")
+        raise UserError(f"run_eval=1 but no validation data lies beside '{config.data_path}'; pass --eval_data_path=DIR, or "
+                        "--val_split=0.1 to split some off")
     return open_images(path, "val", config.dataset_format, train_images.class_to_index)

@@ -24,7 +24,7 @@ class LossScale:
     @classmethod
     def of(cls, config: Config) -> "LossScale":
         """By the keys amp_level, loss_scale and is_dynamic_loss_scale."""
-        return cls() if config.amp_level == "O0" else cls(config.loss_scale, config.is_dynamic_loss_scale, active=True)
+        return cls() if config.precision == "O0" else cls(config.loss_scale, config.is_dynamic_loss_scale, active=True)
 
     def adjust(self, overflow: bool) -> None:
         """Take note of a step, whose gradients overflowed or not."""

@@ -44,7 +44,8 @@ class NetworkWithLoss(nn.Cell):
     """(uint8 images (N, S, S, 3), labels, dropout mask or None) -> mean cross-entropy with label smoothing, a float32 scalar.
 
     Labels are (N,) int32 or class probabilities (N, C) float32. Smoothing e spreads its mass over all classes (Szegedy et al.,
-    arXiv:1512.00567, section 7), as in PyTorch: (1 - e) * (-log p[label]) + e * mean over classes of (-log p).
+    arXiv:1512.00567, section 7), as in PyTorch: (1 - e) * (-log p[label]) + e * mean over classes of (-log p);
+    ``Config.smoothing`` turns a share of the other classes into such an e.
     """
 
     def __init__(self, network: nn.Cell, normalizer: nn.Cell, smoothing: float) -> None:
@@ -160,8 +161,8 @@ def create_train_step(network: nn.Cell, config: Config, communicator: Communicat
     masks = dropout_masks(network, config, communicator)
     if config.device_target == "CPU":
         speed_up_gradients(network)
-    if config.amp_level != "O0":
-        network = mindspore.amp.auto_mixed_precision(network, config.amp_level)
+    if config.precision != "O0":
+        network = mindspore.amp.auto_mixed_precision(network, config.precision)
     network_with_loss = NetworkWithLoss(network, InputNormalizer(config.mean, config.std), config.smoothing)
     parameters, loss_scale = network.trainable_params(), LossScale.of(config)
     forward_backward = (ScaledForwardBackward if loss_scale.active else ForwardBackward)(network_with_loss, parameters)

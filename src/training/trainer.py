@@ -10,7 +10,7 @@ from itertools import islice
 from mindspore import Parameter, nn
 
 from src.dataset.batches import Batch, TrainBatches, prefetch
-from src.dataset.sources import ImageSet
+from src.dataset.image_set import ImageSet
 from src.inference.engines import NetworkEngine
 from src.inference.evaluation import Evaluator, nonfinite_line, undecodable_line
 from src.parallel.communicator import Communicator
@@ -79,26 +79,27 @@ class Trainer:
         batches = prefetch(self.batches, self.first_step * passes, self.last_step * passes)
         # A run of one or two steps has nothing else to time.
         first_timed = min(self.first_step + _WARMUP_STEPS, self.last_step - 1)
-        for step in range(self.first_step, self.last_step):
-            if step == self.first_step or step % self.steps_per_epoch == 0:
-                progress = self._new_progress(step)
-            started = time.perf_counter()
-            forward = list(islice(batches, passes))
-            lr = learning_rate(step, self.steps_per_epoch, self.config)
-            result = self.step(forward, lr, step)
-            loss, stop = self._share_result(result, forward, stop_request)
-            if step >= first_timed:
-                self._rates.add_step(time.perf_counter() - started)
-            self._check_finite(result, loss, step, lr)
-            progress.update(step, loss, lr)
-            if stop:
-                progress.close()
-                self._stop(step + 1, stop)
-            if self._ends_epoch(step + 1):
-                progress.close()
-                self._finish_epoch(step + 1)
-            elif self._saves_at(step + 1):
-                self.recorder.save(*self._state(step + 1))
+        with Progress(self.batches.global_batch, self.recorder.log, self.config.log_interval, self.recorder.shows_progress) as progress:
+            for step in range(self.first_step, self.last_step):
+                if step == self.first_step or step % self.steps_per_epoch == 0:
+                    self._begin_epoch(step, progress)
+                started = time.perf_counter()
+                forward = list(islice(batches, passes))
+                lr = learning_rate(step, self.steps_per_epoch, self.config)
+                result = self.step(forward, lr, step)
+                loss, stop = self._share_result(result, forward, stop_request)
+                if step >= first_timed:
+                    self._rates.add_step(time.perf_counter() - started)
+                self._check_finite(result, loss, step, lr)
+                progress.update(step, loss, lr)
+                if stop:
+                    progress.end_epoch()
+                    self._stop(step + 1, stop)
+                if self._ends_epoch(step + 1):
+                    progress.end_epoch()
+                    self._finish_epoch(step + 1)
+                elif self._saves_at(step + 1):
+                    self.recorder.save(*self._state(step + 1))
         self.recorder.finish()
         return self._rates.total()
 
@@ -178,12 +179,11 @@ class Trainer:
         self._is_unsaved = resumed.is_best
         self.recorder.go_on_from(state, self.class_to_index)
 
-    def _new_progress(self, step: int) -> Progress:
+    def _begin_epoch(self, step: int, progress: Progress) -> None:
         epoch = step // self.steps_per_epoch + 1
         first = (epoch - 1) * self.steps_per_epoch
         steps = min(self.steps_per_epoch, self.last_step - first)
-        return Progress(f"epoch {epoch}/{self.config.max_epoch}", first, steps, step, self.batches.global_batch,
-                        self.recorder.log, self.config.log_interval, self.recorder.shows_progress)
+        progress.begin_epoch(f"epoch {epoch}/{self.config.max_epoch}", first, steps, step)
 
     def _epoch_of(self, step: int) -> int:
         """The epoch, from 1, that the step before ``step`` belongs to."""

@@ -22,8 +22,12 @@ DIGITS = "digits"
 ALIASES = {
     "data_dir": "data_path", "is_distributed": "run_distribute", "backbone": "network", "arch": "network", "a": "network",
     "block_type": "block", "b": "block", "pretrained": "checkpoint_file_path", "epochs": "max_epoch",
-    "batch_size": "per_batch_size",
+    "batch_size": "per_batch_size", "ckpt_save_max": "keep_checkpoint_max", "conti_or_fs": "resume", "c": "resume",
 }
+
+
+# Flags that launchers add to a command; the launcher of this program says the same through the environment.
+IGNORED_FLAGS = ("local_rank",)
 
 
 class Affects(Enum):
@@ -45,6 +49,15 @@ def _lower(value: Any) -> Any:
 
 def _upper(value: Any) -> Any:
     return value.upper() if isinstance(value, str) else value
+
+
+def _amp_level(value: Any) -> Any:
+    return "auto" if _lower(value) == "auto" else _upper(value)
+
+
+def _resume(value: Any) -> Any:
+    """The ACNet repository's words too: `--conti_or_fs=continue`, or `fs`, from scratch."""
+    return {"continue": "auto", "fs": ""}.get(value, value)
 
 
 def _device_name(value: Any) -> Any:
@@ -76,6 +89,7 @@ PositiveRgb = Annotated[tuple[PositiveReal, PositiveReal, PositiveReal], BeforeV
 Probabilities = Annotated[tuple[Probability, Probability, Probability], BeforeValidator(_as_list)]
 Interval = Annotated[tuple[float, float], BeforeValidator(_as_list)]
 Epochs = Annotated[list[PositiveReal], BeforeValidator(_as_list)]
+Schedule = Annotated[Literal["cosine_annealing", "step", "exponential", "exponential_decay"], BeforeValidator(_lower)]
 Entries = Annotated[list[str], BeforeValidator(_as_entries)]
 
 
@@ -90,10 +104,13 @@ class Config(BaseModel):
     image_size: Annotated[int, Field(ge=8, le=2048), Affects.MODEL]
     gamma_init: Annotated[PositiveReal | None, Affects.MODEL]
     dropout: Annotated[Share, Affects.MODEL]
+    weight_init: Annotated[Literal["kaiming_uniform", "kaiming_normal"], BeforeValidator(_lower), Affects.TRAINING]
+    zero_init_residual: Annotated[bool, Affects.TRAINING]
     sync_bn: Annotated[bool, Affects.GRAPH]
 
     data_path: Annotated[str, Affects.IMAGES]
     eval_data_path: Annotated[str, Affects.IMAGES]
+    val_split: Annotated[Share, Affects.IMAGES]
     dataset_format: Annotated[str, BeforeValidator(_lower), Affects.IMAGES]
     bad_samples: Annotated[Literal["error", "replace"], BeforeValidator(_lower), Affects.TRAINING]
     num_parallel_workers: Annotated[int, Field(ge=0, le=256), Affects.PROCESS]
@@ -106,6 +123,10 @@ class Config(BaseModel):
     flip_probability: Annotated[Probability, Affects.TRAINING]
     color_jitter: Annotated[Probabilities, Affects.TRAINING]
     eval_resize: Annotated[NonNegative, Affects.MODEL]
+    crop_pct: Annotated[float, Field(gt=0, le=1), Affects.MODEL]
+    eval_resize_mode: Annotated[Literal["square", "shorter_side"], BeforeValidator(_lower), Affects.MODEL]
+    interpolation: Annotated[Literal["bilinear", "bicubic"], BeforeValidator(_lower), Affects.MODEL]
+    antialias: Annotated[bool, Affects.MODEL]
     mean: Annotated[Rgb, Affects.MODEL]
     std: Annotated[PositiveRgb, Affects.MODEL]
 
@@ -114,7 +135,7 @@ class Config(BaseModel):
     run_distribute: Annotated[bool | None, Affects.RUN]
     threads: Annotated[NonNegative, Affects.RUN]
     stall_timeout_s: Annotated[float, Field(ge=1), Affects.RUN]
-    amp_level: Annotated[Literal["O0", "O2", "O3"], BeforeValidator(_upper), Affects.GRAPH]
+    amp_level: Annotated[Literal["auto", "O0", "O2", "O3"], BeforeValidator(_amp_level), Affects.GRAPH]
     loss_scale: Annotated[float, Field(ge=1), Affects.TRAINING]
     is_dynamic_loss_scale: Annotated[bool, Affects.TRAINING]
     reducer: Annotated[Literal["auto", "mpi", "device"], BeforeValidator(_lower), Affects.RUN]
@@ -129,7 +150,8 @@ class Config(BaseModel):
     max_steps: Annotated[NonNegative, Affects.RUN]
     optimizer: Annotated[str, Affects.TRAINING]
     lr: Annotated[PositiveReal, Affects.TRAINING]
-    lr_scheduler: Annotated[Literal["cosine_annealing", "step", "exponential"], BeforeValidator(_lower), Affects.TRAINING]
+    lr_scheduler: Annotated[Schedule, Affects.TRAINING]
+    lr_interval: Annotated[Literal["epoch", "step"], BeforeValidator(_lower), Affects.TRAINING]
     warmup_epochs: Annotated[NonNegativeReal, Affects.TRAINING]
     T_max: Annotated[NonNegativeReal, Affects.TRAINING]
     eta_min: Annotated[NonNegativeReal, Affects.TRAINING]
@@ -141,6 +163,7 @@ class Config(BaseModel):
     bias_lr_factor: Annotated[PositiveReal, Affects.TRAINING]
     label_smooth: Annotated[bool, Affects.GRAPH]
     label_smooth_factor: Annotated[Share, Affects.GRAPH]
+    label_smooth_over: Annotated[Literal["others", "all"], BeforeValidator(_lower), Affects.GRAPH]
 
     checkpoint_file_path: Annotated[str, Affects.PROCESS]
     allow_head_mismatch: Annotated[bool, Affects.RUN]
@@ -151,7 +174,8 @@ class Config(BaseModel):
     ckpt_interval: Annotated[Positive, Affects.RUN]
     ckpt_interval_steps: Annotated[NonNegative, Affects.RUN]
     keep_checkpoint_max: Annotated[Positive, Affects.PROCESS]
-    resume: Annotated[str, Affects.RUN]
+    resume: Annotated[str, BeforeValidator(_resume), Affects.RUN]
+    deploy: Annotated[bool, Affects.RUN]
     log_interval: Annotated[Positive, Affects.PROCESS]
     result_path: Annotated[str, Affects.PROCESS]
     file_format: Annotated[Literal["CKPT", "MINDIR", "ONNX", "SAFETENSORS"], BeforeValidator(_upper), Affects.RUN]
@@ -174,13 +198,23 @@ class Config(BaseModel):
 
     @property
     def resized_side(self) -> int:
-        """Side in pixels that evaluation resizes to before the centre crop: eval_resize, or 256/224 of image_size."""
-        return self.eval_resize or round(self.image_size * 256 / 224)
+        """Side in pixels that evaluation resizes to before the centre crop: eval_resize, or image_size / crop_pct."""
+        return self.eval_resize or round(self.image_size / self.crop_pct)
 
     @property
     def smoothing(self) -> float:
-        """Label smoothing in force: label_smooth_factor if label_smooth is on."""
-        return self.label_smooth_factor if self.label_smooth else 0.0
+        """Label smoothing in force, as the share e of the target (1 - e) one-hot + e / num_classes, 0 without label_smooth.
+
+        Spread over the other classes alone, a share f leaves 1 - f to the true one: e = f num_classes / (num_classes - 1).
+        """
+        share = self.label_smooth_factor if self.label_smooth else 0.0
+        to_others = self.label_smooth_over == "others" and self.num_classes > 1
+        return share * self.num_classes / (self.num_classes - 1) if to_others else share
+
+    @property
+    def precision(self) -> str:
+        """amp_level in force: "auto" is float32 (O0) on CPU and the model zoo's O3 on devices."""
+        return self.amp_level if self.amp_level != "auto" else "O0" if self.device_target == "CPU" else "O3"
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -201,7 +235,7 @@ def parse_flags(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """
     flags: dict[str, str] = {}
     positional: list[str] = []
-    known = (*Config.model_fields, *ALIASES, "config_path")
+    known = (*Config.model_fields, *ALIASES, *IGNORED_FLAGS, "config_path")
     pending = list(arguments)
     while pending:
         word = pending.pop(0)
@@ -216,7 +250,8 @@ def parse_flags(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         if not has_value:
             takes_next = pending and (not pending[0].startswith("-") or _is_number(pending[0]))
             value = pending.pop(0) if takes_next else "true"
-        flags[key] = value
+        if key not in IGNORED_FLAGS:
+            flags[key] = value
     return flags, positional
 
 
@@ -229,10 +264,11 @@ def parse_only_flags(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def load_config(flags: Mapping[str, Any], checkpoint_layer: Mapping[str, Any] | None = None) -> Config:
-    """Resolve the configuration: default_config.yaml, what a checkpoint records, the recipe, the flags; the last wins.
+    """Resolve the configuration: default_config.yaml, what belongs to the network, what a checkpoint records, the recipe, the flags;
+    the last wins.
 
     With no recipe, data or checkpoint the recipe is the bundled digits'. ACNet's short names (``-a sres18``) stand for
-    their recipes.
+    their recipes; any other network brings of its recipe what belongs to the network itself, as dropout and preprocessing.
 
     Args:
         flags: {key: value}, as from ``parse_flags``; "config_path" picks the recipe.
@@ -246,8 +282,15 @@ def load_config(flags: Mapping[str, Any], checkpoint_layer: Mapping[str, Any] | 
     if not recipe and "network" not in (checkpoint_layer or {}):
         recipe = _implied_recipe(flags, with_digits=checkpoint_layer is None)
     layer = read_layer(find_recipe(recipe)) if recipe else {}
-    values = {**read_layer(DEFAULT_CONFIG), **(checkpoint_layer or {}), **layer, **_empty_to_none(flags)}
-    return validated(values)
+    above = {**(checkpoint_layer or {}), **layer, **_empty_to_none(flags)}
+    return validated({**read_layer(DEFAULT_CONFIG), **network_layer(above.get("network")), **above})
+
+
+def network_layer(network: Any) -> dict[str, Any]:
+    """{key: value} of what belongs to the network of that name or alias by its recipe; {} for one without a recipe."""
+    recipe = _network_recipes()["settings"].get(network)
+    own = keys_affecting(Affects.MODEL) - {"network", "block", "num_classes"}
+    return {key: value for key, value in read_layer(find_recipe(recipe)).items() if key in own} if recipe else {}
 
 
 def validated(values: Mapping[str, Any]) -> Config:
@@ -305,10 +348,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _implied_recipe(flags: dict[str, Any], with_digits: bool) -> str:
     """The recipe that flags without config_path mean; a short name that stands for one is taken out of ``flags``."""
-    by_network = yaml.safe_load((RECIPES / "network_recipes.yaml").read_text(encoding="utf-8"))
+    by_network = _network_recipes()["whole"]
     if flags.get("network") in by_network:
         return by_network[flags.pop("network")]
     return DIGITS if with_digits and not flags.get("data_path") else ""
+
+
+def _network_recipes() -> dict[str, dict[str, str]]:
+    return _read_yaml(RECIPES / "network_recipes.yaml")
 
 
 def find_recipe(recipe: str, beside: Path = DEFAULT_CONFIG) -> Path:

@@ -9,10 +9,11 @@ from PIL import Image
 
 from src.dataset.augmentations import AUGMENTATIONS, Augmenter, Flip, check_augmentations, sample_generator
 from src.dataset.batches import TrainBatches
+from src.dataset.image_set import ImageSet
 from src.dataset.mixing import CutMix, Mixup
 from src.dataset.randaugment import OPERATIONS, RandAugment
 from src.dataset.random_erasing import RandomErasing
-from src.dataset.sources import ImageSet, open_images
+from src.dataset.sources import open_images
 from src.utils.errors import UserError
 
 EVERYTHING = "crop, flip, color_jitter, randaugment, random_erasing, mixup, cutmix"

@@ -7,7 +7,8 @@ import pytest
 from conftest import make_config
 
 from src.dataset.batches import PADDING_LABEL, EvalBatches, TrainBatches, epoch_order, global_batch, prefetch, rank_batch
-from src.dataset.sources import ImageSet, open_images
+from src.dataset.image_set import ImageSet
+from src.dataset.sources import open_images
 from src.utils.errors import UserError
 
 

@@ -1,12 +1,14 @@
 """Where images come from, and what is said when they do not."""
 
 import os
+import pickle
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from src.dataset.decoding import read_image
+from src.dataset.image_set import ImageSet
 from src.dataset.sources import left_out_line, open_images, validation_path
 from src.utils.errors import UserError
 
@@ -66,6 +68,99 @@ def test_truncated_cifar10_is_refused(tmp_path):
         (tmp_path / f"data_batch_{number}.bin").write_bytes(b"\0" * 3000)
     with pytest.raises(UserError, match="no whole number"):
         open_images(str(tmp_path), "train")
+
+
+PYTHON_10, PYTHON_100 = "cifar-10-batches-py", "cifar-100-python"
+
+
+def write_python_cifar(folder, parts, labels, meta, names):
+    """Files in the form of CIFAR's Python version; returns the pixels of all parts."""
+    folder.mkdir()
+    random, pixels = np.random.default_rng(0), []
+    for number, part in enumerate(parts):
+        pixels.append(random.integers(0, 256, (3, 3072), np.uint8))
+        (folder / part).write_bytes(pickle.dumps({labels: [number, 1, 2], "data": pixels[-1], "filenames": ["a", "b", "c"]}, protocol=2))
+    (folder / meta[0]).write_bytes(pickle.dumps({meta[1]: names}, protocol=2))
+    return np.concatenate(pixels)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_cifar10_in_its_python_form(tmp_path, inside):
+    """As torchvision unpacks it, in `cifar-10-batches-py`; given by that folder or by the one around it."""
+    names = [f"kind{label}" for label in range(10)]
+    parts = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
+    pixels = write_python_cifar(tmp_path / PYTHON_10, parts, "labels", ("batches.meta", "label_names"), names)
+    place = str(tmp_path / PYTHON_10 if inside else tmp_path)
+    train, val = open_images(place, "train"), open_images(place, "val")
+    assert (len(train), len(val)) == (15, 3) and list(train.class_to_index) == names and val.labels.tolist() == [5, 1, 2]
+    assert np.array_equal(train.load(4), pixels[4].reshape(3, 32, 32).transpose(1, 2, 0))
+    assert validation_path(place) == place
+
+
+def test_cifar100_in_both_forms(tmp_path):
+    names = [f"kind{label}" for label in range(100)]
+    pixels = write_python_cifar(tmp_path / PYTHON_100, ["train", "test"], "fine_labels", ("meta", "fine_label_names"), names)
+    binary = tmp_path / "binary"
+    binary.mkdir()
+    for number, part in enumerate(("train", "test")):
+        rows = [np.concatenate([[9, label], row]) for label, row in zip((number, 1, 2), pixels[3 * number:])]
+        np.stack(rows).astype(np.uint8).tofile(binary / f"{part}.bin")
+    (binary / "fine_label_names.txt").write_text("\n".join(names))
+    for part in ("train", "val"):
+        python, of_binary = open_images(str(tmp_path), part), open_images(str(binary), part)
+        assert python.num_classes == 100 and python.class_to_index == of_binary.class_to_index
+        assert np.array_equal(python.labels, of_binary.labels) and np.array_equal(python.pixels, of_binary.pixels)
+
+
+class _Runs:
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+@pytest.mark.parametrize("content,message", [
+    (pickle.dumps(_Runs()), "posix.system|nt.system"), (pickle.dumps({"data": _Runs()}), "posix.system|nt.system"), (b"", "damaged"),
+    (pickle.dumps({"labels": [1], "data": np.zeros((2, 3072), np.uint8)}), "does not hold"), (pickle.dumps([1]), "does not hold a table"),
+    (pickle.dumps({"labels": [1], "data": np.zeros((1, 3072), np.float32)}), "does not hold"), (pickle.dumps({"data": 1}), "does not hold"),
+    (pickle.dumps({"labels": [77], "data": np.zeros((1, 3072), np.uint8)}), "labels that CIFAR-10 does not have"),
+])
+def test_a_python_cifar_that_is_damaged_or_would_run_code_is_refused(tmp_path, monkeypatch, content, message):
+    monkeypatch.chdir(tmp_path)
+    for number in range(1, 6):
+        (tmp_path / f"data_batch_{number}").write_bytes(content)
+    (tmp_path / "batches.meta").write_bytes(b"")
+    with pytest.raises(UserError, match=message):
+        open_images(str(tmp_path), "train", "cifar10")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_split_is_stratified_repeats_and_shares_no_image():
+    images = open_images("digits", "train")
+    train, part = images.split(0.1, seed=7)
+    assert sorted(train.paths + part.paths) == sorted(images.paths)
+    assert part.class_to_index == images.class_to_index and part.num_classes == 10
+    for label, count in enumerate(np.bincount(images.labels)):
+        assert np.count_nonzero(part.labels == label) == round(0.1 * count)
+    again, other = images.split(0.1, seed=7)[1], images.split(0.1, seed=8)[1]
+    assert again.paths == part.paths and other.paths != part.paths
+    assert all(part.labels[place] == images.labels[images.paths.index(path)] for place, path in enumerate(part.paths))
+
+
+def test_a_split_of_arrays_keeps_images_and_labels_together():
+    pixels = np.arange(20, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
+    images = ImageSet({"a": 0, "b": 1}, np.arange(20, dtype=np.int32) % 2, pixels=pixels)
+    train, part = images.split(0.3, seed=1)
+    deeper, deepest = train.split(0.5, seed=1)
+    assert (len(train), len(part)) == (14, 6)
+    for found in (train, part, deeper, deepest):
+        assert [int(found.load(place)[0, 0, 0]) % 2 for place in range(len(found))] == found.labels.tolist()
+    seen = [int(found.load(place)[0, 0, 0]) for found in (part, deeper, deepest) for place in range(len(found))]
+    assert sorted(seen) == list(range(20))
+
+
+def test_the_only_image_of_a_class_stays_in_training():
+    images = ImageSet({"a": 0, "b": 1}, np.array([0, 0, 0, 1], np.int32), paths=list("wxyz"))
+    train, part = images.split(0.9, seed=1)
+    assert train.paths.count("z") == 1 and len(part) == 2 and len(train) == 2
 
 
 def test_digits_are_the_1797_of_uci():

@@ -1,13 +1,19 @@
 """Operations on one image."""
 
 import math
+from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 from conftest import make_config
+from PIL import Image
 
 from src.dataset.augmentations import sample_generator
-from src.dataset.transforms import _random_part, color_jitter, eval_transform, padded_crop
+from src.dataset.decoding import read_image
+from src.dataset.transforms import Resizing, _random_part, color_jitter, eval_transform, padded_crop
+
+PHOTOGRAPH = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
 
 
 @pytest.fixture
@@ -58,3 +64,45 @@ def test_evaluation_resizes_to_256_and_crops_the_central_224():
     cropped = eval_transform(ramp, config)
     assert cropped.shape == (224, 224, 3)
     assert cropped[0, 0, 0] == 16 and cropped[0, -1, 0] == 239
+
+
+def _pillow(picture, filter, size=224, side=256):
+    """torchvision's Resize(side), CenterCrop(size) of a Pillow image, written from their documentation."""
+    width, height = picture.size
+    resized = (side, int(side * height / width)) if width < height else (int(side * width / height), side)
+    left, top = (round((length - size) / 2) for length in resized)
+    return np.asarray(picture.resize(resized, filter).crop((left, top, left + size, top + size)))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("interpolation,filter", [("bilinear", Image.Resampling.BILINEAR), ("bicubic", Image.Resampling.BICUBIC)])
+def test_shorter_side_with_antialias_is_torchvisions_to_the_bit(interpolation, filter, turned, measured, tmp_path):
+    file = PHOTOGRAPH
+    if turned:
+        file = tmp_path / "turned.png"
+        Image.open(PHOTOGRAPH).transpose(Image.Transpose.ROTATE_90).save(file)
+    config = make_config(eval_resize_mode="shorter_side", antialias=1, interpolation=interpolation)
+    found = eval_transform(read_image(str(file)), config)
+    difference = np.abs(found.astype(int) - _pillow(Image.open(file).convert("RGB"), filter)).max()
+    measured(f"evaluation preprocessing of a photograph, {interpolation}: largest difference from Pillow's {difference} of 255")
+    assert difference == 0
+
+
+def test_square_without_antialias_is_mindspores_to_the_bit():
+    vision = pytest.importorskip("mindspore.dataset.vision")
+    theirs = vision.CenterCrop((224, 224))(vision.Resize((256, 256))(vision.Decode()(np.fromfile(PHOTOGRAPH, np.uint8))))
+    assert np.array_equal(eval_transform(read_image(str(PHOTOGRAPH)), make_config()), theirs)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_resizing_without_antialias_is_pytorchs_to_one_level(interpolation):
+    torch = pytest.importorskip("torch", reason="PyTorch, a development-only dependency, is not installed")
+    image = read_image(str(PHOTOGRAPH))
+    pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float()
+    theirs = torch.nn.functional.interpolate(pixels, size=(300, 256), mode=interpolation).clamp(0, 255)[0].permute(1, 2, 0).numpy()
+    assert np.abs(Resizing(interpolation)(image, 300, 256) - theirs).max() <= 1.01
+
+
+def test_crop_share_decides_what_is_resized_to():
+    assert make_config(image_size=224, crop_pct=0.95).resized_side == 236
+    assert make_config(network="cifar_quick").resized_side == 32

@@ -82,9 +82,37 @@ def test_seed_decides_the_weights():
     assert not np.array_equal(weights(1)[0], weights(2)[0])
 
 
-def test_resnet_initialisation_is_kaiming_normal_by_fan_out():
-    weight = {p.name: p for p in build_model("resnet18", 10).get_parameters()}["layer4.1.conv2.conv.weight"].asnumpy()
+def _parameters(name, **options):
+    return {p.name: p.asnumpy() for p in build_model(name, 10, **options).get_parameters()}
+
+
+def test_initial_weights_are_what_ran_in_the_model_zoo():
+    """Within 1 / sqrt(fan-in) of 0, uniform: Kaiming uniform with a = sqrt(5) (its default_recurisive_init), also with groups."""
+    for name, fan_in in (("layer4.1.conv1.conv.weight", 2048), ("layer4.1.conv2.conv.weight", 32 * 9)):
+        weight = _parameters("resnext50_32x4d")[name]
+        assert np.abs(weight).max() == pytest.approx(fan_in ** -0.5, rel=0.001)
+        assert weight.std() == pytest.approx((3 * fan_in) ** -0.5, rel=0.01)
+
+
+def test_kaiming_normal_is_by_fan_out():
+    weight = _parameters("resnet18", weight_init="kaiming_normal")["layer4.1.conv2.conv.weight"]
     assert weight.std() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.01)
+
+
+@pytest.mark.parametrize("network,block,ends", [("resnet18", "base", "conv2.norm.gamma"), ("resnext50_32x4d", "base", "conv3.norm.gamma"),
+                                                ("resnet56_cifar", "acb", "conv2.")])
+def test_zero_init_residual_makes_each_residual_block_the_identity(network, block, ends):
+    zeroed = {name for name, value in _parameters(network, block=block, zero_init_residual=True).items()
+              if name.endswith("gamma") and not value.any()}
+    plain = _parameters(network, block=block)
+    expected = {name for name in plain if name.endswith("gamma") and f".{ends}" in name}
+    assert zeroed == expected and all(plain[name].any() for name in expected)
+
+
+@pytest.mark.parametrize("network", ["alexnet", "wrn16_8_cifar"])
+def test_zero_init_residual_is_refused_where_it_means_nothing(network):
+    with pytest.raises(UserError, match="zero_init_residual"):
+        build_model(network, 10, zero_init_residual=True)
 
 
 def test_names_are_unique_and_complete():

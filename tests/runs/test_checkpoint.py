@@ -13,7 +13,7 @@ from conftest import TINY, execute, only_run
 from src.models.build import build_model
 from src.models.formats import read_weights
 from src.runs.checkpoint import find_checkpoints, save_checkpoint
-from src.runs.run_folder import RunFolder, create_run_folder
+from src.runs.run_folder import RunFolder, create_run_folder, dated_run_folder
 from src.utils.errors import UserError
 from src.utils.files import remove_partials
 
@@ -117,7 +117,7 @@ def test_latest_points_at_the_newest_and_old_ones_go(trained_run):
 
 
 def test_half_a_line_of_metrics_is_passed_over(tmp_path):
-    folder = create_run_folder(tmp_path)
+    folder = create_run_folder(dated_run_folder(str(tmp_path)))
     folder.add_metrics(epoch=1, step=12)
     with open(folder.metrics, "a") as file:
         file.write('{"epoch": 2, "st')

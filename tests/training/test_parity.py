@@ -116,12 +116,13 @@ def test_gradients_are_pytorchs(pair, measured):
 
 
 def test_twenty_steps_are_pytorchs(pair, measured):
-    config = make_config(lr=LR, momentum=0.9, weight_decay=1e-3, warmup_epochs=1, max_epoch=4, label_smooth_factor=0.1)
+    config = make_config(lr=LR, momentum=0.9, weight_decay=1e-3, warmup_epochs=1, max_epoch=4, lr_interval="step",
+                         label_smooth_factor=0.1, label_smooth_over="all", decay_norm_and_bias=1)
     steps_per_epoch = 5
     step = create_train_step(pair.ours, config, Communicator())
     optimizer = torch.optim.SGD(pair.theirs.parameters(), lr=1.0, momentum=0.9, weight_decay=1e-3)
     # The schedule is written again here, from its closed form.
-    rates = [LR * (s + 1) / 5 if s < 5 else LR * (1 + math.cos(math.pi * (s - 5) / 15)) / 2 for s in range(20)]
+    rates = [LR * (s + 1) / 5 if s < 5 else LR * (1 + math.cos(math.pi * s / 20)) / 2 for s in range(20)]
     pair.theirs.train()
     batches = [pair.batch() for _ in range(4)]
     curves = []

@@ -20,26 +20,51 @@ def test_warm_up_rises_linearly_to_lr():
     assert found == pytest.approx([0.4 * (step + 1) / 20 for step in range(20)])
 
 
-def test_cosine_annealing():
+def test_cosine_annealing_by_step_is_pytorchs():
+    """ACNet's code: torch.optim.lr_scheduler.CosineAnnealingLR, called after every iteration, without warm-up."""
+    torch = pytest.importorskip("torch", reason="PyTorch, a development-only dependency, is not installed")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    theirs, expected = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10 * STEPS, eta_min=0.01), []
+    for _ in range(100):
+        expected.append(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+    assert rates(100, lr=0.1, lr_interval="step", warmup_epochs=0, max_epoch=10, eta_min=0.01) == pytest.approx(expected)
+
+
+def test_cosine_annealing_by_epoch_is_the_model_zoos():
+    """eta_min + (lr - eta_min) (1 + cos(pi epoch / T_max)) / 2 with whole epochs from the first one, its warm-up included."""
     found = rates(100, lr=0.13, warmup_epochs=2, max_epoch=10, eta_min=0.01)
-    expected = [0.01 + 0.12 * 0.5 * (1 + math.cos(math.pi * (step - 20) / 80)) for step in range(20, 100)]
-    assert found[20:] == pytest.approx(expected)
-    assert found[20] == pytest.approx(0.13)
+    for epoch in range(2, 10):
+        expected = 0.01 + 0.12 * 0.5 * (1 + math.cos(math.pi * epoch / 10))
+        assert found[epoch * STEPS:(epoch + 1) * STEPS] == pytest.approx([expected] * STEPS)
+
+
+# Worked out by hand from the published formula: lr (1 + cos(pi epoch / 150)) / 2 with lr=0.4, at the first step of the epoch.
+@pytest.mark.parametrize("epoch,expected", [(1, 0.399956), (50, 0.3), (75, 0.2), (100, 0.1), (149, 0.0000439)])
+def test_the_resnext_recipe_at_some_epochs(epoch, expected):
+    config = make_config(config_path="resnext50_imagenet")
+    assert learning_rate(epoch * 1251, 1251, config) == pytest.approx(expected, rel=1e-3)
 
 
 def test_cosine_stays_at_its_end_after_t_max():
     assert rates(100, lr=1, warmup_epochs=0, max_epoch=10, T_max=5, eta_min=0.25)[50:] == pytest.approx([0.25] * 50)
 
 
-def test_step_counts_epochs_from_the_start():
-    found = rates(100, lr=1, lr_scheduler="step", lr_epochs="3,6", lr_gamma=0.1, warmup_epochs=1, max_epoch=10)
+@pytest.mark.parametrize("scheduler", ["step", "exponential"])
+def test_milestones_count_epochs_from_the_start(scheduler):
+    """`exponential` is the model zoo's word for them; with its defaults lr stays 0.4 until epoch 30."""
+    found = rates(100, lr=1, lr_scheduler=scheduler, lr_epochs="3,6", lr_gamma=0.1, warmup_epochs=1, max_epoch=10)
     assert found[10:30] == pytest.approx([1] * 20)
     assert found[30:60] == pytest.approx([0.1] * 30) and found[60:] == pytest.approx([0.01] * 40)
+    zoo = make_config(config_path="resnext50_imagenet", lr_scheduler=scheduler)
+    assert [learning_rate(epoch * 7, 7, zoo) for epoch in (5, 29, 30, 60, 120)] == pytest.approx([0.4, 0.4, 0.04, 0.004, 4e-5])
 
 
-def test_exponential():
-    found = rates(100, lr=2, lr_scheduler="exponential", lr_gamma=0.5, warmup_epochs=1, max_epoch=10)
-    assert found[10:] == pytest.approx([2 * 0.5 ** ((step - 10) / 10) for step in range(10, 100)])
+@pytest.mark.parametrize("interval,epochs", [("step", lambda step: step / STEPS), ("epoch", lambda step: step // STEPS)])
+def test_exponential_decay(interval, epochs):
+    found = rates(100, lr=2, lr_scheduler="exponential_decay", lr_interval=interval, lr_gamma=0.5, warmup_epochs=1, max_epoch=10)
+    assert found[10:] == pytest.approx([2 * 0.5 ** (epochs(step) - 1) for step in range(10, 100)])
 
 
 def test_warm_up_longer_than_the_training_is_all_there_is():

@@ -35,6 +35,23 @@ def test_label_smoothing_spreads_its_mass_over_all_classes(smoothing):
     assert loss == pytest.approx(-(target * log_p).sum(axis=1).mean(), rel=1e-5)
 
 
+@pytest.mark.parametrize("classes,share", [(7, 0.1), (1000, 0.1), (2, 0.3)])
+def test_label_smoothing_over_the_other_classes_is_the_model_zoos(classes, share):
+    """There the target is 1 - share for the true class and share / (classes - 1) for each other (src/crossentropy.py)."""
+    logits = np.random.default_rng(0).normal(size=(4, classes)).astype(np.float32)
+    labels = np.array([0, 1, 1, classes - 1], np.int32)
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    target = np.full((4, classes), share / (classes - 1))
+    target[np.arange(4), labels] = 1 - share
+    smoothing = make_config(label_smooth_factor=share, num_classes=classes).smoothing
+    loss = NetworkWithLoss(nn.Identity(), nn.Identity(), smoothing)(Tensor(logits), Tensor(labels)).asnumpy()
+    assert loss == pytest.approx(-(target * log_p).sum(axis=1).mean(), rel=1e-5)
+    mixed = Tensor(np.eye(classes, dtype=np.float32)[labels])
+    assert NetworkWithLoss(nn.Identity(), nn.Identity(), smoothing)(Tensor(logits), mixed).asnumpy() == pytest.approx(loss, rel=1e-5)
+    assert make_config(label_smooth=0, num_classes=classes).smoothing == 0
+    assert make_config(label_smooth_factor=share, label_smooth_over="all", num_classes=classes).smoothing == share
+
+
 def test_gradients_agree_with_finite_differences():
     mindspore.set_seed(0)
     network = build_model("cifar_quick", 5).set_train(False)

@@ -7,7 +7,7 @@ import pytest
 from conftest import make_config
 from mindspore import Tensor
 
-from src.dataset.sources import ImageSet
+from src.dataset.image_set import ImageSet
 from src.models.build import create_network
 from src.parallel.communicator import Communicator
 from src.runs.recorder import Recorder

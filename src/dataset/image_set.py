@@ -1,0 +1,85 @@
+"""Labelled images, wherever they come from."""
+
+import zlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from src.dataset.decoding import decode_image, read_image
+from src.dataset.packed import PackedImages
+
+# Class names that ranks compare one by one, for a message that names the first that differs; of the rest, a checksum.
+_COMPARED_CLASSES = 50
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled images, each known by its index.
+
+    Attributes:
+        class_to_index: class name -> label, labels from 0.
+        labels: (N,) int32.
+        paths: N image files, or None if ``pixels`` or ``packed`` holds the images.
+        pixels: (N, H, W, 3) uint8 RGB, or None.
+        packed: encoded images of a packed set, or None.
+        rows: (N,) places of the images in ``pixels`` or ``packed``; None for all in order.
+        left_out: files and linked folders beside the images that look like images and are not read.
+    """
+
+    class_to_index: dict[str, int]
+    labels: np.ndarray
+    paths: list[str] | None = None
+    pixels: np.ndarray | None = None
+    packed: PackedImages | None = None
+    rows: np.ndarray | None = None
+    left_out: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        return max(self.class_to_index.values()) + 1
+
+    def name(self, index: int) -> str:
+        """What to call image ``index`` in a message."""
+        if self.paths is not None:
+            return self.paths[index]
+        return self.packed.name(self._row(index)) if self.packed is not None else f"record {self._row(index)}"
+
+    def facts(self, what: str) -> dict[str, Any]:
+        """What ranks compare of their images: how many, their labels, their classes. ``what`` is a word for the set."""
+        classes = sorted(self.class_to_index, key=lambda name: self.class_to_index[name])
+        return {f"number of {what} images": len(self), f"number of {what} classes": len(classes),
+                **{f"{what} class {label}": name for label, name in enumerate(classes[:_COMPARED_CLASSES])},
+                f"checksum of {what} class names": zlib.crc32("\0".join(classes).encode("utf-8", "surrogatepass")),
+                f"checksum of {what} labels": zlib.crc32(self.labels.data)}
+
+    def load(self, index: int) -> np.ndarray:
+        """Image ``index`` as (H, W, 3) uint8 RGB. Raises BadImage that names an undecodable file."""
+        if self.pixels is not None:
+            return self.pixels[self._row(index)]
+        if self.packed is not None:
+            return decode_image(self.packed.encoded(self._row(index)), self.name(index))
+        return read_image(self.name(index))
+
+    def split(self, share: float, seed: int) -> tuple["ImageSet", "ImageSet"]:
+        """(the other images, a part drawn by ``seed``): ``share`` of each class, rounded, but not its only image."""
+        drawn: list[int] = []
+        for label in np.unique(self.labels).tolist():
+            members = np.flatnonzero(self.labels == label)
+            count = min(max(round(len(members) * share), 1), len(members) - 1)
+            random = np.random.Generator(np.random.Philox(key=np.array([seed, label], np.uint64)))
+            drawn += random.permutation(members)[:count].tolist()
+        part = np.zeros(len(self), bool)
+        part[drawn] = True
+        return self._at(np.flatnonzero(~part)), self._at(np.flatnonzero(part))
+
+    def _at(self, places: np.ndarray) -> "ImageSet":
+        if self.paths is not None:
+            return replace(self, labels=self.labels[places], paths=[self.paths[place] for place in places])
+        return replace(self, labels=self.labels[places], rows=places if self.rows is None else self.rows[places])
+
+    def _row(self, index: int) -> int:
+        return index if self.rows is None else int(self.rows[index])
