@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Make or update .venv: `bash scripts/setup.sh [--gpu] [--onnx] [--hdf5] [--test] [--parity] [--lint]`, the options being extras of
 # pyproject.toml. Needs Linux and Python 3.10-3.12 with pip; PYTHON=FILE chooses one, VENV=FOLDER another place.
-# Versions are those of constraints/; UPDATE=1 takes the newest that pyproject.toml allows and writes them there.
+# Versions and hashes are those of constraints/, by which pip checks every file (UNCHECKED=1: not); UPDATE=1 takes the newest that
+# pyproject.toml allows and writes them there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -29,7 +30,7 @@ done
 
 # What is installed: interpreter and declared dependencies on the first line, then a line for each extra.
 state=$venv/installed
-wanted() { echo "$("$python" --version) $({ cat pyproject.toml scripts/setup.sh; cat constraints/*.txt 2>/dev/null || true; } | sha256sum)"; }
+wanted() { echo "$("$python" --version) $({ cat pyproject.toml scripts/setup.sh scripts/dependencies.py; cat constraints/*.txt 2>/dev/null || true; } | sha256sum)"; }
 [ "$(head -n 1 $state 2>/dev/null)" = "$(wanted)" ] || { [ ! -e $state ] || rm $state; }
 missing=()
 for extra in ${extras[@]+"${extras[@]}"}; do
@@ -42,23 +43,31 @@ echo "setting up $venv (about 1 GB to download; a few minutes the first time)"
     || { rm -rf "$venv"; "$python" -m pip --version >/dev/null 2>&1 \
          && "$python" -m pip install --quiet --user virtualenv && "$python" -m virtualenv --quiet "$venv"; } \
     || fail "'$python -m venv $venv' failed; install Python's venv module (Debian: python3-venv) or name another Python with PYTHON="
-lists=$("$venv/bin/python" - ${extras[@]+"${extras[@]}"} <<'PYTHON'
-import re, sys
-text = open("pyproject.toml").read()
-for key in ("dependencies", *sys.argv[1:]):
-    block = re.search(rf"^{key} = \[(.*?)\]\s*(#.*)?$", text, re.M | re.S).group(1)
-    print("\n".join(re.findall(r'"([^"]+)"', block)))
-PYTHON
-)
-mapfile -t requirements <<<"$lists"
 constraints=constraints/python$("$venv/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+# Reports of what pip would install came with 22.2.
+"$venv/bin/python" -c 'import pip, sys; sys.exit(tuple(map(int, pip.__version__.split(".")[:2])) < (22, 2))' || pip install -qq --upgrade pip
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+dependencies() { "$venv/bin/python" scripts/dependencies.py "$@"; }
+dependencies wanted ${extras[@]+"${extras[@]}"} > "$work/wanted"
 if [ -n "${UPDATE:-}" ]; then
     mkdir -p constraints
-    pip install -qq --upgrade "${requirements[@]}" && pip freeze --exclude-editable | grep -v '^torch' > "$constraints"
+    dependencies wanted --all > "$work/all"
+    pip install -qq --dry-run --ignore-installed --report "$work/report" -r "$work/all" && dependencies lock "$work/report" > "$work/locked" \
+        && mv "$work/locked" "$constraints" || fail "the newest versions could not be found; the reason is above"
+fi
+if [ -s "$constraints" ] && [ -z "${UNCHECKED:-}" ]; then
+    # What is to be installed, then that and nothing else, each file checked by its hash; PyTorch, of which there are many builds, last.
+    grep -o '^[^ ]*==[^ ]*' "$constraints" > "$work/pinned"
+    pip install -qq --dry-run --report "$work/report" -r "$work/wanted" -c "$work/pinned" \
+        && dependencies hashed "$work/report" "$constraints" > "$work/hashed" \
+        && { [ ! -s "$work/hashed" ] || pip install -qq --no-deps --require-hashes -r "$work/hashed"; } \
+        && pip install -qq -r "$work/wanted" -c "$work/pinned"
 else
-    pip install -qq "${requirements[@]}" $([ ! -s "$constraints" ] || echo "--constraint $constraints")
-fi || fail "pip could not install the dependencies; its message is above (a proxy or an index? set PIP_INDEX_URL)"
+    pip install -qq -r "$work/wanted"
+fi || fail "the dependencies could not be installed; the reason is above (a proxy or an index? set PIP_INDEX_URL; an index with files of" \
+    "its own, whose hashes differ? UNCHECKED=1 takes them)"
 
 # A user may start more ranks than cores, and as root in a container: Open MPI's defaults refuse both.
 grep -q '^rmaps_default_mapping_policy' "$venv/etc/prte-mca-params.conf" 2>/dev/null \

@@ -1,6 +1,6 @@
 """Feed the parsers of .mindir, .onnx and .hdf5, which are other people's C++, with damaged files:
 
-    python3 tests/hostile/parsers.py [--files=2000] [--seed=0]
+    python3 tests/hostile/parsers.py [--files=2000] [--seed=0] [--jobs=CORES]
 
 Each file is loaded by a process of its own, so that a crash is seen and counted. Prints per format how many were refused in one
 line, loaded all the same, ended in another kind of error (a defect of ours), crashed (theirs), or did not end. The exit status is 1
@@ -14,7 +14,6 @@ import random
 import signal
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,21 +29,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--files", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
     prepare_process()
     defects = 0
     with tempfile.TemporaryDirectory() as folder:
         for suffix, (whole, load) in make_files(Path(folder)).items():
-            draw, counts, signals = random.Random(f"{options.seed} {suffix}"), collections.Counter(), collections.Counter()
-            for number in range(options.files):
-                file = Path(folder) / f"damaged{suffix}"
-                file.write_bytes(damaged(draw, whole))
-                ended = in_child(lambda load=load, file=file: load(file))
-                if ended < 0:
-                    signals[signal.Signals(-ended).name] += 1
-                counts[ended] += 1
-                if ended == OTHER:
-                    print(f"FAILED {suffix} number {number}", flush=True)
+            draw = random.Random(f"{options.seed} {suffix}")
+            ends = load_all(options.files, options.jobs, load, Path(folder), suffix, lambda draw=draw, whole=whole: damaged(draw, whole))
+            counts = collections.Counter(ends)
+            signals = collections.Counter(signal.Signals(-end).name for end in ends if end < 0)
+            for number in (number for number, end in enumerate(ends) if end == OTHER):
+                print(f"FAILED {suffix} number {number}", flush=True)
             crashed = sum(count for ended, count in counts.items() if ended < 0)
             print(f"parsers format={suffix} files={options.files} refused={counts[REFUSED]} loaded={counts[LOADED]} "
                   f"defects={counts[OTHER]} crashed={crashed} {dict(signals) or ''}".rstrip(), flush=True)
@@ -93,31 +89,40 @@ def damaged(draw, whole):
     return bytes(content)
 
 
-def in_child(load):
-    """REFUSED, LOADED, OTHER, or minus the number of the signal that ended the process; -SIGALRM if it did not end."""
+def load_all(count, jobs, load, folder, suffix, make):
+    """How the loads of ``count`` damaged files ended, in order: REFUSED, LOADED, OTHER, or minus the number of the signal."""
+    ends, running = [0] * count, {}
+    for number in range(count):
+        file = folder / f"damaged{number}{suffix}"
+        file.write_bytes(make())
+        running[start_child(load, file)] = number
+        while len(running) >= (jobs if number + 1 < count else 1):
+            child, status = os.wait()
+            ended = running.pop(child)
+            ends[ended] = os.waitstatus_to_exitcode(status)
+            (folder / f"damaged{ended}{suffix}").unlink()
+    return ends
+
+
+def start_child(load, file):
+    """Start a process that loads ``file`` and ends with what came of it; its number."""
     from src.utils.errors import UserError
     child = os.fork()
     if child == 0:
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 1)
         os.dup2(null, 2)
+        # By the system, whatever the process is doing.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(TIMEOUT_S)
         try:
-            load()
+            load(file)
             os._exit(LOADED)
         except UserError:
             os._exit(REFUSED)
         except BaseException:
             os._exit(OTHER)
-    deadline = time.monotonic() + 2 * TIMEOUT_S
-    while time.monotonic() < deadline:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return -signal.SIGALRM
+    return child
 
 
 if __name__ == "__main__":
