@@ -1,6 +1,7 @@
 """train.py as a user starts it: outputs, ranks, wrong input."""
 
 import json
+import os
 import re
 
 import numpy as np
@@ -9,7 +10,7 @@ import yaml
 from conftest import ROOT, TINY, execute, mpirun, only_run
 
 from src.dataset.batches import epoch_order
-from src.models.formats import read_weights
+from src.models.formats import read_weights, without_optimizer_state
 
 
 def test_run_folder_holds_what_the_readme_says(trained_run):
@@ -53,6 +54,24 @@ def test_validation_images_split_off_are_those_that_are_evaluated_later(image_ro
     assert evaluated.status == 0 and " 12 images" in evaluated.out and f"acc={last['top1']:.2f}%(TOP1)" in evaluated.out, evaluated
     others = execute(["python3", "eval.py", f"--checkpoint_file_path={only_run(tmp_path)}/latest.ckpt", f"--data_path={image_root}/val"])
     assert others.status == 0 and " 67 images" in others.out, others
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+def test_threads_give_the_same_bits_on_machines_with_other_numbers_of_cores(image_root, tmp_path):
+    """A process that may use one core stands for a machine with one core."""
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    weights = {}
+    for name, cores, threads in (("one", {second}, 0), ("two, one used", {first, second}, 1)):
+        flags = [f"--data_path={image_root}/train", f"--output_path={tmp_path}/{name}", "--network=resnet18", "--image_size=64",
+                 "--per_batch_size=8", "--max_steps=4", "--lr=0.02", f"--threads={threads}"]
+        restricted = f"import os, sys; os.sched_setaffinity(0, {cores}); os.execvp('python3', ['python3', *sys.argv[1:]])"
+        run = execute(["python3", "-c", restricted, "train.py", *flags])
+        assert run.status == 0, run
+        weights[name], metadata = read_weights(only_run(tmp_path / name) / "latest.ckpt")
+        assert metadata["threads"] == [1]
+    for key, array in without_optimizer_state(weights["one"]).items():
+        assert np.array_equal(array, weights["two, one used"][key]), key
 
 
 @pytest.mark.slow
