@@ -185,7 +185,7 @@ def test_acnet_continues_what_was_trained(image_root, tmp_path):
                                                (["--tb_dir=x"], "unknown flag '--tb_dir'")])
 def test_what_do_acnet_does_not_know_is_one_line(tmp_path, image_root, arguments, message):
     (tmp_path / "imagenet_data").symlink_to(image_root)
-    run = execute(["python3", ROOT / "acnet/do_acnet.py", *arguments, "--image_size=32"], cwd=tmp_path)
+    run = execute(["python3", ROOT / "acnet/do_acnet.py", *arguments, "--image_size=32", "--global_batch_size=8"], cwd=tmp_path)
     assert run.status == 2 and len(run.error_lines) == 1 and message in run.error_lines[0] and "Traceback" not in run.err, run
 
 

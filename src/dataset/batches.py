@@ -88,6 +88,16 @@ def rank_share(indices: np.ndarray, rank: int, size: int) -> np.ndarray:
     return indices[rank::size]
 
 
+def steps_per_epoch(images: int, config: Config, size: int) -> int:
+    """Global batches of ``size`` ranks that ``images`` training images make. Raises UserError if they make none."""
+    steps = images // global_batch(config, size)
+    if not steps:
+        raise UserError(f"{images} training images are fewer than one global batch of {global_batch(config, size)} "
+                        f"({size} ranks x {rank_batch(config, size)} x accumulation_steps={config.accumulation_steps}); "
+                        f"use --per_batch_size={max(images // (size * config.accumulation_steps), 1)} or less")
+    return steps
+
+
 class TrainBatches:
     """Training batches of one rank over all epochs: number i is the i-th forward batch of the run.
 
@@ -101,11 +111,7 @@ class TrainBatches:
     def __init__(self, images: ImageSet, config: Config, rank: int, size: int) -> None:
         self.images, self.config, self.rank, self.size = images, config, rank, size
         self.batch, self.global_batch = rank_batch(config, size), global_batch(config, size)
-        self.steps_per_epoch = len(images) // self.global_batch
-        if not self.steps_per_epoch:
-            raise UserError(f"{len(images)} training images are fewer than one global batch of {self.global_batch} "
-                            f"({size} ranks x {self.batch} x accumulation_steps={config.accumulation_steps}); "
-                            f"use --per_batch_size={max(len(images) // (size * config.accumulation_steps), 1)} or less")
+        self.steps_per_epoch = steps_per_epoch(len(images), config, size)
         self._threads = _Threads(config.num_parallel_workers or available_cores())
         self._augmenter = Augmenter(config, len(images), images.num_classes)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))

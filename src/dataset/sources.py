@@ -76,7 +76,7 @@ def open_images(data_path: str, split: str, dataset_format: str = "auto", class_
     check_source(dataset_format)
     path = DIGITS_FOLDER if data_path == "digits" else Path(data_path)
     if not path.exists():
-        raise UserError(f"data_path '{data_path}' does not exist")
+        raise UserError(f"data_path '{data_path}' does not exist; pass --data_path=DIR, or link your data to that name")
     if dataset_format != "auto" and path.is_dir():
         return SOURCES[dataset_format].open(path, split, class_to_index)
     return next(source for source in SOURCES.values() if source.recognise(path, split)).open(path, split, class_to_index)

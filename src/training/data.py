@@ -1,6 +1,6 @@
 """The images of a run and what must be right before it begins. Nothing here needs MindSpore, which takes seconds to import."""
 
-from src.dataset.batches import HOW_TO_GO_ON
+from src.dataset.batches import HOW_TO_GO_ON, steps_per_epoch
 from src.dataset.image_set import ImageSet
 from src.dataset.sources import find_bad_image, open_images, validation_path
 from src.models.networks import check_network
@@ -42,17 +42,20 @@ def open_image_sets(config: Config, communicator: Communicator) -> tuple[ImageSe
     Raises:
         UserError: on every rank, for data that cannot be used or is not there.
     """
-    images = _open_train_images(config, communicator)
     if config.deploy and not (config.run_eval or config.val_split):
         raise UserError("deploy=1 evaluates the trained and the fused network in the end: add --run_eval=1, or --deploy=0")
+    images = _open_train_images(config, communicator)
+    validation: ImageSet | None
     if config.val_split:
         if config.eval_data_path:
             raise UserError("val_split takes validation images from the training images and eval_data_path names others; give one of them")
-        train, validation = images.split(config.val_split, config.seed)
+        images, validation = images.split(config.val_split, config.seed)
         if not len(validation):
             raise UserError(f"val_split={config.val_split:g} finds no class with two images or more in '{config.data_path}'")
-        return train, validation
-    return images, _open_eval_images(config, images) if config.run_eval else None
+    else:
+        validation = _open_eval_images(config, images) if config.run_eval else None
+    steps_per_epoch(len(images), config, communicator.size)
+    return images, validation
 
 
 def _open_train_images(config: Config, communicator: Communicator) -> ImageSet:

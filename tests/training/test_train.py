@@ -120,6 +120,7 @@ def assert_one_error(run, *words):
     (("--device_target=GPU",), ("GPU", "CPU works")),
     (("--device_target=Ascend",), ("Ascend", "CPU works")),
     (("--network=resnet19",), ("unknown network", "did you mean 'resnet1")),
+    (("--per_batch_size=2000", "--global_batch_size=0"), ("fewer than one global batch", "--per_batch_size=1442")),
     (("--num_classes=7",), ("num_classes=7", "10 classes")),
     (("--checkpoint_file_path=/nowhere.ckpt",), ("/nowhere.ckpt", "does not exist")),
     (("--val_split=0.1", "--eval_data_path=."), ("val_split", "eval_data_path")),
