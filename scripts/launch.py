@@ -2,6 +2,7 @@
 
     python3 scripts/launch.py --nproc_per_node=8 [--visible_devices=0,1,..] [--env_sh=FILE] [--server_id=HOST]
         [--mode=train|test] SCRIPT ARGS...
+    python3 scripts/launch.py --hosts=HOST:RANKS,HOST:RANKS... SCRIPT ARGS...
 """
 
 import argparse
@@ -96,6 +97,7 @@ def parse(arguments):
                                      allow_abbrev=False)
     parser.error = fail
     parser.add_argument("--nproc_per_node", "--nproc-per-node", type=int, default=1, help="ranks on this machine")
+    parser.add_argument("--hosts", default=None, help="ranks on several machines, as in node1:8,node2:8; reached by ssh")
     parser.add_argument("--visible_devices", default="", help="devices, as in 0,1,2,3; rank i takes the i-th")
     parser.add_argument("--env_sh", default="", help="shell file whose environment the ranks get")
     parser.add_argument("--server_id", default="",
@@ -104,6 +106,7 @@ def parse(arguments):
     parser.add_argument("script")
     parser.add_argument("script_arguments", nargs=argparse.REMAINDER)
     options = parser.parse_args(arguments)
+    options.hosts = parse_hosts(options.hosts) if options.hosts is not None else {}
     if options.nproc_per_node < 1:
         fail(f"--nproc_per_node must be at least 1, got {options.nproc_per_node}")
     devices = [device for device in options.visible_devices.split(",") if device]
@@ -112,6 +115,19 @@ def parse(arguments):
     if devices and len(devices) < options.nproc_per_node:
         fail(f"--visible_devices names {len(devices)} devices for --nproc_per_node={options.nproc_per_node} ranks")
     return options
+
+
+def parse_hosts(text):
+    """{host: ranks} of HOST:RANKS,HOST:RANKS...; one rank where no number is given."""
+    hosts = {}
+    for entry in text.split(","):
+        host, _, ranks = entry.strip().rpartition(":") if ":" in entry else (entry.strip(), "", "1")
+        if not host or host.startswith("-") or not ranks.isdigit() or int(ranks) < 1:
+            fail(f"--hosts must be HOST:RANKS,HOST:RANKS..., got '{text}'")
+        if host in hosts:
+            fail(f"--hosts names {host} twice")
+        hosts[host] = int(ranks)
+    return hosts
 
 
 def find_script(script, mode):
@@ -145,11 +161,24 @@ def mpirun_command(options, script, cores):
     mpirun = shutil.which("mpirun") or shutil.which("mpirun", path=os.path.dirname(sys.executable))
     if mpirun is None:
         fail("mpirun is not installed; run 'bash scripts/setup.sh', then 'source .venv/bin/activate'")
+    command = [sys.executable, script, *options.script_arguments]
+    if options.hosts:
+        # Unbound, because machines may differ: each rank takes its share of its machine's cores itself (src/parallel/placement.py).
+        hosts = ",".join(f"{host}:{ranks}" for host, ranks in options.hosts.items())
+        return [mpirun, "-n", str(sum(options.hosts.values())), "--host", hosts, "--map-by", "slot", "--bind-to", "none",
+                *(word for name in passed_on(options) for word in ("-x", name)), *command]
     ranks = options.nproc_per_node
     share = cores // ranks
     placement = ["--map-by", f"slot:PE={share}", "--bind-to", "core"] if share else [
-        "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
-    return [mpirun, "-n", str(ranks), *placement, sys.executable, script, *options.script_arguments]
+        "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none"]
+    return [mpirun, "-n", str(ranks), *placement, *command]
+
+
+def passed_on(options):
+    """Names of the variables that ranks of other machines need besides those of Open MPI."""
+    environment = launch_environment(options)
+    changed = [name for name in environment if environment[name] != os.environ.get(name)]
+    return sorted({"PATH", *(name for name in changed if not name.startswith(("OMPI_", "PRTE_", "BASH_")) and name not in ("_", "SHLVL"))})
 
 
 def fail(message):

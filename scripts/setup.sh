@@ -70,8 +70,11 @@ fi || fail "the dependencies could not be installed; the reason is above (a prox
     "its own, whose hashes differ? UNCHECKED=1 takes them)"
 
 # A user may start more ranks than cores, and as root in a container: Open MPI's defaults refuse both.
-grep -q '^rmaps_default_mapping_policy' "$venv/etc/prte-mca-params.conf" 2>/dev/null \
-    || echo 'rmaps_default_mapping_policy = :oversubscribe' >> "$venv/etc/prte-mca-params.conf"
+# By slot: every host's slots are filled, and shared only by ranks beyond them; ':oversubscribe' alone puts all on the first host.
+settings=$venv/etc/prte-mca-params.conf
+touch "$settings"
+sed -i '/^rmaps_default_mapping_policy/d' "$settings"
+echo 'rmaps_default_mapping_policy = slot:oversubscribe' >> "$settings"
 grep -q OMPI_ALLOW_RUN_AS_ROOT "$venv/bin/activate" \
     || echo 'export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1' >> "$venv/bin/activate"
 { wanted; tail -n +2 $state 2>/dev/null || true

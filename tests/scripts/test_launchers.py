@@ -15,7 +15,7 @@ def launch():
     return module
 
 
-@pytest.mark.parametrize("ranks,cores,expected", [(2, 8, "slot:PE=4"), (2, 2, "slot:PE=1"), (8, 2, ":OVERSUBSCRIBE")])
+@pytest.mark.parametrize("ranks,cores,expected", [(2, 8, "slot:PE=4"), (2, 2, "slot:PE=1"), (8, 2, "slot:OVERSUBSCRIBE")])
 def test_cores_are_divided_and_shared_only_when_short(launch, ranks, cores, expected):
     command = launch.mpirun_command(launch.parse([f"--nproc_per_node={ranks}", "train.py", "--lr=1"]), "train.py", cores)
     assert expected in command and command[-2:] == ["train.py", "--lr=1"]

@@ -1,0 +1,110 @@
+"""Several hosts on one Linux machine: network namespaces on one bridge, each with a host name, an address, /dev/shm and an ssh server.
+
+Files are shared, as on a cluster. Needs root, iproute2, openssh-server, openssh-client and util-linux; ``missing`` says what is not here.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+_BRIDGE, _NETWORK = "acnetrig", "10.79.3"
+_SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
+_PATIENCE_S = 10
+
+
+def missing():
+    """Why there can be no hosts here, or None."""
+    if os.geteuid() != 0:
+        return "making network namespaces needs root"
+    absent = [name for name in ("ip", "ssh", "ssh-keygen", "nsenter", "unshare", _SSHD) if shutil.which(name) is None]
+    if absent:
+        return f"not installed: {', '.join(absent)} (Debian: iproute2, openssh-server, openssh-client)"
+    probe = subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True, text=True)
+    return f"the system refuses namespaces: {probe.stderr.strip()}" if probe.returncode else None
+
+
+class Rig:
+    """A context with the hosts h1 to hN; ``folder`` keeps keys and logs."""
+
+    def __init__(self, folder, count):
+        self._folder, self._names = Path(folder), [f"h{number}" for number in range(1, count + 1)]
+        self._holders = {}
+
+    def __enter__(self):
+        try:
+            self._make_keys()
+            _run("ip", "link", "add", _BRIDGE, "type", "bridge")
+            _run("ip", "link", "set", _BRIDGE, "up")
+            for number, name in enumerate(self._names, 1):
+                self._make_host(number, name)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exception):
+        for number, name in enumerate(self._names, 1):
+            found = subprocess.run(["ip", "netns", "pids", _namespace(name)], capture_output=True, text=True).stdout.split()
+            for process in found:
+                with contextlib.suppress(OSError):
+                    os.kill(int(process), signal.SIGKILL)
+            if name in self._holders:
+                self._holders[name].wait()
+            for command in (["netns", "del", _namespace(name)], ["link", "del", f"{_BRIDGE}{number}"]):
+                subprocess.run(["ip", *command], capture_output=True)
+            shutil.rmtree(Path("/etc/netns") / _namespace(name), ignore_errors=True)
+        subprocess.run(["ip", "link", "del", _BRIDGE], capture_output=True)
+
+    def on(self, name, *command, cwd):
+        """The words that run ``command`` on host ``name``."""
+        return ["nsenter", "-t", str(self._holders[name].pid), "--net", "--uts", "--mount", f"--wd={cwd}", *command]
+
+    @property
+    def environment(self):
+        """By which mpirun reaches the hosts with the rig's key, in place of a user's own ssh configuration."""
+        return {"PRTE_MCA_plm_ssh_agent": str(self._folder / "ssh")}
+
+    def _make_keys(self):
+        for key in ("user", "host"):
+            _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self._folder / key))
+        shutil.copy(self._folder / "user.pub", self._folder / "authorized")
+        (self._folder / "authorized").chmod(0o600)
+        ssh = self._folder / "ssh"
+        ssh.write_text(f"#!/bin/sh\nexec ssh -i {self._folder}/user -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null "
+                       '-o LogLevel=ERROR -o BatchMode=yes "$@"\n')
+        ssh.chmod(0o755)
+
+    def _make_host(self, number, name):
+        inside, port, address = _namespace(name), f"{_BRIDGE}{number}", f"{_NETWORK}.{number}"
+        own = Path("/etc/netns") / inside
+        own.mkdir(parents=True)
+        (own / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{_NETWORK}.{i} {n}\n" for i, n in enumerate(self._names, 1)))
+        _run("ip", "netns", "add", inside)
+        _run("ip", "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", inside)
+        _run("ip", "link", "set", port, "master", _BRIDGE, "up")
+        for command in (["addr", "add", f"{address}/24", "dev", "eth0"], ["link", "set", "eth0", "up"], ["link", "set", "lo", "up"]):
+            _run("ip", "-n", inside, *command)
+        files = {key: self._folder / f"{name}.{key}" for key in ("pid", "conf", "log")}
+        files["conf"].write_text(f"ListenAddress {address}\nHostKey {self._folder}/host\nAuthorizedKeysFile {self._folder}/authorized\n"
+                                 f"PermitRootLogin yes\nStrictModes no\nUsePAM no\nPidFile {files['pid']}\n")
+        Path("/run/sshd").mkdir(exist_ok=True)
+        server = f"hostname {name}; mount -t tmpfs tmpfs /dev/shm; exec {_SSHD} -D -f {files['conf']} -E {files['log']}"
+        self._holders[name] = subprocess.Popen(["ip", "netns", "exec", inside, "unshare", "--uts", "--mount", "bash", "-c", server],
+                                               stdin=subprocess.DEVNULL, start_new_session=True)
+        deadline = time.monotonic() + _PATIENCE_S
+        while not files["pid"].exists():
+            assert time.monotonic() < deadline, f"no ssh server on {name}: {files['log'].read_text() if files['log'].exists() else ''}"
+            time.sleep(0.05)
+
+
+def _namespace(name):
+    return f"{_BRIDGE}-{name}"
+
+
+def _run(*command):
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, f"{' '.join(command)}: {finished.stderr}"

@@ -1,0 +1,89 @@
+"""Ranks on several hosts, each with its own name, address, /dev/shm and ssh server: README's lines, word for word but for the names."""
+
+import re
+import shlex
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, execute, only_run
+from hosts.rig import Rig, missing
+
+from src.models.formats import read_weights
+
+pytestmark = [pytest.mark.extended, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory):
+    with Rig(tmp_path_factory.mktemp("rig"), 3) as rig:
+        yield rig
+
+
+def shown(beginning):
+    """The line of the README that begins so."""
+    (line,) = re.findall(rf"(?m)^    ({re.escape(beginning)}.*)$", (ROOT / "README.md").read_text())
+    return line
+
+
+def run_on_h1(rig, words):
+    return execute(rig.on("h1", *map(str, words), cwd=ROOT), **rig.environment)
+
+
+def placed(run):
+    """{host: number of ranks} as the first line says."""
+    return {host: int(count) for host, count in re.findall(r"(h\d): (\d+)", run.out.splitlines()[0])}
+
+
+def typed(line, image_root, output, **names):
+    for there, here in {"/path/to/imagenet": image_root, "SHARED_FOLDER": output, **names}.items():
+        line = line.replace(there, str(here))
+    return [*shlex.split(line), *TINY, "--max_steps=3", "--lr=0.01"]
+
+
+def test_readmes_host_line_uses_every_host(rig, image_root, tmp_path):
+    line = shown("mpirun -n 16 --host node1:8,node2:8")
+    words = typed(line, image_root, tmp_path, **{"-n 16": "-n 4", "node1:8,node2:8": "h1:1,h2:3"})
+    run = run_on_h1(rig, words)
+    assert run.status == 0 and placed(run) == {"h1": 1, "h2": 3}, run
+
+
+def test_readmes_hostfile_line(rig, image_root, tmp_path):
+    (tmp_path / "hosts").write_text("h1 slots=1\nh2 slots=1\nh3 slots=1\n")
+    words = typed(shown("mpirun -n 16 --hostfile"), image_root, tmp_path / "out", **{"-n 16": "-n 3", "hosts.txt": tmp_path / "hosts"})
+    run = run_on_h1(rig, words)
+    assert run.status == 0 and placed(run) == {"h1": 1, "h2": 1, "h3": 1}, run
+
+
+def test_readmes_launcher_line_divides_each_hosts_cores(rig, image_root, tmp_path):
+    words = typed(shown("python3 scripts/launch.py --hosts="), image_root, tmp_path, **{"node1:8,node2:8": "h1:2,h2:2"})
+    run = run_on_h1(rig, words)
+    assert run.status == 0 and "h1: 2, h2: 2" in run.out, run
+    _, metadata = read_weights(only_run(tmp_path) / "latest.ckpt")
+    assert metadata["world_size"] == 4 and len(set(metadata["threads"])) == 1
+
+
+def test_more_ranks_than_slots_are_shared_out(rig, image_root, tmp_path):
+    words = typed(shown("mpirun -n 16 --host node1:8,node2:8"), image_root, tmp_path, **{"-n 16": "-n 4", "node1:8,node2:8": "h1:1,h2:1"})
+    run = run_on_h1(rig, words)
+    assert run.status == 0 and placed(run) == {"h1": 2, "h2": 2}, run
+
+
+def test_two_hosts_compute_the_bits_of_one(rig, image_root, tmp_path):
+    """The same seed, data, number of ranks and threads of each."""
+    weights = []
+    for name, hosts in (("one", ["-n", "2", "--host", "h1:2"]), ("two", ["-n", "2", "--host", "h1:1,h2:1"])):
+        run = run_on_h1(rig, ["mpirun", *hosts, "-x", "PATH", "python3", "train.py", "--run_distribute=1", "--threads=1", *TINY,
+                              f"--data_path={image_root}/train", f"--output_path={tmp_path}/{name}", "--max_epoch=2", "--lr=0.02"])
+        assert run.status == 0, run
+        weights.append(read_weights(only_run(tmp_path / name) / "latest.ckpt")[0])
+    arrays = {name for name in weights[0] if name not in ("metadata", "checksum")}
+    assert len(arrays) > 20
+    for name in arrays:
+        assert np.array_equal(weights[0][name], weights[1][name]), name
+
+
+@pytest.mark.parametrize("hosts,message", [("h1:x", "--hosts"), ("", "--hosts"), ("h1:2,h1:2", "twice"), ("h1:0", "--hosts"),
+                                           ("h1,h2", None)])
+def test_hosts_are_read_or_refused_in_one_line(hosts, message):
+    run = execute(["python3", "scripts/launch.py", f"--hosts={hosts}", "nowhere.py"])
+    assert run.status == 2 and len(run.error_lines) == 1 and (message or "nowhere.py") in run.error_lines[0], run
