@@ -3,7 +3,6 @@
 Without arguments the bundled digits are trained. `mpirun -n N python3 train.py --run_distribute=1 ...` trains on N ranks.
 """
 
-import os
 from typing import TYPE_CHECKING
 
 from src.command import begin, run_main
@@ -75,8 +74,7 @@ def log_first_line(config: "Config", communicator: "Communicator", folder: "RunF
     """Before the seconds, or minutes, that go by until the first step: what begins, and where its log will be."""
     from src.utils.log import create_log
 
-    hosts = communicator.gather(os.uname().nodename)
-    places = ", ".join(f"{host}: {hosts.count(host)}" for host in dict.fromkeys(hosts))
+    places = ", ".join(f"{host}: {communicator.hosts.count(host)}" for host in dict.fromkeys(communicator.hosts))
     where = f"goes on under {config.output_path}" if config.resume else f"the log is {folder.log}"
     create_log(shown=communicator.is_root)(f"{config.network} on {communicator.size} x {config.device_target}"
                                            + (f" ({places})" if places.count(":") > 1 else "") + f": loading; {where}")

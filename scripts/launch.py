@@ -8,8 +8,10 @@
 import argparse
 import contextlib
 import os
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SENT_SIGNAL_FILE = "ACNET_SENT_SIGNAL_FILE"
 # Time for the ranks to finish their step and save; then for mpirun to end them.
 STOP_S, KILL_S, EMPTY_S = 120.0, 10.0, 2.0
+# Open MPI's setting of the command that reaches other hosts; and how long they may take to answer.
+SSH_AGENT = "PRTE_MCA_plm_ssh_agent"
+ANSWER_S = 10
 LOOK_S = 0.05
 
 
@@ -27,6 +32,8 @@ def main(arguments):
     options = parse(arguments)
     script = find_script(options.script, options.mode)
     environment = launch_environment(options)
+    if options.hosts:
+        check_hosts(list(options.hosts), script)
     command = mpirun_command(options, script, len(os.sched_getaffinity(0)))
     print(" ".join(command), flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -128,6 +135,25 @@ def parse_hosts(text):
             fail(f"--hosts names {host} twice")
         hosts[host] = int(ranks)
     return hosts
+
+
+def check_hosts(hosts, script):
+    """End with one line if a host cannot be reached by ssh without a question, or lacks this folder, Python or script."""
+    wanted = [("folder", "-d", os.getcwd()), ("Python", "-x", sys.executable), ("script", "-f", os.path.abspath(script))]
+    tests = "; ".join(f"test {flag} {shlex.quote(path)} || echo {what}" for what, flag, path in wanted)
+    agent = shlex.split(os.environ.get(SSH_AGENT, "ssh"))
+    others = [host for host in hosts if host not in (socket.gethostname(), "localhost")]
+    asked = [subprocess.Popen([*agent, "-o", "BatchMode=yes", "-o", f"ConnectTimeout={ANSWER_S}", host, tests], text=True,
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for host in others]
+    for host, process in zip(others, asked):
+        out, err = process.communicate()
+        if process.returncode == 255:
+            reason = (err.strip().splitlines() or ["no reason given"])[-1].strip()
+            hint = "; it must work without a password, as by ssh-copy-id" if "denied" in reason else ""
+            fail(f"host {host} cannot be reached by ssh: {reason}{hint}")
+        for what, _, path in wanted:
+            if what in out.split():
+                fail(f"host {host} has no {what} {path}; every host needs the project at the same place")
 
 
 def find_script(script, mode):

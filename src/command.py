@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from src.parallel.ending import PATIENCE_S, end_process
+from src.parallel.environment import on_one_machine
 from src.parallel.launcher import show_hidden_output
 from src.utils.errors import Stopped, UserError
 from src.utils.signals import Signals
@@ -61,6 +62,8 @@ def begin(arguments: Sequence[str], names: str = "", distributed: bool = True) -
     from src.parallel.launcher import hand_over_from_torch
     from src.training.update_rules import make_rule
     from src.utils.config import Affects, keys_affecting, load_config, parse_flags
+    from src.utils.device import available_cores
+    from src.utils.versions import software
 
     if distributed:
         hand_over_from_torch()
@@ -79,7 +82,9 @@ def begin(arguments: Sequence[str], names: str = "", distributed: bool = True) -
     communicator = connect(config.run_distribute) if distributed else Communicator()
     communicator.watch_for_stalls(config.stall_timeout_s)
     agree(communicator, config.model_dump(mode="json", exclude=keys_affecting(Affects.IMAGES, Affects.PROCESS)))
+    agree(communicator, software(), "install the same on every host, or share one folder")
     prepare_rank(communicator, config.device_target, config.threads)
+    agree(communicator, {"cores of each rank": available_cores()}, "--threads=1, or more, gives all of them the same")
     return Command(flags, found, config, communicator)
 
 
@@ -121,7 +126,7 @@ def run_main(main: Callable[..., object], rank: int = 0, defers_signals: bool = 
         # Nobody reads the output any more, as behind `| head`: the status that a shell gives such a command.
         os._exit(128 + signal.SIGPIPE)
     except UserError as failure:
-        whose = f"rank {rank}: " if rank else ""
+        whose = _whose(rank)
         end_process(f"error: {whose}{failure}", failure.status, rank)
     except Stopped as stop:
         sys.stdout.flush()
@@ -132,7 +137,7 @@ def run_main(main: Callable[..., object], rank: int = 0, defers_signals: bool = 
     except ImportError as failure:
         end_process(f"error: {failure}; run 'bash scripts/setup.sh', then 'source .venv/bin/activate'", 2, rank)
     except OSError as failure:
-        whose = f"rank {rank}: " if rank else ""
+        whose = _whose(rank)
         place = f" '{failure.filename}'" if failure.filename else ""
         end_process(f"error: {whose}the system refuses{place}: {failure.strerror or failure}", 2, rank)
     except Exception as failure:  # a defect or an exhausted machine: still one line, and no rank left waiting
@@ -140,11 +145,16 @@ def run_main(main: Callable[..., object], rank: int = 0, defers_signals: bool = 
             traceback.print_exc()
         # MindSpore's messages have headings between dashes.
         reason = next((text for text in str(failure).splitlines() if text.strip() and text[0] != "-"), "")
-        end_process(f"error: rank {rank}: {type(failure).__name__}: {reason} (ACNET_TRACEBACK=1 shows where)", 1, rank)
+        end_process(f"error: {_whose(rank) or 'rank 0: '}{type(failure).__name__}: {reason} (ACNET_TRACEBACK=1 shows where)", 1, rank)
     # What Python and the libraries registered for the end, MPI's finalisation too, but not the 0.5 s in which MindSpore takes
     # its libraries down piece by piece: the operating system does that at once.
     atexit._run_exitfuncs()
     os._exit(0)
+
+
+def _whose(rank: int) -> str:
+    """Whose error it is, for errors of other ranks than 0, and their host if there are several."""
+    return "" if not rank else f"rank {rank}: " if on_one_machine() else f"rank {rank} on {os.uname().nodename}: "
 
 
 def _open_standard_streams() -> None:

@@ -61,6 +61,11 @@ class Communicator:
     def is_root(self) -> bool:
         return self.rank == 0
 
+    @property
+    def hosts(self) -> list[str]:
+        """Name of each rank's machine."""
+        return [socket.gethostname()] * self.size
+
 
 class MpiCommunicator(Communicator):
     """Ranks of an mpirun, through mpi4py; the arrays' own memory is what MPI reads and writes.
@@ -84,6 +89,10 @@ class MpiCommunicator(Communicator):
         self.waiting_since: float | None = None
         self._watchdog: StallWatchdog | None = None
         self.places = self._world.allgather((socket.gethostname(), os.getpid()))
+
+    @property
+    def hosts(self) -> list[str]:
+        return [host for host, _ in self.places]
 
     def mean_(self, arrays: Sequence[np.ndarray], compression: Compression | None = None) -> None:
         small = [array for array in arrays if array.nbytes < _PACK_BELOW_BYTES]

@@ -1,5 +1,6 @@
 """Ranks on several hosts, each with its own name, address, /dev/shm and ssh server: README's lines, word for word but for the names."""
 
+import os
 import re
 import shlex
 
@@ -43,7 +44,7 @@ def typed(line, image_root, output, **names):
 def test_readmes_host_line_uses_every_host(rig, image_root, tmp_path):
     line = shown("mpirun -n 16 --host node1:8,node2:8")
     words = typed(line, image_root, tmp_path, **{"-n 16": "-n 4", "node1:8,node2:8": "h1:1,h2:3"})
-    run = run_on_h1(rig, words)
+    run = run_on_h1(rig, [*words, "--threads=1"])
     assert run.status == 0 and placed(run) == {"h1": 1, "h2": 3}, run
 
 
@@ -80,6 +81,55 @@ def test_two_hosts_compute_the_bits_of_one(rig, image_root, tmp_path):
     assert len(arrays) > 20
     for name in arrays:
         assert np.array_equal(weights[0][name], weights[1][name]), name
+
+
+def one_line(run, *words):
+    assert run.status == 2 and len(run.error_lines) == 1 and "Traceback" not in run.err, run
+    for word in words:
+        assert word in run.error_lines[0], run
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+def test_ranks_with_other_numbers_of_cores_are_refused_by_host(rig, image_root, tmp_path):
+    words = typed(shown("mpirun -n 16 --host node1:8,node2:8"), image_root, tmp_path, **{"-n 16": "-n 3", "node1:8,node2:8": "h1:1,h2:2"})
+    one_line(run_on_h1(rig, words), "cores of each rank=", "rank 0 (h1)", "ranks 1, 2 (h2)", "--threads=1")
+
+
+@pytest.fixture
+def hidden(rig):
+    """A function (host, folder): that host sees an empty folder there until the test ends."""
+    covered = []
+
+    def hide(host, folder):
+        execute(rig.on(host, "mount", "-t", "tmpfs", "tmpfs", str(folder), cwd="/"))
+        covered.append((host, folder))
+    yield hide
+    for host, folder in covered:
+        execute(rig.on(host, "umount", str(folder), cwd="/"))
+
+
+def test_data_that_a_host_lacks_is_named_with_the_host(rig, hidden, image_root, tmp_path):
+    hidden("h2", image_root)
+    words = typed(shown("mpirun -n 16 --host node1:8,node2:8"), image_root, tmp_path, **{"-n 16": "-n 2", "node1:8,node2:8": "h1:1,h2:1"})
+    one_line(run_on_h1(rig, words), "rank 1 on h2: data_path", "does not exist")
+
+
+def test_the_launcher_names_hosts_that_it_cannot_use(rig, hidden):
+    def launched(hosts):
+        return run_on_h1(rig, ["python3", "scripts/launch.py", f"--hosts={hosts}", "train.py"])
+    one_line(launched("h1:1,h9:1"), "host h9 cannot be reached by ssh", "resolve")
+    hidden("h3", ROOT)
+    one_line(launched("h1:1,h3:1"), "host h3 has no ", "same place")
+
+
+def test_a_host_that_asks_for_a_password_is_named(rig, tmp_path):
+    stranger = tmp_path / "ssh"
+    stranger.write_text('#!/bin/sh\nexec ssh -F none -o IdentityFile=/nowhere -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null '
+                        '-o LogLevel=ERROR "$@"\n')
+    stranger.chmod(0o755)
+    words = rig.on("h1", "python3", "scripts/launch.py", "--hosts=h1:1,h2:1", "train.py", cwd=ROOT)
+    run = execute(words, PRTE_MCA_plm_ssh_agent=str(stranger))
+    one_line(run, "host h2 cannot be reached by ssh", "denied", "without a password")
 
 
 @pytest.mark.parametrize("hosts,message", [("h1:x", "--hosts"), ("", "--hosts"), ("h1:2,h1:2", "twice"), ("h1:0", "--hosts"),

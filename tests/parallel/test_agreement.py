@@ -1,7 +1,9 @@
 """Ranks that were started differently end before the first step with one line that says what differs."""
 
+import shutil
+
 import pytest
-from conftest import TINY, execute, write_image_folder
+from conftest import ROOT, TINY, execute, write_image_folder
 
 from src.parallel.agreement import agree
 from src.parallel.communicator import Communicator
@@ -99,3 +101,15 @@ def test_evaluation_of_other_images_or_weights_is_refused(trained_run, image_roo
     first, second = sorted((trained_run / "ckpt_0").iterdir())
     run = pair("eval.py", [f"--data_path={image_root}/val"], [f"--checkpoint_file_path={first}"], [f"--checkpoint_file_path={second}"])
     assert_refused(run, "checksum of")
+
+
+@pytest.mark.slow
+def test_other_programs_end_the_training(image_root, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv*", ".git", "outputs", "__pycache__", "tests", "benchmarks"))
+    with open(copy / "src" / "training" / "schedule.py", "a") as file:
+        file.write("# changed\n")
+    flags = [f"--data_path={image_root}/train", f"--output_path={tmp_path}/out", *TINY]
+    run = execute(["mpirun", "--map-by", ":OVERSUBSCRIBE", "-n", "1", "python3", "train.py", *flags, ":", "-n", "1", "python3",
+                   str(copy / "train.py"), *flags], timeout=60)
+    assert_refused(run, "program=", "on rank 0 and", "install the same")
