@@ -71,10 +71,10 @@ def mpirun(ranks, *command, **options):
 class Started:
     """A command that runs while a test acts on it; its session is killed in the end."""
 
-    def __init__(self, command, folder):
+    def __init__(self, command, folder, **environment):
         self.command, self._out, self._err = command, Path(folder) / "out.txt", Path(folder) / "err.txt"
         # A killed mpirun leaves a folder there by which a later one with the same process number fails to start.
-        environment = user_environment(TMPDIR=str(folder))
+        environment = user_environment(TMPDIR=str(folder), **environment)
         with open(self._out, "w") as out, open(self._err, "w") as err:
             self.process = subprocess.Popen([str(word) for word in command], cwd=ROOT, env=environment, stdout=out,
                                             stderr=err, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -88,7 +88,11 @@ class Started:
             time.sleep(0.005)
 
     def wait_for_text(self, text):
-        self.wait_for(lambda: text in self._out.read_text())
+        self.wait_for(lambda: text in self.output())
+
+    def output(self):
+        """What it has written to standard output so far."""
+        return self._out.read_text()
 
     def errors(self):
         """What it has written to standard error so far."""

@@ -171,7 +171,7 @@ def test_acnet_under_torchs_own_launcher(image_root, tmp_path, line, ranks):
     assert f"resnet18 on {ranks} x CPU" in run.out, run
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_acnet_continues_what_was_trained(image_root, tmp_path):
     (tmp_path / "imagenet_data").symlink_to(image_root)
     command = ["python3", ROOT / "acnet/do_acnet.py", "-b", "base", "--image_size=32", "--global_batch_size=8", "--run_eval=0", "--deploy=0"]
@@ -189,7 +189,7 @@ def test_what_do_acnet_does_not_know_is_one_line(tmp_path, image_root, arguments
     assert run.status == 2 and len(run.error_lines) == 1 and message in run.error_lines[0] and "Traceback" not in run.err, run
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_a_trained_hdf5_of_acnets_is_fused_and_evaluated(image_root, tmp_path):
     """acnet/acnet_test.py there: weights of the training form in, converted, tested; the same accuracy before and after."""
     h5py = pytest.importorskip("h5py")

@@ -3,6 +3,7 @@
 import ctypes
 import io
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,6 +16,8 @@ from src.utils.errors import UserError
 LAUNCHERS = ("prterun", "prted", "mpirun", "orted", "mpiexec")
 # System call of Linux 5.6 and later, the same number on x86-64 and aarch64.
 _PIDFD_GETFD = 438
+# Time for a launcher to end what is left of its job.
+ENDING_S = 20
 _LAUNCH = Path(__file__).resolve().parents[2] / "scripts" / "launch.py"
 
 
@@ -48,6 +51,21 @@ def show_hidden_output() -> None:
         if output is not None:
             shown = os.fdopen(output, "w", buffering=1, errors="backslashreplace")
             sys.stdout, sys.stderr = _Both(sys.stdout, shown), _Both(sys.stderr, shown)
+
+
+def end_launcher_later() -> None:
+    """See to it that the launcher of this process ends within ENDING_S, for it waits without end for a daemon that has no connection.
+
+    By a process of its own, which outlives this one: it asks first, then kills, and the launcher's ssh with it.
+    """
+    parent = os.getppid()
+    name = name_of(parent)
+    if name in LAUNCHERS:
+        there = f'[ "$(cat /proc/{parent}/comm 2>/dev/null)" = {name} ]'
+        script = (f"sleep {ENDING_S - 5}; {there} || exit; children=$(cat /proc/{parent}/task/*/children); kill -TERM {parent}; sleep 5; "
+                  f"{there} && kill -KILL {parent}; kill -TERM $children")
+        subprocess.Popen(["sh", "-c", script], start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                         stderr=subprocess.DEVNULL)
 
 
 def hides_output(command: Sequence[str]) -> bool:

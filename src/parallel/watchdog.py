@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from src.parallel.ending import end_process
+from src.parallel.launcher import end_launcher_later
 
 _LOOK_EVERY_S = 1.0
 # Between the first rank that complains and the verdict: every healthy rank's watchdog answers within it.
@@ -100,5 +101,8 @@ class StallWatchdog(threading.Thread):
             who = f"rank {missed[0]} (process {pid} on {host}) {state}; the others have"
         line = (f"error: {who} waited for more than stall_timeout_s={self._timeout_s:g} s; go on from the last checkpoint with "
                 "--resume=auto")
+        if len({host for host, _ in places}) > 1:
+            # The launcher's daemon may be as lost as the rank.
+            end_launcher_later()
         first_to_speak = not any(answers.get(other) == _WAITING for other in range(rank))
         end_process(line, 1, 0 if first_to_speak else rank)

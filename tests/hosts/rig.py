@@ -63,6 +63,30 @@ class Rig:
         """The words that run ``command`` on host ``name``."""
         return ["nsenter", "-t", str(self._holders[name].pid), "--net", "--uts", "--mount", f"--wd={cwd}", *command]
 
+    def link(self, name, up):
+        """Connect or cut host ``name``."""
+        _run("ip", "link", "set", f"{_BRIDGE}{name[1:]}", "up" if up else "down")
+
+    def processes(self, name):
+        """{process number: command line} of what runs on host ``name``, its ssh server apart."""
+        found = {}
+        for process in subprocess.run(["ip", "netns", "pids", _namespace(name)], capture_output=True, text=True).stdout.split():
+            with contextlib.suppress(OSError):
+                words = (Path("/proc") / process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                if words and "sshd" not in words.split(" ")[0]:
+                    found[int(process)] = words
+        return found
+
+    def power_off(self, name):
+        """Take host ``name`` away, with everything that runs on it, without a word to anybody."""
+        self.link(name, up=False)
+        for process in subprocess.run(["ip", "netns", "pids", _namespace(name)], capture_output=True, text=True).stdout.split():
+            with contextlib.suppress(OSError):
+                os.kill(int(process), signal.SIGKILL)
+        self._holders.pop(name).wait()
+        subprocess.run(["ip", "netns", "del", _namespace(name)], capture_output=True)
+        subprocess.run(["ip", "link", "del", f"{_BRIDGE}{name[1:]}"], capture_output=True)
+
     @property
     def environment(self):
         """By which mpirun reaches the hosts with the rig's key, in place of a user's own ssh configuration."""

@@ -3,10 +3,12 @@
 import os
 import re
 import shlex
+import signal
+import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, execute, only_run
+from conftest import ROOT, TINY, Started, execute, only_run
 from hosts.rig import Rig, missing
 
 from src.models.formats import read_weights
@@ -130,6 +132,79 @@ def test_a_host_that_asks_for_a_password_is_named(rig, tmp_path):
     words = rig.on("h1", "python3", "scripts/launch.py", "--hosts=h1:1,h2:1", "train.py", cwd=ROOT)
     run = execute(words, PRTE_MCA_plm_ssh_agent=str(stranger))
     one_line(run, "host h2 cannot be reached by ssh", "denied", "without a password")
+
+
+STALL_S = 10
+
+
+@pytest.fixture
+def own_rig(tmp_path):
+    """Two hosts for a test that breaks them; its processes go with them."""
+    with Rig(tmp_path, 2) as rig:
+        yield rig
+
+
+def start_training(rig, image_root, folder, *added):
+    """A training of one rank on each of two hosts that would go on for long, in its third epoch or later."""
+    words = ["mpirun", "-n", "2", "--host", "h1:1,h2:1", "-x", "PATH", "python3", "train.py", "--run_distribute=1", "--threads=1", *TINY,
+             f"--data_path={image_root}/train", f"--output_path={folder}/out", "--max_epoch=100000", "--ckpt_interval=5",
+             f"--stall_timeout_s={STALL_S}", *added]
+    started = Started(rig.on("h1", *words, cwd=ROOT), folder, **rig.environment)
+    started.wait_for_text("epoch 3/100000 loss")
+    return started
+
+
+def eventually(condition, seconds=40):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
+def test_a_rank_that_is_killed_on_another_host_ends_the_job_everywhere(own_rig, image_root, tmp_path):
+    started = start_training(own_rig, image_root, tmp_path)
+    for process, words in own_rig.processes("h2").items():
+        if words.startswith("python3 train.py"):
+            os.kill(process, signal.SIGKILL)
+    run, seconds = started.finish(30)
+    assert run.status != 0 and seconds < 20 and "h2" in run.out + run.err, run
+    eventually(lambda: not own_rig.processes("h1") and not own_rig.processes("h2"))
+
+
+@pytest.mark.parametrize("fault", ["cut", "power off"])
+def test_a_host_that_is_lost_ends_the_job_and_is_named(own_rig, image_root, tmp_path, fault):
+    started = start_training(own_rig, image_root, tmp_path)
+    if fault == "cut":
+        own_rig.link("h2", up=False)
+    else:
+        own_rig.power_off("h2")
+    run, seconds = started.finish(STALL_S + 40)
+    assert run.status != 0 and len(run.error_lines) == 1 and " on h2) gives no sign of life" in run.error_lines[0], run
+    # Noticing, asking, and ending what waits for the lost daemon.
+    assert seconds < STALL_S + 30
+    eventually(lambda: not own_rig.processes("h1"))
+    if fault == "cut":
+        eventually(lambda: not own_rig.processes("h2"))
+
+
+def test_a_link_that_is_cut_for_five_seconds_costs_five_seconds(own_rig, image_root, tmp_path):
+    started = start_training(own_rig, image_root, tmp_path)
+    own_rig.link("h2", up=False)
+    time.sleep(5)
+    own_rig.link("h2", up=True)
+    seen = started.output().count("loss")
+    started.wait_for(lambda: started.output().count("loss") > seen + 5, timeout=30)
+    started.kill()
+
+
+def test_no_room_for_a_checkpoint_ends_the_job_on_every_host(own_rig, image_root, tmp_path):
+    """Rank 0's host has a full disk."""
+    small = tmp_path / "out"
+    small.mkdir()
+    execute(own_rig.on("h1", "mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(small), cwd="/"))
+    run, _ = start_training(own_rig, image_root, tmp_path).finish(60)
+    assert run.status == 2 and len(run.error_lines) == 1 and "cannot write" in run.error_lines[0], run
+    eventually(lambda: not own_rig.processes("h1") and not own_rig.processes("h2"))
 
 
 @pytest.mark.parametrize("hosts,message", [("h1:x", "--hosts"), ("", "--hosts"), ("h1:2,h1:2", "twice"), ("h1:0", "--hosts"),

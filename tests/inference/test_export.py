@@ -29,8 +29,8 @@ def evaluated(path, image_root, tmp_path, ranks=1):
 
 
 # Found by the wrong worlds of tests/hostile: each library reports a full disk in its own way, safetensors by an exception of its own.
-@pytest.mark.slow
-@pytest.mark.parametrize("file_format", ["CKPT", "MINDIR", "ONNX", "SAFETENSORS"])
+@pytest.mark.parametrize("file_format", [*(pytest.param(name, marks=pytest.mark.extended) for name in ("CKPT", "MINDIR", "ONNX")),
+                                         pytest.param("SAFETENSORS", marks=pytest.mark.slow)])
 def test_no_room_for_the_exported_file_is_one_line_and_leaves_nothing(file_format, trained_run, tmp_path):
     target = tmp_path / f"net.{file_format.lower()}"
     words = f"python3 export.py --checkpoint_file_path={trained_run}/best.ckpt --file_format={file_format} --result_path={target}"

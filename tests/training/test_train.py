@@ -56,7 +56,7 @@ def test_validation_images_split_off_are_those_that_are_evaluated_later(image_ro
     assert others.status == 0 and " 67 images" in others.out, others
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
 def test_threads_give_the_same_bits_on_machines_with_other_numbers_of_cores(image_root, tmp_path):
     """A process that may use one core stands for a machine with one core."""
