@@ -82,6 +82,8 @@ def log_first_line(config: "Config", communicator: "Communicator", folder: "RunF
 
 def create_recorder(config: "Config", communicator: "Communicator", folder: "RunFolder") -> "Recorder":
     """What reports and saves: on rank 0 into the run's folder, which is made if it is a new one."""
+    from src.dataset.batches import global_batch
+    from src.parallel.launcher import tell_launcher
     from src.runs.recorder import Recorder, RunRecorder
     from src.runs.run_folder import create_run_folder
     from src.utils.log import create_log
@@ -89,6 +91,8 @@ def create_recorder(config: "Config", communicator: "Communicator", folder: "Run
     if not communicator.is_root:
         return Recorder()
     folder = folder if config.resume else create_run_folder(folder)
+    tell_launcher(run_folder=str(folder.path.resolve()), accumulation_steps=config.accumulation_steps,
+                  global_batch_size=global_batch(config, communicator.size))
     return RunRecorder(folder, config, create_log(file=folder.log))
 
 

@@ -2,29 +2,33 @@
 
     python3 scripts/launch.py --nproc_per_node=8 [--visible_devices=0,1,..] [--env_sh=FILE] [--server_id=HOST]
         [--mode=train|test] SCRIPT ARGS...
-    python3 scripts/launch.py --hosts=HOST:RANKS,HOST:RANKS... SCRIPT ARGS...
+    python3 scripts/launch.py --hosts=HOST:RANKS,HOST:RANKS... [--max_restarts=3] SCRIPT ARGS...
 """
 
 import argparse
 import contextlib
+import json
 import os
-import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+from hosts import parse_hosts, share_out, unusable
+
 ROOT = Path(__file__).resolve().parents[1]
 SENT_SIGNAL_FILE = "ACNET_SENT_SIGNAL_FILE"
 # Time for the ranks to finish their step and save; then for mpirun to end them.
 STOP_S, KILL_S, EMPTY_S = 120.0, 10.0, 2.0
-# Open MPI's setting of the command that reaches other hosts; and how long they may take to answer.
-SSH_AGENT = "PRTE_MCA_plm_ssh_agent"
-ANSWER_S = 10
+# What a training tells this program for a restart; the status of what a person has to mend; and when to look again at lost hosts.
+FACTS_FILE = "ACNET_FACTS_FILE"
+USER_ERROR = 2
+RETURN_S = (3, 10, 20)
 LOOK_S = 0.05
 
 
@@ -32,16 +36,73 @@ def main(arguments):
     options = parse(arguments)
     script = find_script(options.script, options.mode)
     environment = launch_environment(options)
-    if options.hosts:
-        check_hosts(list(options.hosts), script)
-    command = mpirun_command(options, script, len(os.sched_getaffinity(0)))
-    print(" ".join(command), flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        sys.exit(run(command, environment, Path(folder) / "signal"))
+    for reason in unusable(options.hosts, script).values():
+        fail(reason)
+    # Where the ranks of all hosts may see it, if they share a folder at all.
+    shared = os.getcwd() if options.hosts and os.access(os.getcwd(), os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix=".launch-", dir=shared) as folder:
+        environment[FACTS_FILE] = str(Path(folder) / "facts")
+        sys.exit(run_with_restarts(options, script, environment, Path(folder) / "signal"))
+
+
+def run_with_restarts(options, script, environment, sent_signal_file):
+    """Run the job, and again after a failure, up to ``options.max_restarts`` times; returns the last status.
+
+    Not after a signal to this program, nor after what a person has to mend (status 2).
+    """
+    restarts_left = options.max_restarts
+    while True:
+        command = mpirun_command(options, script, len(os.sched_getaffinity(0)))
+        print(" ".join(command), flush=True)
+        status, received = run(command, environment, sent_signal_file)
+        if status in (0, USER_ERROR) or received or not restarts_left:
+            return status
+        prepare_restart(options, script, Path(environment[FACTS_FILE]), status, restarts_left)
+        restarts_left -= 1
+
+
+def prepare_restart(options, script, facts_file, status, restarts_left):
+    """Change ``options`` so that the job goes on from its newest checkpoint, on the hosts that are there, with the same global batch."""
+    facts = json.loads(facts_file.read_text()) if facts_file.is_file() else {}
+    said = [f"the job ended with status {status}"]
+    lost = wait_for_hosts(options.hosts, script)
+    if lost:
+        said += [f"{reason}; going on without it" for reason in lost.values()]
+        left = {host: ranks for host, ranks in options.hosts.items() if host not in lost}
+        options.hosts = share_out(left, dividing_ranks(sum(left.values()), facts))
+        if not options.hosts:
+            fail("; ".join([*said, "no host is left"]))
+        if facts:
+            options.script_arguments.append(f"--global_batch_size={facts['global_batch_size']}")
+    if facts and any(Path(facts["run_folder"]).glob("ckpt_0/*.ckpt")):
+        options.script_arguments.append("--resume=auto")
+        said.append("starting again from the newest checkpoint")
+    else:
+        said.append("starting anew, for there is no checkpoint yet")
+    text = f"{'; '.join(said)} ({restarts_left} restarts left)"
+    print(text, flush=True)
+    with contextlib.suppress(KeyError, OSError), open(Path(facts["run_folder"]) / "log.txt", "a", encoding="utf-8") as log:
+        log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')},000 {text}\n")
+
+
+def wait_for_hosts(hosts, script):
+    """{host: why} of the hosts that do not come back."""
+    for pause in RETURN_S:
+        time.sleep(pause)
+        lost = unusable(hosts, script)
+        if not lost:
+            return {}
+    return lost
+
+
+def dividing_ranks(most, facts):
+    """The largest number of ranks up to ``most`` that shares the training's global batch evenly."""
+    forward = facts["global_batch_size"] // facts["accumulation_steps"] if facts else 1
+    return next((ranks for ranks in range(most, 0, -1) if not facts or forward % ranks == 0), 0)
 
 
 def run(command, environment, sent_signal_file):
-    """Run ``command``, an mpirun; returns its status.
+    """Run ``command``, an mpirun; returns its status, and the signals that this program received.
 
     SIGTERM, SIGUSR1 and Ctrl-C reach the ranks as SIGUSR1, at which they save and end: mpirun passes that on without killing them.
     The status is then 128 + the signal's number. Ranks that have not ended after STOP_S, or a second signal, get SIGTERM, and
@@ -66,7 +127,10 @@ def run(command, environment, sent_signal_file):
             deadline = min(deadline, time.monotonic() + EMPTY_S)
         time.sleep(LOOK_S)
     kill_session(process.pid)
-    return 128 + received[0] if received and status else status
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+    status = 128 - status if status < 0 else status
+    return 128 + received[0] if received and status else status, received
 
 
 def escalation(process, received, sent_signal_file):
@@ -105,6 +169,7 @@ def parse(arguments):
     parser.error = fail
     parser.add_argument("--nproc_per_node", "--nproc-per-node", type=int, default=1, help="ranks on this machine")
     parser.add_argument("--hosts", default=None, help="ranks on several machines, as in node1:8,node2:8; reached by ssh")
+    parser.add_argument("--max_restarts", "--max-restarts", type=int, default=0, help="how often to start again after a failure")
     parser.add_argument("--visible_devices", default="", help="devices, as in 0,1,2,3; rank i takes the i-th")
     parser.add_argument("--env_sh", default="", help="shell file whose environment the ranks get")
     parser.add_argument("--server_id", default="",
@@ -113,7 +178,12 @@ def parse(arguments):
     parser.add_argument("script")
     parser.add_argument("script_arguments", nargs=argparse.REMAINDER)
     options = parser.parse_args(arguments)
-    options.hosts = parse_hosts(options.hosts) if options.hosts is not None else {}
+    try:
+        options.hosts = parse_hosts(options.hosts) if options.hosts is not None else {}
+    except ValueError as failure:
+        fail(str(failure))
+    if options.max_restarts < 0:
+        fail(f"--max_restarts must be 0 or more, got {options.max_restarts}")
     if options.nproc_per_node < 1:
         fail(f"--nproc_per_node must be at least 1, got {options.nproc_per_node}")
     devices = [device for device in options.visible_devices.split(",") if device]
@@ -122,38 +192,6 @@ def parse(arguments):
     if devices and len(devices) < options.nproc_per_node:
         fail(f"--visible_devices names {len(devices)} devices for --nproc_per_node={options.nproc_per_node} ranks")
     return options
-
-
-def parse_hosts(text):
-    """{host: ranks} of HOST:RANKS,HOST:RANKS...; one rank where no number is given."""
-    hosts = {}
-    for entry in text.split(","):
-        host, _, ranks = entry.strip().rpartition(":") if ":" in entry else (entry.strip(), "", "1")
-        if not host or host.startswith("-") or not ranks.isdigit() or int(ranks) < 1:
-            fail(f"--hosts must be HOST:RANKS,HOST:RANKS..., got '{text}'")
-        if host in hosts:
-            fail(f"--hosts names {host} twice")
-        hosts[host] = int(ranks)
-    return hosts
-
-
-def check_hosts(hosts, script):
-    """End with one line if a host cannot be reached by ssh without a question, or lacks this folder, Python or script."""
-    wanted = [("folder", "-d", os.getcwd()), ("Python", "-x", sys.executable), ("script", "-f", os.path.abspath(script))]
-    tests = "; ".join(f"test {flag} {shlex.quote(path)} || echo {what}" for what, flag, path in wanted)
-    agent = shlex.split(os.environ.get(SSH_AGENT, "ssh"))
-    others = [host for host in hosts if host not in (socket.gethostname(), "localhost")]
-    asked = [subprocess.Popen([*agent, "-o", "BatchMode=yes", "-o", f"ConnectTimeout={ANSWER_S}", host, tests], text=True,
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for host in others]
-    for host, process in zip(others, asked):
-        out, err = process.communicate()
-        if process.returncode == 255:
-            reason = (err.strip().splitlines() or ["no reason given"])[-1].strip()
-            hint = "; it must work without a password, as by ssh-copy-id" if "denied" in reason else ""
-            fail(f"host {host} cannot be reached by ssh: {reason}{hint}")
-        for what, _, path in wanted:
-            if what in out.split():
-                fail(f"host {host} has no {what} {path}; every host needs the project at the same place")
 
 
 def find_script(script, mode):
@@ -204,7 +242,8 @@ def passed_on(options):
     """Names of the variables that ranks of other machines need besides those of Open MPI."""
     environment = launch_environment(options)
     changed = [name for name in environment if environment[name] != os.environ.get(name)]
-    return sorted({"PATH", *(name for name in changed if not name.startswith(("OMPI_", "PRTE_", "BASH_")) and name not in ("_", "SHLVL"))})
+    of_others = [name for name in changed if not name.startswith(("OMPI_", "PRTE_", "BASH_")) and name not in ("_", "SHLVL")]
+    return sorted({"PATH", SENT_SIGNAL_FILE, FACTS_FILE, *of_others})
 
 
 def fail(message):

@@ -109,8 +109,8 @@ def test_alexnet(image_root, tmp_path):
     assert re.search(r"^Top1/Top5 \d+\.\d\d%/\d+\.\d\d%, .* [\d.]+ img/s$", tested.out, re.M), tested
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks,added", [(2, ["--max_steps=12"]), (8, ["--network=cifar_quick", "--max_steps=1"])])
+@pytest.mark.parametrize("ranks,added", [pytest.param(2, ["--max_steps=12"], marks=pytest.mark.slow),
+                                         pytest.param(8, ["--network=cifar_quick", "--max_steps=1"], marks=pytest.mark.extended)])
 def test_resnext50_by_mpirun_shows_its_progress_and_where_the_log_is(image_root, tmp_path, ranks, added):
     """Open MPI 5 writes all output to log_output.prterun-* alone, where Open MPI 4 copied it."""
     paths = {"-n 8": f"--map-by :OVERSUBSCRIBE -n {ranks}", "train.py": ROOT / "train.py", "/path/to/imagenet": image_root,

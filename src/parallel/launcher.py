@@ -2,17 +2,21 @@
 
 import ctypes
 import io
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from src.parallel.environment import started_by_mpirun
 from src.utils.errors import UserError
+from src.utils.files import write_whole
 
+# Where scripts/launch.py reads what a training told it.
+FACTS_FILE = "ACNET_FACTS_FILE"
 LAUNCHERS = ("prterun", "prted", "mpirun", "orted", "mpiexec")
 # System call of Linux 5.6 and later, the same number on x86-64 and aarch64.
 _PIDFD_GETFD = 438
@@ -66,6 +70,14 @@ def end_launcher_later() -> None:
                   f"{there} && kill -KILL {parent}; kill -TERM $children")
         subprocess.Popen(["sh", "-c", script], start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                          stderr=subprocess.DEVNULL)
+
+
+def tell_launcher(**facts: Any) -> None:
+    """Let scripts/launch.py know what it needs to start this training again, if it asked for that."""
+    file = os.environ.get(FACTS_FILE)
+    if file:
+        with suppress(OSError):  # on a host that shares no folder with the launcher's
+            write_whole(file, lambda partial: partial.write_text(json.dumps(facts), encoding="utf-8"))
 
 
 def hides_output(command: Sequence[str]) -> bool:

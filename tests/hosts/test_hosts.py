@@ -1,5 +1,6 @@
 """Ranks on several hosts, each with its own name, address, /dev/shm and ssh server: README's lines, word for word but for the names."""
 
+import json
 import os
 import re
 import shlex
@@ -205,6 +206,44 @@ def test_no_room_for_a_checkpoint_ends_the_job_on_every_host(own_rig, image_root
     run, _ = start_training(own_rig, image_root, tmp_path).finish(60)
     assert run.status == 2 and len(run.error_lines) == 1 and "cannot write" in run.error_lines[0], run
     eventually(lambda: not own_rig.processes("h1") and not own_rig.processes("h2"))
+
+
+def start_restarting(rig, image_root, folder, hosts, *added):
+    words = ["python3", "scripts/launch.py", f"--hosts={hosts}", "--max_restarts=3", "train.py", "--run_distribute=1", "--threads=1", *TINY,
+             f"--data_path={image_root}/train", f"--output_path={folder}/out", "--max_epoch=40", "--ckpt_interval_steps=10",
+             f"--stall_timeout_s={STALL_S}", "--lr=0.01", *added]
+    started = Started(rig.on("h1", *words, cwd=ROOT), folder, **rig.environment)
+    started.wait_for_text("epoch 4/40 loss")
+    return started
+
+
+def test_a_killed_rank_is_started_again_and_nothing_differs_in_the_end(own_rig, image_root, tmp_path):
+    undisturbed = run_on_h1(own_rig, ["mpirun", "-n", "2", "--host", "h1:1,h2:1", "-x", "PATH", "python3", "train.py", "--run_distribute=1",
+                                      "--threads=1", *TINY, f"--data_path={image_root}/train", f"--output_path={tmp_path}/whole",
+                                      "--max_epoch=40", "--lr=0.01", "--ckpt_interval_steps=10"])
+    assert undisturbed.status == 0, undisturbed
+    started = start_restarting(own_rig, image_root, tmp_path, "h1:1,h2:1")
+    for process, words in own_rig.processes("h2").items():
+        if "train.py" in words and "prted" not in words:
+            os.kill(process, signal.SIGKILL)
+    run, _ = started.finish(200)
+    assert run.status == 0 and "starting again from the newest checkpoint (3 restarts left)" in run.out, run
+    folder = only_run(tmp_path / "out")
+    assert "starting again" in (folder / "log.txt").read_text()
+    first, second = (read_weights(place / "latest.ckpt")[0] for place in (only_run(tmp_path / "whole"), folder))
+    for name, array in first.items():
+        if name not in ("metadata", "checksum"):
+            assert np.array_equal(array, second[name]), name
+
+
+def test_a_lost_host_is_left_out_and_the_global_batch_stays(own_rig, image_root, tmp_path):
+    started = start_restarting(own_rig, image_root, tmp_path, "h1:1,h2:1")
+    own_rig.power_off("h2")
+    run, _ = started.finish(300)
+    assert run.status == 0 and "host h2 cannot be reached" in run.out and "going on without it" in run.out, run
+    lines = [json.loads(line) for line in (only_run(tmp_path / "out") / "metrics.jsonl").read_text().splitlines()]
+    # 48 images, 8 a step, whether by two ranks or one
+    assert [line["epoch"] for line in lines] == list(range(1, 41)) and lines[-1]["step"] == 240
 
 
 @pytest.mark.parametrize("hosts,message", [("h1:x", "--hosts"), ("", "--hosts"), ("h1:2,h1:2", "twice"), ("h1:0", "--hosts"),

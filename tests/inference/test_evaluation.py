@@ -24,7 +24,7 @@ def test_nan_is_wrong():
     assert count_correct(np.full((2, 3), np.nan, np.float32), np.array([0, 1])).tolist() == [0, 0, 2]
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1), pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [pytest.param(1), pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.extended)])
 def test_67_images_are_counted_once_on_any_number_of_ranks(trained_run, image_root, tmp_path, ranks):
     result = tmp_path / "result.json"
     command = ["eval.py", f"--data_path={image_root}/val", f"--checkpoint_file_path={trained_run}/ckpt_0/",

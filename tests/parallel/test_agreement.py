@@ -86,7 +86,7 @@ def test_other_images_end_the_training(image_root, other_images, tmp_path, name,
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_the_same_images_at_another_place_are_the_same(image_root, broken_copy, tmp_path):
     common = [f"--output_path={tmp_path}/out", *TINY, "--max_steps=2", "--lr=0.01"]
     run = pair("train.py", common, [f"--data_path={image_root}/train"], [f"--data_path={broken_copy}/train", "--num_parallel_workers=1"])

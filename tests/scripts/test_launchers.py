@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+import sys
 
 import pytest
 from conftest import ROOT, execute
@@ -9,6 +10,7 @@ from conftest import ROOT, execute
 
 @pytest.fixture(scope="module")
 def launch():
+    sys.path.insert(0, str(ROOT / "scripts"))
     spec = importlib.util.spec_from_file_location("launch", ROOT / "scripts" / "launch.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
