@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from hosts import parse_hosts, share_out, unusable
+from remote_hosts import parse_hosts, share_out, unusable
 
 ROOT = Path(__file__).resolve().parents[1]
 SENT_SIGNAL_FILE = "ACNET_SENT_SIGNAL_FILE"
