@@ -23,14 +23,16 @@ def test_the_first_step_has_a_line_and_then_every_interval():
 
 
 def test_there_is_a_line_after_so_many_seconds_whatever_the_interval():
+    begun = time.monotonic()
     lines = lines_of([0.02] * 40, interval=1000, line_s=0.2)
-    assert 3 <= len(lines) <= 6
+    assert 3 <= len(lines) <= 1 + (time.monotonic() - begun) / 0.2
 
 
 def test_a_long_step_is_reported_while_it_lasts():
-    lines = lines_of([0, 1.0], interval=1000, line_s=0.2)
+    begun = time.monotonic()
+    lines = lines_of([0, 1.5], interval=1000, line_s=0.2)
     waiting = [line for line in lines if "in the next" in line]
-    assert 2 <= len(waiting) <= 6 and waiting[0].startswith("epoch 1/2 step 1/2 done, ")
+    assert 2 <= len(waiting) <= (time.monotonic() - begun) / 0.2 and waiting[0].startswith("epoch 1/2 step 1/2 done, ")
 
 
 def test_ranks_that_stay_silent_are_silent():
