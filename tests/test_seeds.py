@@ -78,6 +78,7 @@ def test_a_network_brings_what_belongs_to_it_and_flags_win():
     assert load_config({"network": "alexnet", "data_path": "x", "dropout": "0.5"}).dropout == 0.5
     small = load_config({"network": "src56", "data_path": "x", "config_path": "digits"})
     assert (small.image_size, small.lr, small.block) == (32, 0.05, "acb")
+    assert load_config({"network": "sres18", "data_path": "x", "config_path": "alexnet_imagenet"}).gamma_init == 1
     plain = load_config({"network": "resnet18", "data_path": "x"})
     assert (plain.eval_resize_mode, plain.antialias, plain.lr, plain.block) == ("shorter_side", True, 0.4, "base")
 

@@ -18,7 +18,7 @@ from src.utils.config import Affects, Config, keys_affecting, load_config
 from src.utils.errors import UserError
 
 # What checkpoints of version 0.2 and before did not record, because there was one way only.
-_NOT_RECORDED_BEFORE = {"eval_resize_mode": "square", "interpolation": "bilinear", "antialias": False}
+_NOT_RECORDED_BEFORE = {"eval_resize_mode": "square", "crop_pct": 0.875, "interpolation": "bilinear", "antialias": False}
 # For files of other programs: the evaluation of torchvision, timm and the ACNet repository.
 _PREPROCESSING_ELSEWHERE = {"eval_resize_mode": "shorter_side", "interpolation": "bilinear", "antialias": True}
 

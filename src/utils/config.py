@@ -288,7 +288,8 @@ def load_config(flags: Mapping[str, Any], checkpoint_layer: Mapping[str, Any] | 
 
 def network_layer(network: Any) -> dict[str, Any]:
     """{key: value} of what belongs to the network of that name or alias by its recipe; {} for one without a recipe."""
-    recipe = _network_recipes()["settings"].get(network)
+    recipes = _network_recipes()
+    recipe = recipes["settings"].get(network, recipes["whole"].get(network))
     own = keys_affecting(Affects.MODEL) - {"network", "block", "num_classes"}
     return {key: value for key, value in read_layer(find_recipe(recipe)).items() if key in own} if recipe else {}
 

@@ -24,6 +24,7 @@ def test_checkpoints_of_earlier_versions_are_evaluated_as_they_were():
     for key in ("eval_resize_mode", "antialias", "interpolation", "crop_pct"):
         del recorded[key]
     assert preprocessing({}, {"config": recorded}, {}) == ("square", False, 256, "bilinear")
+    assert preprocessing({}, {"config": {**recorded, "network": "cifar_quick", "image_size": 32}}, {})[2] == 37
 
 
 @pytest.mark.parametrize("network", ["resnet18", "resnext50_32x4d", "alexnet"])
