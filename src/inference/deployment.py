@@ -28,7 +28,7 @@ def deploy(network: nn.Cell, config: Config, communicator: Communicator, images:
     Raises:
         UserError: if the file cannot be written, or differs from the trained network by more than 1e-4.
     """
-    evaluator = Evaluator(images, config, communicator)
+    evaluator = Evaluator(images, config, communicator, recorder.log)
     network.set_train(False)
     trained = evaluator(network_engine(network, config))
     checkpoint = recorder.last_checkpoint()

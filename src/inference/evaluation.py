@@ -19,6 +19,7 @@ from src.parallel.communicator import Communicator
 from src.utils.config import Config
 from src.utils.errors import UserError
 from src.utils.files import checksum, write_whole
+from src.utils.log import LINE_S
 
 _TOP = 5
 _LARGEST_BATCH = 64
@@ -46,10 +47,12 @@ class Evaluator:
 
     Args:
         images: the ImageSet, the same on every rank; each rank takes its share.
+        log: called with a line of text every ``line_s`` seconds of an evaluation.
     """
 
-    def __init__(self, images: ImageSet, config: Config, communicator: Communicator) -> None:
-        self._communicator = communicator
+    def __init__(self, images: ImageSet, config: Config, communicator: Communicator, log: Callable[[str], None] = lambda text: None,
+                 line_s: float = LINE_S) -> None:
+        self._communicator, self._log, self._line_s = communicator, log, line_s
         batch = min(config.per_batch_size, _LARGEST_BATCH,
                     max(-(-len(images) // communicator.size), 1))
         self._batches = EvalBatches(images, config, communicator.rank, communicator.size, batch)
@@ -58,12 +61,16 @@ class Evaluator:
         """Accuracy of ``engine`` over all ranks' images. Raises UserError if none can be decoded."""
         counts, untimed, nonfinite = np.zeros(3), 0.0, 0
         messages: list[str] = []
-        started = time.perf_counter()
+        begun = shown = started = time.perf_counter()
         for number, batch in enumerate(prefetch(self._batches)):
             logits = engine(batch.images)
             counts += count_correct(logits, batch.labels)
             nonfinite += count_nonfinite(logits[batch.labels != PADDING_LABEL])
             messages += batch.undecodable
+            now = time.perf_counter()
+            if now - shown > self._line_s:
+                shown, share = now, (number + 1) / len(self._batches)
+                self._log(f"evaluated {100 * share:.0f} % of the images, {(now - begun) * (1 / share - 1):.0f} s left")
             if number == 0 and len(self._batches) > 1:
                 # The first batch compiles the graph; a rate that counts it says nothing about the network.
                 untimed, started = counts[2], time.perf_counter()
@@ -138,7 +145,7 @@ def evaluate_checkpoints(paths: Sequence[Path], flags: Mapping[str, Any], commun
             agree(communicator, images.facts("validation"))
             if line := left_out_line(images, "validation"):
                 log(line)
-            evaluator, evaluated = Evaluator(images, model.config, communicator), model
+            evaluator, evaluated = Evaluator(images, model.config, communicator, log), model
         accuracy = evaluator(engine)
         if accuracy.nonfinite:
             leave_out(path, UserError(nonfinite_line(accuracy.nonfinite, accuracy.images)))

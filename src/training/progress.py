@@ -8,8 +8,7 @@ from collections.abc import Callable
 from tqdm import tqdm
 
 from src.parallel.environment import started_by_mpirun
-
-LINE_S = 30.0
+from src.utils.log import LINE_S
 
 
 class Progress:

@@ -50,7 +50,7 @@ class Trainer:
         if config.max_steps:
             self.last_step = min(self.last_step, config.max_steps)
         self.step = create_train_step(network, config, communicator, graph_cache)
-        self.evaluator = Evaluator(eval_images, config, communicator) if eval_images is not None else None
+        self.evaluator = Evaluator(eval_images, config, communicator, recorder.log) if eval_images is not None else None
         self.engine = NetworkEngine(network, config)
         self.class_to_index, self._labels = train_images.class_to_index, zlib.crc32(train_images.labels.data)
         self.threads = communicator.gather(available_cores())

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from src.utils.text import escaped_lines
 
+# Longest silence of anything that goes on for long.
+LINE_S = 30.0
+
 
 class _Screen(logging.StreamHandler):
     """Goes on in silence if nobody reads any more (`| head`): the run itself and its log.txt do too."""

@@ -1,15 +1,19 @@
 """Counting, and evaluation by the command."""
 
 import json
+import re
 import shutil
+import time
 
 import numpy as np
 import pytest
 from conftest import execute, make_config, mpirun
 from mindspore import Parameter, Tensor
 
-from src.inference.evaluation import count_correct, count_nonfinite
+from src.dataset.sources import open_images
+from src.inference.evaluation import Evaluator, count_correct, count_nonfinite
 from src.models.formats import read_weights, without_optimizer_state
+from src.parallel.communicator import Communicator
 from src.runs.checkpoint import save_checkpoint
 
 
@@ -22,6 +26,19 @@ def test_hits_are_counted_by_hand():
 
 def test_nan_is_wrong():
     assert count_correct(np.full((2, 3), np.nan, np.float32), np.array([0, 1])).tolist() == [0, 0, 2]
+
+
+def test_a_long_evaluation_says_how_far_it_is():
+    lines = []
+
+    def slow(images):
+        time.sleep(0.05)
+        return np.zeros((len(images), 10), np.float32)
+    images = open_images("digits", "val")
+    evaluator = Evaluator(images, make_config(config_path="digits", per_batch_size=32), Communicator(), lines.append, line_s=0.1)
+    assert evaluator(slow).images == len(images)
+    shares = [int(re.fullmatch(r"evaluated (\d+) % of the images, \d+ s left", line).group(1)) for line in lines]
+    assert len(shares) >= 2 and shares == sorted(shares) and shares[-1] <= 100
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1), pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.extended)])
