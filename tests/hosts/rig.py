@@ -4,6 +4,7 @@ Files are shared, as on a cluster. Needs root, iproute2, openssh-server, openssh
 """
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -11,9 +12,8 @@ import subprocess
 import time
 from pathlib import Path
 
-# Of this process alone: several may have hosts at a time.
-_NUMBER = os.getpid() % 8192
-_BRIDGE, _NETWORK = f"rig{_NUMBER}n", f"10.{64 + _NUMBER // 256}.{_NUMBER % 256}"
+# Several processes, and fixtures of one, may have hosts at a time.
+_MADE = itertools.count()
 _SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
 _PATIENCE_S = 10
 
@@ -33,14 +33,16 @@ class Rig:
     """A context with the hosts h1 to hN; ``folder`` keeps keys and logs."""
 
     def __init__(self, folder, count):
+        number = (os.getpid() * 16 + next(_MADE)) % 16384
+        self._bridge, self._network = f"rig{number}n", f"10.{64 + number // 256}.{number % 256}"
         self._folder, self._names = Path(folder), [f"h{number}" for number in range(1, count + 1)]
         self._holders = {}
 
     def __enter__(self):
         try:
             self._make_keys()
-            _run("ip", "link", "add", _BRIDGE, "type", "bridge")
-            _run("ip", "link", "set", _BRIDGE, "up")
+            _run("ip", "link", "add", self._bridge, "type", "bridge")
+            _run("ip", "link", "set", self._bridge, "up")
             for number, name in enumerate(self._names, 1):
                 self._make_host(number, name)
         except BaseException:
@@ -50,16 +52,16 @@ class Rig:
 
     def __exit__(self, *exception):
         for number, name in enumerate(self._names, 1):
-            found = subprocess.run(["ip", "netns", "pids", _namespace(name)], capture_output=True, text=True).stdout.split()
+            found = subprocess.run(["ip", "netns", "pids", self._namespace(name)], capture_output=True, text=True).stdout.split()
             for process in found:
                 with contextlib.suppress(OSError):
                     os.kill(int(process), signal.SIGKILL)
             if name in self._holders:
                 self._holders[name].wait()
-            for command in (["netns", "del", _namespace(name)], ["link", "del", f"{_BRIDGE}{number}"]):
+            for command in (["netns", "del", self._namespace(name)], ["link", "del", f"{self._bridge}{number}"]):
                 subprocess.run(["ip", *command], capture_output=True)
-            shutil.rmtree(Path("/etc/netns") / _namespace(name), ignore_errors=True)
-        subprocess.run(["ip", "link", "del", _BRIDGE], capture_output=True)
+            shutil.rmtree(Path("/etc/netns") / self._namespace(name), ignore_errors=True)
+        subprocess.run(["ip", "link", "del", self._bridge], capture_output=True)
 
     def on(self, name, *command, cwd):
         """The words that run ``command`` on host ``name``."""
@@ -67,12 +69,12 @@ class Rig:
 
     def link(self, name, up):
         """Connect or cut host ``name``."""
-        _run("ip", "link", "set", f"{_BRIDGE}{name[1:]}", "up" if up else "down")
+        _run("ip", "link", "set", f"{self._bridge}{name[1:]}", "up" if up else "down")
 
     def processes(self, name):
         """{process number: command line} of what runs on host ``name``, its ssh server apart."""
         found = {}
-        for process in subprocess.run(["ip", "netns", "pids", _namespace(name)], capture_output=True, text=True).stdout.split():
+        for process in subprocess.run(["ip", "netns", "pids", self._namespace(name)], capture_output=True, text=True).stdout.split():
             with contextlib.suppress(OSError):
                 words = (Path("/proc") / process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                 if words and "sshd" not in words.split(" ")[0]:
@@ -82,17 +84,20 @@ class Rig:
     def power_off(self, name):
         """Take host ``name`` away, with everything that runs on it, without a word to anybody."""
         self.link(name, up=False)
-        for process in subprocess.run(["ip", "netns", "pids", _namespace(name)], capture_output=True, text=True).stdout.split():
+        for process in subprocess.run(["ip", "netns", "pids", self._namespace(name)], capture_output=True, text=True).stdout.split():
             with contextlib.suppress(OSError):
                 os.kill(int(process), signal.SIGKILL)
         self._holders.pop(name).wait()
-        subprocess.run(["ip", "netns", "del", _namespace(name)], capture_output=True)
-        subprocess.run(["ip", "link", "del", f"{_BRIDGE}{name[1:]}"], capture_output=True)
+        subprocess.run(["ip", "netns", "del", self._namespace(name)], capture_output=True)
+        subprocess.run(["ip", "link", "del", f"{self._bridge}{name[1:]}"], capture_output=True)
 
     @property
     def environment(self):
         """By which mpirun reaches the hosts with the rig's key, in place of a user's own ssh configuration."""
         return {"PRTE_MCA_plm_ssh_agent": str(self._folder / "ssh")}
+
+    def _namespace(self, name):
+        return f"{self._bridge}-{name}"
 
     def _make_keys(self):
         for key in ("user", "host"):
@@ -105,13 +110,13 @@ class Rig:
         ssh.chmod(0o755)
 
     def _make_host(self, number, name):
-        inside, port, address = _namespace(name), f"{_BRIDGE}{number}", f"{_NETWORK}.{number}"
+        inside, port, address = self._namespace(name), f"{self._bridge}{number}", f"{self._network}.{number}"
         own = Path("/etc/netns") / inside
         own.mkdir(parents=True)
-        (own / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{_NETWORK}.{i} {n}\n" for i, n in enumerate(self._names, 1)))
+        (own / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{self._network}.{i} {n}\n" for i, n in enumerate(self._names, 1)))
         _run("ip", "netns", "add", inside)
         _run("ip", "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", inside)
-        _run("ip", "link", "set", port, "master", _BRIDGE, "up")
+        _run("ip", "link", "set", port, "master", self._bridge, "up")
         for command in (["addr", "add", f"{address}/24", "dev", "eth0"], ["link", "set", "eth0", "up"], ["link", "set", "lo", "up"]):
             _run("ip", "-n", inside, *command)
         files = {key: self._folder / f"{name}.{key}" for key in ("pid", "conf", "log")}
@@ -125,10 +130,6 @@ class Rig:
         while not files["pid"].exists():
             assert time.monotonic() < deadline, f"no ssh server on {name}: {files['log'].read_text() if files['log'].exists() else ''}"
             time.sleep(0.05)
-
-
-def _namespace(name):
-    return f"{_BRIDGE}-{name}"
 
 
 def _run(*command):
