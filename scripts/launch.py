@@ -52,7 +52,7 @@ def run_with_restarts(options, script, environment, sent_signal_file):
     """
     restarts_left = options.max_restarts
     while True:
-        command = mpirun_command(options, script, len(os.sched_getaffinity(0)))
+        command = mpirun_command(options, script, len(os.sched_getaffinity(0)), environment)
         print(" ".join(command), flush=True)
         status, received = run(command, environment, sent_signal_file)
         if status in (0, USER_ERROR) or received or not restarts_left:
@@ -220,7 +220,7 @@ def launch_environment(options):
     return environment
 
 
-def mpirun_command(options, script, cores):
+def mpirun_command(options, script, cores, environment=os.environ):
     """The mpirun command: the machine's cores divided evenly, shared only if ranks outnumber them."""
     mpirun = shutil.which("mpirun") or shutil.which("mpirun", path=os.path.dirname(sys.executable))
     if mpirun is None:
@@ -230,7 +230,7 @@ def mpirun_command(options, script, cores):
         # Unbound, because machines may differ: each rank takes its share of its machine's cores itself (src/parallel/placement.py).
         hosts = ",".join(f"{host}:{ranks}" for host, ranks in options.hosts.items())
         return [mpirun, "-n", str(sum(options.hosts.values())), "--host", hosts, "--map-by", "slot", "--bind-to", "none",
-                *(word for name in passed_on(options) for word in ("-x", name)), *command]
+                *(word for name in passed_on(environment) for word in ("-x", name)), *command]
     ranks = options.nproc_per_node
     share = cores // ranks
     placement = ["--map-by", f"slot:PE={share}", "--bind-to", "core"] if share else [
@@ -238,9 +238,8 @@ def mpirun_command(options, script, cores):
     return [mpirun, "-n", str(ranks), *placement, *command]
 
 
-def passed_on(options):
+def passed_on(environment):
     """Names of the variables that ranks of other machines need besides those of Open MPI."""
-    environment = launch_environment(options)
     changed = [name for name in environment if environment[name] != os.environ.get(name)]
     of_others = [name for name in changed if not name.startswith(("OMPI_", "PRTE_", "BASH_")) and name not in ("_", "SHLVL")]
     return sorted({"PATH", SENT_SIGNAL_FILE, FACTS_FILE, *of_others})
