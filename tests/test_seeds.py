@@ -182,7 +182,7 @@ def test_acnet_continues_what_was_trained(image_root, tmp_path):
     assert (only_run(tmp_path / "acnet_exps/sres18_base_train") / "ckpt_0" / "resnet18-1_3.ckpt").exists()
 
 
-@pytest.mark.parametrize("arguments,message", [(["-c", "perhaps"], "perhaps"), (["-a", "sres19"], "sres18"), (["-b", "abc"], "acb"),
+@pytest.mark.parametrize("arguments,message", [(["-c", "perhaps"], "perhaps"), (["-a", "sres19"], "sres18"), (["--network=resnet18"], "sres18"), (["-b", "abc"], "acb"),
                                                (["--tb_dir=x"], "unknown flag '--tb_dir'")])
 def test_what_do_acnet_does_not_know_is_one_line(tmp_path, image_root, arguments, message):
     (tmp_path / "imagenet_data").symlink_to(image_root)

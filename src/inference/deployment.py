@@ -7,7 +7,7 @@ from mindspore import nn
 
 from src.dataset.image_set import ImageSet
 from src.inference.engines import network_engine
-from src.inference.evaluation import Accuracy, Evaluator
+from src.inference.evaluation import Evaluator, tops
 from src.inference.export import export_checkpoint
 from src.models.blocks import find_block
 from src.models.build import create_network
@@ -32,7 +32,7 @@ def deploy(network: nn.Cell, config: Config, communicator: Communicator, images:
     network.set_train(False)
     trained = evaluator(network_engine(network, config))
     checkpoint = recorder.last_checkpoint()
-    recorder.log(f"trained: {accuracy_line(trained)} {checkpoint}")
+    recorder.log(f"trained: {tops(trained.top1, trained.top5)} {checkpoint}")
     if not find_block(config.block).kernels:
         return
     written = _write_fused(Path(checkpoint)) if checkpoint else None
@@ -40,17 +40,11 @@ def deploy(network: nn.Cell, config: Config, communicator: Communicator, images:
     fused_network = create_network(config, fused=True)
     assign_weights(fused_network, arrays, file)
     fused = evaluator(network_engine(fused_network.set_train(False), config))
-    recorder.log(f"fused: {accuracy_line(fused)} {file}")
-    recorder.log(f"difference: top1={abs(fused.top1 - trained.top1):.5f},top5={abs(fused.top5 - trained.top5):.5f}, "
-                 f"outputs {difference:.1e}")
+    recorder.log(f"fused: {tops(fused.top1, fused.top5)} {file}")
+    recorder.log(f"difference: {tops(abs(fused.top1 - trained.top1), abs(fused.top5 - trained.top5))}, outputs {difference:.1e}")
 
 
 def _write_fused(checkpoint: Path) -> tuple[Path, float, Arrays]:
     """The file written, how far its outputs are from those of ``checkpoint``, and what it holds."""
     exported = export_checkpoint(checkpoint, {}, "CKPT", target=str(RunFolder(checkpoint.parent.parent).fused))
     return exported.path, exported.difference, read_weights(exported.path)[0]
-
-
-def accuracy_line(accuracy: Accuracy) -> str:
-    """Accuracies in the words of the ACNet repository."""
-    return f"top1={accuracy.top1:.5f},top5={accuracy.top5:.5f}"

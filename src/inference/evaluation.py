@@ -178,8 +178,13 @@ def report_line(result: Mapping[str, Any]) -> str:
 
 def seeds_line(result: Mapping[str, Any]) -> str:
     """The same in the words of AlexNet for MindSpore and of the ACNet repository, to be put beside their tables."""
-    return (f"Top1/Top5 {result['top1']:.2f}%/{result['top5']:.2f}%, top1={result['top1']:.5f},top5={result['top5']:.5f}, "
+    return (f"Top1/Top5 {result['top1']:.2f}%/{result['top5']:.2f}%, {tops(result['top1'], result['top5'])}, "
             f"FPS {result['images_per_second']:.2f} img/s")
+
+
+def tops(top1: float, top5: float) -> str:
+    """Two accuracies in percent, or their differences, in the words of the ACNet repository."""
+    return f"top1={top1:.5f},top5={top5:.5f}"
 
 
 def undecodable_line(accuracy: Accuracy) -> str:

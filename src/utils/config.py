@@ -282,13 +282,16 @@ def load_config(flags: Mapping[str, Any], checkpoint_layer: Mapping[str, Any] | 
     if not recipe and "network" not in (checkpoint_layer or {}):
         recipe = _implied_recipe(flags, with_digits=checkpoint_layer is None)
     layer = read_layer(find_recipe(recipe)) if recipe else {}
+    if "per_batch_size" in flags and "global_batch_size" not in flags:
+        # It decides, which a recipe's global_batch_size would not let it.
+        flags["global_batch_size"] = 0
     above = {**(checkpoint_layer or {}), **layer, **_empty_to_none(flags)}
     return validated({**read_layer(DEFAULT_CONFIG), **network_layer(above.get("network")), **above})
 
 
 def network_layer(network: Any) -> dict[str, Any]:
     """{key: value} of what belongs to the network of that name or alias by its recipe; {} for one without a recipe."""
-    recipes = _network_recipes()
+    recipes = network_recipes()
     recipe = recipes["settings"].get(network, recipes["whole"].get(network))
     own = keys_affecting(Affects.MODEL) - {"network", "block", "num_classes"}
     return {key: value for key, value in read_layer(find_recipe(recipe)).items() if key in own} if recipe else {}
@@ -349,13 +352,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _implied_recipe(flags: dict[str, Any], with_digits: bool) -> str:
     """The recipe that flags without config_path mean; a short name that stands for one is taken out of ``flags``."""
-    by_network = _network_recipes()["whole"]
+    by_network = network_recipes()["whole"]
     if flags.get("network") in by_network:
         return by_network[flags.pop("network")]
     return DIGITS if with_digits and not flags.get("data_path") else ""
 
 
-def _network_recipes() -> dict[str, dict[str, str]]:
+def network_recipes() -> dict[str, dict[str, str]]:
+    """Which recipe comes with a network's name: {"whole": {name: recipe}, "settings": {name: recipe}}."""
     return _read_yaml(RECIPES / "network_recipes.yaml")
 
 

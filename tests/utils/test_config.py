@@ -46,6 +46,13 @@ def test_flags_win_over_recipes_and_aliases_work():
     assert config.max_epoch == 150 and positional == []
 
 
+def test_a_batch_per_rank_that_is_typed_wins_over_a_recipes_global_batch():
+    config = load_config({"config_path": "digits", "per_batch_size": "4"})
+    assert (config.per_batch_size, config.global_batch_size) == (4, 0)
+    both = load_config({"config_path": "digits", "per_batch_size": "4", "global_batch_size": "16"})
+    assert both.global_batch_size == 16
+
+
 def test_acnet_short_names_bring_their_recipes():
     assert load_config({"network": "cfqkbnc"}).max_epoch == 150
     assert load_config({"network": "sres18"}).data_path == "imagenet_data"
