@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 def main(arguments: list[str], signals: Signals) -> None:
     command = begin(arguments)
     config, communicator = command.config, command.communicator
+    from src.kernels.library import choose_kernels
     from src.parallel.agreement import agree
     from src.runs.run_folder import dated_run_folder
     from src.training.data import check_training_keys, open_image_sets, resolve_classes
@@ -26,6 +27,8 @@ def main(arguments: list[str], signals: Signals) -> None:
     check_training_keys(config)
     train_images, eval_images = open_image_sets(config, communicator)
     config = resolve_classes(config, train_images)
+    kernels = choose_kernels(config)
+    agree(communicator, {"kernels": kernels.name}, "the same --kernels, or the same processors and set-up on every host")
     agree(communicator, {**train_images.facts("training"), **(eval_images.facts("validation") if eval_images else {})})
     folder = dated_run_folder(config.output_path)
     log_first_line(config, communicator, folder)
@@ -43,12 +46,14 @@ def main(arguments: list[str], signals: Signals) -> None:
     from src.utils.config import DIGITS
 
     command.select_device(collectives=uses_collectives(config, communicator))
-    network = create_network(config)
+    network = create_network(config, kernels=kernels.library)
     left_out = load_weights(network, config.checkpoint_file_path, config.allow_head_mismatch) if config.checkpoint_file_path else []
     resumed = find_resume_point(config, communicator) if config.resume else None
     recorder = create_recorder(config, communicator, resumed.run_folder if resumed else folder)
-    trainer = Trainer(network, config, communicator, train_images, eval_images, recorder, resumed, user_graph_cache(config))
+    trainer = Trainer(network, config, communicator, train_images, eval_images, recorder, resumed, user_graph_cache(config), kernels.name)
 
+    if kernels.hint:
+        recorder.log(kernels.hint)
     if config.data_path == DIGITS:
         recorder.log("training on the bundled handwritten digits; --data_path=DIR trains on your own images")
     for line in (left_out_line(train_images, "training"), left_out_line(eval_images, "validation") if eval_images else None):
@@ -57,7 +62,7 @@ def main(arguments: list[str], signals: Signals) -> None:
     if config.checkpoint_file_path:
         recorder.log(f"starting from {config.checkpoint_file_path}" + (f" without {', '.join(left_out)}" if left_out else ""))
     if resumed:
-        recorder.log(resume_line(resumed, communicator.size, trainer.threads))
+        recorder.log(resume_line(resumed, communicator.size, trainer.threads, kernels.name))
     recorder.log(f"{config.network} block={config.block} on {communicator.size} x {config.device_target}: "
                  f"{len(train_images)} images, {config.num_classes} classes, {trainer.steps_per_epoch} steps of "
                  f"{trainer.batches.global_batch} images per epoch, {config.max_epoch} epochs")

@@ -26,15 +26,17 @@ def main(arguments):
     flags, _ = parse_flags([word for word in arguments if not word.startswith("--steps=")])
     config = load_config({"data_path": "none", "num_classes": "1000", **flags})
     communicator = connect(config.run_distribute)
-    prepare_rank(communicator, config.device_target)
+    prepare_rank(communicator, config.device_target, config.threads)
     import numpy as np
 
     from src.dataset.batches import Batch
+    from src.kernels.library import choose_kernels
     from src.models.build import create_network
     from src.training.step import create_train_step
 
     select_device(config.device_target, communicator.local_rank)
-    step = create_train_step(create_network(config), config, communicator)
+    kernels = choose_kernels(config)
+    step = create_train_step(create_network(config, kernels=kernels.library), config, communicator)
     random = np.random.default_rng(communicator.rank)
     size, batch = config.image_size, config.per_batch_size
     images = Batch(random.integers(0, 256, (batch, size, size, 3), np.uint8), random.integers(0, config.num_classes, batch, np.int32))
@@ -48,6 +50,7 @@ def main(arguments):
     if communicator.is_root:
         rate = batch * communicator.size / median["step"]
         print(f"train_step network={config.network} block={config.block} ranks={communicator.size} per_batch_size={batch} "
+              f"amp_level={config.precision} kernels={kernels.name.replace(', ', ':')} "
               f"images_per_second={rate:.2f} forward_backward_s={median['forward_backward']:.4f} "
               f"allreduce_s={median['allreduce']:.4f} optimizer_s={median['optimizer']:.4f} "
               f"peak_rss_mib={resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f}")

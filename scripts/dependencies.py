@@ -3,7 +3,9 @@
     python3 scripts/dependencies.py wanted --all | [EXTRA ...]   the requirements of pyproject.toml, a line each
     python3 scripts/dependencies.py hashed REPORT CONSTRAINTS    what pip's report of a dry run would install, with the hashes of the
                                                                  constraints, by which pip then checks each file
-    python3 scripts/dependencies.py lock REPORT                  constraints: the report's versions with the package index's hashes
+    python3 scripts/dependencies.py lock REPORT...               constraints: the reports' versions with the package index's hashes
+    python3 scripts/dependencies.py headers                      the requirements of pyproject.toml of which only headers are used
+    python3 scripts/dependencies.py pinned NAME CONSTRAINTS      that package with its hashes, as pip takes it
 """
 
 import json
@@ -31,16 +33,30 @@ def wanted(*extras):
         yield from project["optional-dependencies"][extra]
 
 
+def headers():
+    yield from tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["acnet"]["headers"]
+
+
+def pinned(name, constraints):
+    known = read_constraints(Path(constraints).read_text(encoding="utf-8"))
+    found = [with_hashes(*pin, digests) for pin, digests in known.items() if pin[0] == name]
+    yield found[0] if found else sys.exit(f"error: {constraints} has no {name}; UPDATE=1 bash scripts/setup.sh writes it")
+
+
+def with_hashes(name, version, digests):
+    return " ".join([f"{name}=={version}", *(f"--hash=sha256:{digest}" for digest in digests)])
+
+
 def hashed(report, constraints):
     known = read_constraints(Path(constraints).read_text(encoding="utf-8"))
     for name, version in to_install(report):
         if (name, version) not in known:
             sys.exit(f"error: {constraints} has no hashes for {name}=={version}; UPDATE=1 bash scripts/setup.sh writes them")
-        yield " ".join([f"{name}=={version}", *(f"--hash=sha256:{digest}" for digest in known[name, version])])
+        yield with_hashes(name, version, known[name, version])
 
 
-def lock(report):
-    pinned = sorted(to_install(report))
+def lock(*reports):
+    pinned = sorted({pin for report in reports for pin in to_install(report)})
     with ThreadPoolExecutor(8) as pool:
         for (name, version), digests in zip(pinned, pool.map(lambda pin: index_hashes(*pin), pinned)):
             yield f"{name}=={version}" + "".join(f" \\\n    --hash=sha256:{digest}" for digest in digests)
@@ -83,5 +99,5 @@ def installs(file, name, version):
 
 if __name__ == "__main__":
     command, *arguments = sys.argv[1:]
-    for line in {"wanted": wanted, "hashed": hashed, "lock": lock}[command](*arguments):
+    for line in {"wanted": wanted, "hashed": hashed, "lock": lock, "headers": headers, "pinned": pinned}[command](*arguments):
         print(line)

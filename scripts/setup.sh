@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Make or update .venv: `bash scripts/setup.sh [--gpu] [--onnx] [--hdf5] [--test] [--parity] [--lint]`, the options being extras of
-# pyproject.toml. Needs Linux and Python 3.10-3.12 with pip; PYTHON=FILE chooses one, VENV=FOLDER another place.
+# Make or update .venv: `bash scripts/setup.sh [--kernels] [--gpu] [--onnx] [--hdf5] [--test] [--parity] [--lint]`, the options being
+# extras of pyproject.toml. The fast kernels for CPU are built with the C++ compiler of the machine (or CXX=), with --kernels by one that
+# comes from the package index. Needs Linux and Python 3.10-3.12 with pip; PYTHON=FILE chooses one, VENV=FOLDER another place.
 # Versions and hashes are those of constraints/, by which pip checks every file (UNCHECKED=1: not); UPDATE=1 takes the newest that
 # pyproject.toml allows and writes them there.
 set -euo pipefail
@@ -12,8 +13,8 @@ venv=${VENV:-.venv}
 extras=()
 for argument in "$@"; do
     case $argument in
-        --gpu|--onnx|--hdf5|--test|--parity|--lint) extras+=("${argument#--}") ;;
-        *) fail "unknown argument '$argument'; usage: bash scripts/setup.sh [--gpu] [--onnx] [--hdf5] [--test] [--parity] [--lint]" ;;
+        --kernels|--gpu|--onnx|--hdf5|--test|--parity|--lint) extras+=("${argument#--}") ;;
+        *) fail "unknown argument '$argument'; usage: bash scripts/setup.sh [--kernels] [--gpu] [--onnx] [--hdf5] [--test] [--parity] [--lint]" ;;
     esac
 done
 
@@ -28,6 +29,31 @@ done
 [ -n "$python" ] || fail "Python 3.10, 3.11 or 3.12 is needed, python3 is $(python3 --version 2>&1 || echo missing);" \
     "install one, or name it: PYTHON=/path/to/python3.11 bash scripts/setup.sh"
 
+# The kernels of src/kernels, in $venv/kernels. Without them everything runs, more slowly, and the commands say so.
+build_kernels() {
+    [ "$(uname -m)" = x86_64 ] || return 0
+    "$venv/bin/python" -m src.kernels.build --check && return 0
+    local compiler=() candidate work requirement
+    for candidate in ${CXX:-} g++ c++ clang++; do
+        if command -v "$candidate" >/dev/null; then compiler=("$candidate"); break; fi
+    done
+    if [ ${#compiler[@]} -eq 0 ] && "$venv/bin/python" -c 'import ziglang' 2>/dev/null; then
+        compiler=("$venv/bin/python" -m ziglang c++)
+        echo "compiling the kernels for CPU takes a minute"
+    fi
+    if [ ${#compiler[@]} -eq 0 ]; then
+        echo "no C++ compiler for the fast kernels for CPU: bash scripts/setup.sh --kernels brings one (100 MB)"
+        return 0
+    fi
+    work=$(mktemp -d)
+    "$venv/bin/python" scripts/dependencies.py pinned onednn-devel "$constraints" > "$work/headers.txt" \
+        && pip download -qq --no-deps ${UNCHECKED:+--no-cache-dir} -d "$work" -r "$work/headers.txt" 2>"$work/reason" \
+        && "$venv/bin/python" -m zipfile -e "$work"/onednn_devel-*.whl "$work/headers" \
+        && "$venv/bin/python" -m src.kernels.build "$work"/headers/onednn_devel-*.data/data/include "${compiler[@]}" \
+        || { tail -n 1 "$work/reason" 2>/dev/null; echo "the kernels for CPU could not be built, MindSpore's own are used; the reason is above"; }
+    rm -rf "$work"
+}
+
 # What is installed: interpreter and declared dependencies on the first line, then a line for each extra.
 state=$venv/installed
 wanted() { echo "$("$python" --version) $({ cat pyproject.toml scripts/setup.sh scripts/dependencies.py; cat constraints/*.txt 2>/dev/null || true; } | sha256sum)"; }
@@ -36,15 +62,20 @@ missing=()
 for extra in ${extras[@]+"${extras[@]}"}; do
     grep -qx "$extra" $state 2>/dev/null || missing+=("$extra")
 done
-if [ -e $state ] && [ ${#missing[@]} -eq 0 ] && [ -z "${UPDATE:-}" ]; then exit 0; fi
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+constraints_of() { echo "constraints/python$("$venv/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt"; }
+if [ -e $state ] && [ ${#missing[@]} -eq 0 ] && [ -z "${UPDATE:-}" ]; then
+    constraints=$(constraints_of)
+    build_kernels
+    exit 0
+fi
 
 echo "setting up $venv (about 1 GB to download; a few minutes the first time)"
 [ -x "$venv/bin/python" ] && fits "$venv/bin/python" || "$python" -m venv "$venv" 2>/dev/null \
     || { rm -rf "$venv"; "$python" -m pip --version >/dev/null 2>&1 \
          && "$python" -m pip install --quiet --user virtualenv && "$python" -m virtualenv --quiet "$venv"; } \
     || fail "'$python -m venv $venv' failed; install Python's venv module (Debian: python3-venv) or name another Python with PYTHON="
-constraints=constraints/python$("$venv/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+constraints=$(constraints_of)
 # Reports of what pip would install came with 22.2.
 "$venv/bin/python" -c 'import pip, sys; sys.exit(tuple(map(int, pip.__version__.split(".")[:2])) < (22, 2))' || pip install -qq --upgrade pip
 work=$(mktemp -d)
@@ -54,7 +85,10 @@ dependencies wanted ${extras[@]+"${extras[@]}"} > "$work/wanted"
 if [ -n "${UPDATE:-}" ]; then
     mkdir -p constraints
     dependencies wanted --all > "$work/all"
-    pip install -qq --dry-run --ignore-installed --report "$work/report" -r "$work/all" && dependencies lock "$work/report" > "$work/locked" \
+    pip install -qq --dry-run --ignore-installed --report "$work/report" -r "$work/all" \
+        && dependencies headers > "$work/headers" \
+        && pip install -qq --dry-run --ignore-installed --no-deps --report "$work/of_headers" -r "$work/headers" \
+        && dependencies lock "$work/report" "$work/of_headers" > "$work/locked" \
         && mv "$work/locked" "$constraints" || fail "the newest versions could not be found; the reason is above"
 fi
 if [ -s "$constraints" ] && [ -z "${UNCHECKED:-}" ]; then
@@ -80,4 +114,5 @@ grep -q OMPI_ALLOW_RUN_AS_ROOT "$venv/bin/activate" \
 { wanted; tail -n +2 $state 2>/dev/null || true
   [ ${#extras[@]} -eq 0 ] || printf '%s\n' "${extras[@]}"; } > $state.new
 mv $state.new $state
+build_kernels
 echo "set up; 'source $venv/bin/activate' gives this shell python3 and mpirun"

@@ -143,13 +143,22 @@ def run_main(main: Callable[..., object], rank: int = 0, defers_signals: bool = 
     except Exception as failure:  # a defect or an exhausted machine: still one line, and no rank left waiting
         if os.environ.get("ACNET_TRACEBACK"):
             traceback.print_exc()
-        # MindSpore's messages have headings between dashes.
-        reason = next((text for text in str(failure).splitlines() if text.strip() and text[0] != "-"), "")
+        reason = _reason(failure)
         end_process(f"error: {_whose(rank) or 'rank 0: '}{type(failure).__name__}: {reason} (ACNET_TRACEBACK=1 shows where)", 1, rank)
     # What Python and the libraries registered for the end, MPI's finalisation too, but not the 0.5 s in which MindSpore takes
     # its libraries down piece by piece: the operating system does that at once.
     atexit._run_exitfuncs()
     os._exit(0)
+
+
+def _reason(failure: Exception) -> str:
+    """One line of a failure's text."""
+    text = str(failure)
+    if "CPU AOT kernel" in text:
+        from src.kernels.library import last_error
+        return last_error()
+    # MindSpore's messages have headings between dashes.
+    return next((line for line in text.splitlines() if line.strip() and line[0] != "-"), "")
 
 
 def _whose(rank: int) -> str:

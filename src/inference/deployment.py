@@ -9,6 +9,7 @@ from src.dataset.image_set import ImageSet
 from src.inference.engines import network_engine
 from src.inference.evaluation import Evaluator, tops
 from src.inference.export import export_checkpoint
+from src.kernels.library import choose_kernels
 from src.models.blocks import find_block
 from src.models.build import create_network
 from src.models.formats import Arrays, read_weights
@@ -37,7 +38,7 @@ def deploy(network: nn.Cell, config: Config, communicator: Communicator, images:
         return
     written = _write_fused(Path(checkpoint)) if checkpoint else None
     file, difference, arrays = cast(tuple[Path, float, Arrays], communicator.from_root(written))
-    fused_network = create_network(config, fused=True)
+    fused_network = create_network(config, fused=True, kernels=choose_kernels(config).library)
     assign_weights(fused_network, arrays, file)
     fused = evaluator(network_engine(fused_network.set_train(False), config))
     recorder.log(f"fused: {tops(fused.top1, fused.top5)} {file}")

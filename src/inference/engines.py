@@ -11,9 +11,11 @@ from mindspore import Tensor, nn
 
 from src.inference.onnx_engine import OnnxEngine, import_onnxruntime, onnx_is_installed
 from src.inference.recorded_model import RecordedModel
+from src.kernels.library import KernelChoice, choose_kernels
+from src.models.build import create_network
 from src.models.formats import METADATA, quiet_mindspore, read_weights
-from src.models.layers import InputNormalizer
-from src.models.weights import assign_weights
+from src.models.layers import LayerFactory
+from src.models.weights import assign_weights, copy_weights
 from src.utils.config import Config
 from src.utils.errors import UserError
 
@@ -29,7 +31,9 @@ class NetworkEngine:
 
     def __init__(self, network: nn.Cell, config: Config) -> None:
         self.network = network
-        self._classifier = _Classifier(network, InputNormalizer(config.mean, config.std))
+        # A MindIR file's network says nothing of its layers.
+        layers = getattr(network, "layers", LayerFactory())
+        self._classifier = _Classifier(network, layers.input_normalizer(config.mean, config.std))
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         was_training = self.network.training
@@ -40,21 +44,30 @@ class NetworkEngine:
 
 
 def network_engine(network: nn.Cell, config: Config) -> Engine:
-    """The engine that ``config.eval_engine`` names; "auto" is onnxruntime on CPU if it is installed, else MindSpore.
+    """The engine of ``network`` that ``config.eval_engine`` names.
 
-    onnxruntime computes the same to rounding and is 1.7 to 2.9 times faster there (benchmarks/README.md).
+    "auto" is MindSpore with oneDNN's kernels; if they are not there, onnxruntime on CPU if that is installed. Both compute the same to
+    rounding, two to three times as fast as MindSpore's own kernels (benchmarks/README.md).
     """
-    choice = config.eval_engine
-    if choice == "auto":
-        choice = "onnx" if config.device_target == "CPU" and onnx_is_installed() else "mindspore"
-    return OnnxEngine.of_network(network, config) if choice == "onnx" else NetworkEngine(network, config)
+    if not _takes_onnx(config, choose_kernels(config)):
+        return NetworkEngine(network, config)
+    if network.layers.has_own_layout:
+        plain = create_network(config, network.layers.fused)
+        copy_weights(network, plain)
+        network = plain
+    return OnnxEngine.of_network(network, config)
 
 
 def faster_engine_hint(config: Config) -> str | None:
     """What to say to a user who could evaluate faster, or None."""
-    if config.eval_engine == "auto" and config.device_target == "CPU" and not onnx_is_installed():
-        return "evaluating with MindSpore; with onnxruntime (bash scripts/setup.sh --onnx) it is 1.7 to 2.9 times faster on CPU"
-    return None
+    choice = choose_kernels(config)
+    return None if config.eval_engine != "auto" or _takes_onnx(config, choice) else choice.hint
+
+
+def _takes_onnx(config: Config, choice: KernelChoice) -> bool:
+    if config.eval_engine == "auto":
+        return config.device_target == "CPU" and choice.library is None and onnx_is_installed()
+    return config.eval_engine == "onnx"
 
 
 Opened = tuple[RecordedModel, Engine, dict[str, Any]]
@@ -85,7 +98,8 @@ def open_engine(path: str | Path, flags: Mapping[str, Any], reuse: Opened | None
     if reuse is not None and reuse[0] == model and isinstance(reuse[1], NetworkEngine):
         assign_weights(reuse[1].network, arrays, path)
         return model, reuse[1], metadata
-    network = model.build()
+    choice = choose_kernels(model.config)
+    network = model.build(None if _takes_onnx(model.config, choice) else choice.library)
     assign_weights(network, arrays, path)
     return model, network_engine(network, model.config), metadata
 

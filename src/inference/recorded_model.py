@@ -10,6 +10,7 @@ from mindspore import nn
 
 from src.dataset.image_set import ImageSet
 from src.dataset.sources import open_images, validation_path
+from src.kernels.library import KernelLibrary
 from src.models.blocks import BLOCKS, find_block, recognise_block
 from src.models.build import create_network
 from src.models.formats import Arrays
@@ -72,9 +73,9 @@ class RecordedModel:
         """Whether its network has blocks that can be fused."""
         return bool(find_block(self.config.block).kernels) and not self.fused
 
-    def build(self) -> nn.Cell:
+    def build(self, kernels: KernelLibrary | None = None) -> nn.Cell:
         """The network, its weights still to be loaded."""
-        return create_network(self.config, self.fused)
+        return create_network(self.config, self.fused, kernels)
 
     def open_images(self) -> ImageSet:
         """The images to evaluate on: those of --data_path, or the validation images of the recorded run.

@@ -37,6 +37,11 @@ class AsymmetricConvBlock(BranchedConv):
         return (self.square_bn(self.square_conv(x)) + self.hor_bn(self.hor_conv(hor_input))
                 + self.ver_bn(self.ver_conv(ver_input)))
 
+    def norm_branches(self) -> tuple[tuple[nn.Conv2d, nn.Cell], ...]:
+        if self.crop > 0:
+            return ()
+        return (self.square_conv, self.square_bn), (self.hor_conv, self.hor_bn), (self.ver_conv, self.ver_bn)
+
     def equivalent_kernel_bias(self) -> tuple[np.ndarray, np.ndarray]:
         square, square_bias = fold_batch_norm(kernel_of(self.square_conv), self.square_bn)
         hor, hor_bias = fold_batch_norm(kernel_of(self.hor_conv), self.hor_bn)

@@ -25,7 +25,7 @@ class AlexNet(nn.Cell):
         super().__init__()
 
         def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0) -> nn.Cell:
-            return layers.conv(in_channels, out_channels, kernel_size, stride, padding, bias=True)
+            return layers.conv(in_channels, out_channels, kernel_size, stride, padding, bias=True, relu=True)
 
         self.conv1 = conv(3, 64, 11, stride=4, padding=2)
         self.conv2 = conv(64, 192, 5, padding=2)
@@ -33,7 +33,8 @@ class AlexNet(nn.Cell):
         self.conv4 = conv(384, 256, 3, padding=1)
         self.conv5 = conv(256, 256, 3, padding=1)
         self.relu = nn.ReLU()
-        self.pool = nn.MaxPool2d(3, 2, pad_mode="valid")
+        self.pool = layers.max_pool(3, 2)
+        self.plain = layers.plain()
         size = (image_size + 4 - 11) // 4 + 1
         for _ in range(3):
             size = (size - 3) // 2 + 1
@@ -48,11 +49,8 @@ class AlexNet(nn.Cell):
         self.classifier = nn.Dense(_HIDDEN, num_classes)
 
     def construct(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
-        x = self.pool(self.relu(self.conv1(x)))
-        x = self.pool(self.relu(self.conv2(x)))
-        x = self.relu(self.conv3(x))
-        x = self.relu(self.conv4(x))
-        x = self.pool(self.relu(self.conv5(x)))
+        x = self.pool(self.conv2(self.pool(self.conv1(x))))
+        x = self.plain(self.pool(self.conv5(self.conv4(self.conv3(x)))))
         x = ops.reshape(self.to_6x6(x), (-1, self.flat))
         x = self.drop1(x) if kept is None else self._drop(x, kept[:, :self.flat])
         x = self.relu(self.fc1(x))

@@ -1,10 +1,11 @@
 """The CIFAR networks of ACNet (Ding et al., ICCV 2019, section 4.1), with the channel counts of the paper's code."""
 
+from collections import OrderedDict
 from typing import Any
 
 from mindspore import Tensor, nn, ops
 
-from src.models.layers import LayerFactory, global_average
+from src.models.layers import LayerFactory
 
 
 class CifarQuick(nn.Cell):
@@ -12,12 +13,11 @@ class CifarQuick(nn.Cell):
 
     def __init__(self, num_classes: int, layers: LayerFactory, image_size: int = 32, **unused: Any) -> None:
         super().__init__()
-        self.conv1 = layers.conv_norm(3, 32, 5, padding=2)
-        self.conv2 = layers.conv_norm(32, 32, 5, padding=2)
-        self.conv3 = layers.conv_norm(32, 64, 5, padding=2)
+        self.conv1 = layers.conv_norm(3, 32, 5, padding=2, relu=True)
+        self.conv2 = layers.conv_norm(32, 32, 5, padding=2, relu=True)
+        self.conv3 = layers.conv_norm(32, 64, 5, padding=2, relu=True)
+        self.max_pool, self.average_pool, self.plain = layers.max_pool(3, 2), layers.average_pool(3, 2), layers.plain()
         self.relu = nn.ReLU()
-        self.max_pool = nn.MaxPool2d(3, 2, pad_mode="valid")
-        self.average_pool = nn.AvgPool2d(3, 2, pad_mode="valid")
         size = image_size
         for _ in range(3):
             size = (size - 3) // 2 + 1
@@ -26,9 +26,9 @@ class CifarQuick(nn.Cell):
         self.classifier = nn.Dense(64, num_classes)
 
     def construct(self, x: Tensor) -> Tensor:
-        x = self.max_pool(self.relu(self.conv1(x)))
-        x = self.average_pool(self.relu(self.conv2(x)))
-        x = self.average_pool(self.relu(self.conv3(x)))
+        x = self.max_pool(self.conv1(x))
+        x = self.average_pool(self.conv2(x))
+        x = self.plain(self.average_pool(self.conv3(x)))
         x = self.relu(self.fc1(ops.reshape(x, (-1, self.flat))))
         return self.classifier(x)
 
@@ -40,20 +40,23 @@ class Vgg16Cifar(nn.Cell):
 
     def __init__(self, num_classes: int, layers: LayerFactory, image_size: int = 32, **unused: Any) -> None:
         super().__init__()
-        features, in_channels = [], 3
+        # By the numbers that they have where each ReLU is a layer of its own, as in the names of published weights.
+        features: OrderedDict[str, nn.Cell] = OrderedDict()
+        number, in_channels = 0, 3
         for stage in self.STAGES:
             for channels in stage:
-                features += [layers.conv_norm(in_channels, channels, 3, padding=1), nn.ReLU()]
-                in_channels = channels
-            features.append(nn.MaxPool2d(2, 2, pad_mode="valid"))
-        self.features = nn.SequentialCell(features)
+                features[str(number)] = layers.conv_norm(in_channels, channels, 3, padding=1, relu=True)
+                number, in_channels = number + 2, channels
+            features[str(number)] = layers.max_pool(2, 2)
+            number += 1
+        self.features, self.plain = nn.SequentialCell(features), layers.plain()
         self.flat = in_channels * (image_size // 32) ** 2
         self.fc1 = nn.Dense(self.flat, 512)
         self.relu = nn.ReLU()
         self.classifier = nn.Dense(512, num_classes)
 
     def construct(self, x: Tensor) -> Tensor:
-        x = self.features(x)
+        x = self.plain(self.features(x))
         x = self.relu(self.fc1(ops.reshape(x, (-1, self.flat))))
         return self.classifier(x)
 
@@ -61,14 +64,15 @@ class Vgg16Cifar(nn.Cell):
 class _BasicBranchBlock(nn.Cell):
     def __init__(self, in_channels: int, channels: int, stride: int, layers: LayerFactory) -> None:
         super().__init__()
-        self.conv1 = layers.conv_norm(in_channels, channels, 3, stride, padding=1)
-        self.conv2 = layers.conv_norm(channels, channels, 3, padding=1)
+        self.conv1 = layers.conv_norm(in_channels, channels, 3, stride, padding=1, relu=True)
+        self.conv2 = layers.conv_norm(channels, channels, 3, padding=1, shortcut=True)
         project = stride != 1 or in_channels != channels
         self.downsample = layers.conv_norm(in_channels, channels, 1, stride) if project else nn.Identity()
-        self.relu = nn.ReLU()
+        self.fork = layers.fork()
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.relu(self.conv2(self.relu(self.conv1(x))) + self.downsample(x))
+        x, shortcut = self.fork(x)
+        return self.conv2(self.conv1(x), self.downsample(shortcut))
 
     @property
     def branch_end(self) -> nn.Cell:
@@ -81,35 +85,34 @@ class ResNetCifar(nn.Cell):
 
     def __init__(self, num_classes: int, layers: LayerFactory, blocks_per_stage: int = 9, **unused: Any) -> None:
         super().__init__()
-        self.conv1 = layers.conv_norm(3, 16, 3, padding=1)
-        self.relu = nn.ReLU()
+        self.conv1 = layers.conv_norm(3, 16, 3, padding=1, relu=True)
         blocks, in_channels = [], 16
         for stage, channels in enumerate((16, 32, 64)):
             for index in range(blocks_per_stage):
                 stride = 2 if stage > 0 and index == 0 else 1
                 blocks.append(_BasicBranchBlock(in_channels, channels, stride, layers))
                 in_channels = channels
-        self.blocks = nn.SequentialCell(blocks)
+        self.blocks, self.average = nn.SequentialCell(blocks), layers.global_average()
         self.classifier = nn.Dense(in_channels, num_classes)
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.classifier(global_average(self.blocks(self.relu(self.conv1(x)))))
+        return self.classifier(self.average(self.blocks(self.conv1(x))))
 
 
 class _PreActivationBlock(nn.Cell):
     def __init__(self, in_channels: int, channels: int, stride: int, project: bool, layers: LayerFactory) -> None:
         super().__init__()
-        self.norm1, self.conv1 = layers.norm(in_channels), layers.conv(in_channels, channels, 3, stride, padding=1)
-        self.norm2, self.conv2 = layers.norm(channels), layers.conv(channels, channels, 3, padding=1)
-        self.relu = nn.ReLU()
-        self.shortcut = nn.Identity()
+        self.norm1, self.conv1 = layers.norm(in_channels, relu=True), layers.conv(in_channels, channels, 3, stride, padding=1)
+        self.norm2, self.conv2 = layers.norm(channels, relu=True), layers.conv(channels, channels, 3, padding=1)
+        self.fork, self.sum, self.shortcut = layers.fork(), layers.sum(), nn.Identity()
         if project:
-            self.shortcut = nn.SequentialCell(layers.norm(in_channels), nn.ReLU(),
-                                              layers.conv(in_channels, channels, 1, stride))
+            # By the names that they have with ReLU between them.
+            self.shortcut = nn.SequentialCell(OrderedDict([("0", layers.norm(in_channels, relu=True)),
+                                                           ("2", layers.conv(in_channels, channels, 1, stride))]))
 
     def construct(self, x: Tensor) -> Tensor:
-        out = self.conv1(self.relu(self.norm1(x)))
-        return self.conv2(self.relu(self.norm2(out))) + self.shortcut(x)
+        x, shortcut = self.fork(x)
+        return self.sum(self.conv2(self.norm2(self.conv1(self.norm1(x)))), self.shortcut(shortcut))
 
 
 class WideResNetCifar(nn.Cell):
@@ -129,9 +132,9 @@ class WideResNetCifar(nn.Cell):
                 stride = 2 if stage > 0 and index == 0 else 1
                 blocks.append(_PreActivationBlock(in_channels, channels, stride, index == 0, layers))
                 in_channels = channels
-        self.blocks = nn.SequentialCell(blocks)
+        self.blocks, self.average = nn.SequentialCell(blocks), layers.global_average()
         self.last_norm = layers.norm(in_channels)
         self.classifier = nn.Dense(in_channels, num_classes)
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.classifier(global_average(self.last_norm(self.blocks(self.conv1(x)))))
+        return self.classifier(self.average(self.last_norm(self.blocks(self.conv1(x)))))

@@ -35,6 +35,11 @@ class BranchedConv(nn.Cell):
         _check_geometry(type(self).__name__, self.geometry)
         self.shift = padding - dilation * (kernel_size // 2)
 
+    def norm_branches(self) -> tuple[tuple[nn.Conv2d, nn.Cell], ...]:
+        """(convolution, batch norm) of each branch, that with the largest kernel first, if the block is nothing but their sum, each
+        convolution reading the block's own input with all windows centred on the same pixels; else ()."""
+        return ()
+
     def fused(self) -> nn.Conv2d:
         """The plain convolution with bias that computes what this block computes in inference."""
         conv = plain_convolution(**self.geometry)
@@ -79,12 +84,13 @@ def fuse(network: nn.Cell) -> nn.Cell:
     """
     # MindSpore keeps the graph that it compiled for a cell, in which the blocks would live on: hence a copy.
     network = copy.deepcopy(network)
-    for parent_name, parent in list(network.cells_and_names()):
+    for _, parent in list(network.cells_and_names()):
         for name, block in list(parent.name_cells().items()):
             if isinstance(block, BranchedConv):
                 conv = block.fused()
                 _replace_child(parent, name, conv)
-                prefix = f"{parent_name}.{name}" if parent_name else name
+                local_name, parameter = next(block.parameters_and_names())
+                prefix = parameter.name.removesuffix(f".{local_name}")
                 conv.weight.name, conv.bias.name = f"{prefix}.weight", f"{prefix}.bias"
     return network.set_train(False)
 

@@ -37,6 +37,11 @@ class RepVGGBlock(BranchedConv):
         out = self.dense_bn(self.dense_conv(x)) + self.point_bn(self.point_conv(centre))
         return out + self.identity_bn(x) if self.has_identity else out
 
+    def norm_branches(self) -> tuple[tuple[nn.Conv2d, nn.Cell], ...]:
+        if self.crop > 0 or self.has_identity:
+            return ()
+        return (self.dense_conv, self.dense_bn), (self.point_conv, self.point_bn)
+
     def equivalent_kernel_bias(self) -> tuple[np.ndarray, np.ndarray]:
         kernel, bias = fold_batch_norm(kernel_of(self.dense_conv), self.dense_bn)
         smaller = [fold_batch_norm(kernel_of(self.point_conv), self.point_bn)]

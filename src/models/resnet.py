@@ -4,7 +4,7 @@ from typing import Any
 
 from mindspore import Tensor, nn
 
-from src.models.layers import LayerFactory, MaxPoolAfterReLU, global_average
+from src.models.layers import LayerFactory
 
 
 def build(num_classes: int, layers: LayerFactory, *, bottleneck: bool, depths: tuple[int, ...], cardinality: int = 1,
@@ -21,14 +21,13 @@ class BasicBlock(nn.Cell):
     def __init__(self, in_channels: int, width: int, out_channels: int, stride: int, cardinality: int, layers: LayerFactory,
                  downsample: nn.Cell) -> None:
         super().__init__()
-        self.conv1 = layers.conv_norm(in_channels, width, 3, stride, padding=1, groups=cardinality)
-        self.conv2 = layers.conv_norm(width, out_channels, 3, padding=1)
-        self.downsample = downsample
-        self.relu = nn.ReLU()
+        self.conv1 = layers.conv_norm(in_channels, width, 3, stride, padding=1, groups=cardinality, relu=True)
+        self.conv2 = layers.conv_norm(width, out_channels, 3, padding=1, shortcut=True)
+        self.fork, self.downsample = layers.fork(), downsample
 
     def construct(self, x: Tensor) -> Tensor:
-        out = self.conv2(self.relu(self.conv1(x)))
-        return self.relu(out + self.downsample(x))
+        x, shortcut = self.fork(x)
+        return self.conv2(self.conv1(x), self.downsample(shortcut))
 
     @property
     def branch_end(self) -> nn.Cell:
@@ -44,16 +43,14 @@ class Bottleneck(nn.Cell):
     def __init__(self, in_channels: int, width: int, out_channels: int, stride: int, cardinality: int, layers: LayerFactory,
                  downsample: nn.Cell) -> None:
         super().__init__()
-        self.conv1 = layers.conv_norm(in_channels, width, 1)
-        self.conv2 = layers.conv_norm(width, width, 3, stride, padding=1, groups=cardinality)
-        self.conv3 = layers.conv_norm(width, out_channels, 1)
-        self.downsample = downsample
-        self.relu = nn.ReLU()
+        self.conv1 = layers.conv_norm(in_channels, width, 1, relu=True)
+        self.conv2 = layers.conv_norm(width, width, 3, stride, padding=1, groups=cardinality, relu=True)
+        self.conv3 = layers.conv_norm(width, out_channels, 1, shortcut=True)
+        self.fork, self.downsample = layers.fork(), downsample
 
     def construct(self, x: Tensor) -> Tensor:
-        out = self.relu(self.conv1(x))
-        out = self.conv3(self.relu(self.conv2(out)))
-        return self.relu(out + self.downsample(x))
+        x, shortcut = self.fork(x)
+        return self.conv3(self.conv2(self.conv1(x)), self.downsample(shortcut))
 
     @property
     def branch_end(self) -> nn.Cell:
@@ -74,9 +71,8 @@ class ResNet(nn.Cell):
     def __init__(self, block: type[BasicBlock | Bottleneck], depths: tuple[int, ...], num_classes: int, layers: LayerFactory,
                  cardinality: int = 1, base_width: int = 64) -> None:
         super().__init__()
-        self.conv1 = layers.conv_norm(3, 64, 7, stride=2, padding=3)
-        self.relu = nn.ReLU()
-        self.pool = MaxPoolAfterReLU(3, 2, padding=1)
+        self.conv1 = layers.conv_norm(3, 64, 7, stride=2, padding=3, relu=True)
+        self.pool = layers.max_pool(3, 2, padding=1)
         in_channels = 64
         for stage, depth in enumerate(depths):
             channels = 64 << stage
@@ -90,9 +86,9 @@ class ResNet(nn.Cell):
                 blocks.append(block(in_channels, width, out_channels, stride, cardinality, layers, downsample))
                 in_channels = out_channels
             setattr(self, f"layer{stage + 1}", nn.SequentialCell(blocks))
+        self.average = layers.global_average()
         self.classifier = nn.Dense(in_channels, num_classes)
 
     def construct(self, x: Tensor) -> Tensor:
-        x = self.pool(self.relu(self.conv1(x)))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.classifier(global_average(x))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(self.pool(self.conv1(x))))))
+        return self.classifier(self.average(x))

@@ -57,6 +57,13 @@ def assign_weights(network: nn.Cell, arrays: Mapping[str, np.ndarray], path: obj
     return sorted(skipped)
 
 
+def copy_weights(source: nn.Cell, target: nn.Cell) -> None:
+    """Give ``target`` the values of the parameters of the same names in ``source``."""
+    values = {p.name: p.asnumpy() for p in source.get_parameters()}
+    for parameter in target.get_parameters():
+        parameter.set_data(Tensor(values[parameter.name].copy()))
+
+
 def _check_values(weights: Mapping[str, np.ndarray], path: object) -> None:
     """Raise UserError for weights with which no network computes anything sensible; names the first."""
     for name, array in weights.items():

@@ -75,8 +75,8 @@ def check_batches(point: ResumePoint, steps_per_epoch: int, labels: int) -> None
                         f"{steps_per_epoch}; keep the data and the global batch (--global_batch_size)")
 
 
-def resume_line(point: ResumePoint, size: int, threads: Sequence[int]) -> str:
-    """What to say about a resumed run on ``size`` ranks with so many ``threads``."""
+def resume_line(point: ResumePoint, size: int, threads: Sequence[int], kernels: str) -> str:
+    """What to say about a resumed run on ``size`` ranks with so many ``threads`` and such ``kernels``."""
     text = f"going on from {point.path} after step {point.state.step}"
     if point.passed_over:
         text += f"; passed over, as damaged or of another training: {', '.join(point.passed_over)}"
@@ -86,6 +86,8 @@ def resume_line(point: ResumePoint, size: int, threads: Sequence[int]) -> str:
     elif point.state.threads != list(threads):
         text += (f"; its ranks computed with {_numbers(point.state.threads)} threads and go on with {_numbers(threads)}, which rounds sums "
                  "in another order (--threads keeps the number)")
+    if point.state.kernels != kernels:
+        text += f"; it computed with the kernels of {point.state.kernels} and goes on with those of {kernels}, which round differently"
     return text
 
 

@@ -29,6 +29,7 @@ class TrainingState:
         best_top1: best accuracy on the validation images so far, in percent; -1 for none.
         steps_per_epoch, world_size, labels: steps in an epoch, number of ranks, checksum of the training images' labels.
         threads: number of cores of each rank, which decides how sums are rounded.
+        kernels: what computed, which decides it too.
         class_to_index: class name -> label.
         config: the resolved configuration, JSON-serialisable.
         optimizer, loss_scale: their counters.
@@ -47,6 +48,8 @@ class TrainingState:
     config: dict[str, Any]
     optimizer: dict[str, Any]
     loss_scale: dict[str, Any]
+    # Checkpoints had none before there was a choice.
+    kernels: str = "mindspore"
 
     def write(self, path: Path, network: nn.Cell, optimizer_state: Sequence[Parameter]) -> None:
         """Write a checkpoint. Raises UserError if it cannot be written."""
@@ -56,6 +59,7 @@ class TrainingState:
 def read_training_state(path: str) -> tuple[TrainingState, Arrays]:
     """The state and the arrays of a checkpoint. Raises UserError if it is damaged or no checkpoint of a training."""
     arrays, metadata = read_weights(path)
+    metadata.setdefault("kernels", TrainingState.kernels)
     names = {field.name for field in fields(TrainingState)}
     if metadata.get("version") != VERSION or not names <= set(metadata):
         what = ("was written by another version of this program" if "step" in metadata and metadata.get("version") != VERSION

@@ -13,8 +13,8 @@ def check_training_keys(config: Config) -> None:
     """Raise UserError for keys that the network or the device does not support."""
     check_network(config.network, config.image_size)
     if config.device_target == "CPU":
-        if config.precision != "O0":
-            raise UserError(f"amp_level={config.amp_level} needs device_target=GPU or Ascend; CPU trains in float32 (O0)")
+        if config.precision == "O3":
+            raise UserError("amp_level=O3 needs device_target=GPU or Ascend; CPU trains in float32 (O0) or bfloat16 (O2)")
         if config.sync_bn:
             raise UserError("sync_bn=1 needs device_target=GPU or Ascend; on CPU running statistics are averaged over "
                             "ranks, batch statistics are those of each rank")

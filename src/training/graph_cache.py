@@ -36,13 +36,16 @@ class GraphCache:
     def __init__(self, folder: Path) -> None:
         self._folder = Path(folder)
 
-    def compile(self, cell: nn.Cell, inputs: Sequence[Tensor], config: Config) -> bool:
+    def compile(self, cell: nn.Cell, inputs: Sequence[Tensor], config: Config, layers: str = "") -> bool:
         """Compile ``cell`` for ``inputs``, or take the graph that an earlier process compiled for the same.
+
+        Args:
+            layers: what the layers of ``cell`` were made with, in words.
 
         Returns:
             Whether it was taken.
         """
-        kept = self._folder / _digest(cell, inputs, config)
+        kept = self._folder / _digest(cell, inputs, config, layers)
         if _is_whole(kept):
             _mark_as_used(kept)
             with _mindspore_keeps_graphs_in(kept):
@@ -78,18 +81,23 @@ def user_graph_cache(config: Config) -> GraphCache | None:
     return GraphCache(Path(home) / "acnet-mindspore" / "graphs")
 
 
-def _digest(cell: nn.Cell, inputs: Sequence[Tensor], config: Config) -> str:
+def _digest(cell: nn.Cell, inputs: Sequence[Tensor], config: Config, layers: str) -> str:
     """Digest of the software, the cell and its parameters, the configuration, the inputs' types and MindSpore's environment variables."""
     parts = {
         "software": [mindspore.__version__, platform.python_version(), platform.machine()],
         "sources": _digest_of_files(sorted((PROJECT_ROOT / "src").rglob("*.py"))),
-        "cell": re.sub(r" at 0x[0-9a-f]+", "", repr(cell)),
+        "cell": _without_addresses(repr(cell)),
         "parameters": [(p.name, p.shape, str(p.dtype), p.requires_grad) for p in cell.get_parameters()],
+        "layers": _without_addresses(layers),
         "config": config.model_dump(mode="json", include=keys_affecting(Affects.MODEL, Affects.GRAPH)),
         "inputs": [(tensor.shape, str(tensor.dtype)) for tensor in inputs],
         "environment": sorted((name, value) for name, value in os.environ.items() if name.startswith("MS_")),
     }
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _without_addresses(text: str) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
 def _digest_of_files(files: Iterable[Path]) -> str:

@@ -24,7 +24,10 @@ class LossScale:
     @classmethod
     def of(cls, config: Config) -> "LossScale":
         """By the keys amp_level, loss_scale and is_dynamic_loss_scale."""
-        return cls() if config.precision == "O0" else cls(config.loss_scale, config.is_dynamic_loss_scale, active=True)
+        # On CPU halves are bfloat16, whose range is that of float32.
+        if config.device_target == "CPU" or config.precision == "O0":
+            return cls()
+        return cls(config.loss_scale, config.is_dynamic_loss_scale, active=True)
 
     def adjust(self, overflow: bool) -> None:
         """Take note of a step, whose gradients overflowed or not."""

@@ -10,7 +10,7 @@ import mindspore.amp
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from src.dataset.batches import Batch
-from src.models.layers import InputNormalizer
+from src.kernels.cells import updated_statistics
 from src.parallel.communicator import Communicator
 from src.training.convolutions import speed_up_gradients
 from src.training.dropout import DropoutMasks
@@ -63,7 +63,10 @@ class NetworkWithLoss(nn.Cell):
 
 
 class ForwardBackward(nn.Cell):
-    """(images, labels, dropout mask or None) -> (loss, gradients of the trainable parameters, in their order)."""
+    """(images, labels, dropout mask or None) -> (loss, gradients of the parameters, in their order).
+
+    In place of gradients, the kernels of ``src/kernels`` return new values for running statistics.
+    """
 
     def __init__(self, network_with_loss: nn.Cell, parameters: Sequence[Parameter]) -> None:
         super().__init__(auto_prefix=False)
@@ -104,14 +107,16 @@ class TrainStep:
         statistics: running means and variances, which are averaged over ranks.
         masks: (step, forward batch) -> the further inputs of the network.
         compile_with: called with (cell, inputs) before the first pass, to take its graph from a cache; None compiles.
+        updated: those of the statistics whose new values ``forward_backward`` returns behind the gradients.
     """
 
     def __init__(self, forward_backward: nn.Cell, optimizer: Optimizer, reducer: Reducer, statistics: Sequence[Parameter],
                  masks: Masks, loss_scale: LossScale, compile_with: Callable[[nn.Cell, tuple[Tensor, ...]], object] | None = None,
-                 ) -> None:
+                 updated: Sequence[Parameter] = ()) -> None:
         self._forward_backward = forward_backward.set_train(True)
         self.optimizer, self.reducer, self.loss_scale = optimizer, reducer, loss_scale
-        self._statistics, self._masks, self._compile_with = list(statistics), masks, compile_with
+        self._statistics, self._updated = list(statistics), list(updated)
+        self._masks, self._compile_with = masks, compile_with
 
     def __call__(self, batches: Iterable[Batch], lr: float, number: int) -> StepResult:
         """Train on the forward batches of step ``number``, counted from 0, with learning rate ``lr``."""
@@ -139,7 +144,11 @@ class TrainStep:
         if self._compile_with is not None:
             self._compile_with(self._forward_backward, inputs)
             self._compile_with = None
-        return self._forward_backward(*inputs)
+        loss, found = self._forward_backward(*inputs)
+        trainable = len(found) - len(self._updated)
+        for parameter, value in zip(self._updated, found[trainable:]):
+            parameter.asnumpy()[...] = value.asnumpy()
+        return loss, found[:trainable]
 
 
 class _ScaledLoss(nn.Cell):
@@ -161,14 +170,16 @@ def create_train_step(network: nn.Cell, config: Config, communicator: Communicat
     masks = dropout_masks(network, config, communicator)
     if config.device_target == "CPU":
         speed_up_gradients(network)
-    if config.precision != "O0":
+    layers, normalizer = network.layers, network.layers.input_normalizer(config.mean, config.std)
+    if config.device_target != "CPU" and config.precision != "O0":
         network = mindspore.amp.auto_mixed_precision(network, config.precision)
-    network_with_loss = NetworkWithLoss(network, InputNormalizer(config.mean, config.std), config.smoothing)
+    network_with_loss = NetworkWithLoss(network, normalizer, config.smoothing)
     parameters, loss_scale = network.trainable_params(), LossScale.of(config)
-    forward_backward = (ScaledForwardBackward if loss_scale.active else ForwardBackward)(network_with_loss, parameters)
-    compile_with = partial(graph_cache.compile, config=config) if graph_cache is not None else None
+    updated = updated_statistics(network)
+    forward_backward = (ScaledForwardBackward if loss_scale.active else ForwardBackward)(network_with_loss, [*parameters, *updated])
+    compile_with = partial(graph_cache.compile, config=config, layers=repr(layers)) if graph_cache is not None else None
     return TrainStep(forward_backward, create_optimizer(config, parameters), create_reducer(config, communicator),
-                     running_statistics(network), masks, loss_scale, compile_with)
+                     running_statistics(network), masks, loss_scale, compile_with, updated)
 
 
 def dropout_masks(network: nn.Cell, config: Config, communicator: Communicator) -> Masks:

@@ -38,11 +38,13 @@ class Trainer:
         recorder: takes what there is to report and to save.
         resumed: the ResumePoint to go on from, or None.
         graph_cache: the GraphCache to take the compiled training step from, or None.
+        kernels: what ``network`` computes with, for the record.
     """
 
     def __init__(self, network: nn.Cell, config: Config, communicator: Communicator, train_images: ImageSet,
                  eval_images: ImageSet | None, recorder: Recorder, resumed: ResumePoint | None = None,
-                 graph_cache: GraphCache | None = None) -> None:
+                 graph_cache: GraphCache | None = None, kernels: str = "mindspore") -> None:
+        self.kernels = kernels
         self.network, self.config, self.communicator, self.recorder = network, config, communicator, recorder
         self.batches = TrainBatches(train_images, config, communicator.rank, communicator.size)
         self.steps_per_epoch = self.batches.steps_per_epoch
@@ -164,7 +166,8 @@ class Trainer:
         state = TrainingState(
             step=step, epoch=self._epoch_of(step), finished_epoch=self._finished_epoch, epoch_sums=self._sums,
             best_top1=self.best_top1, steps_per_epoch=self.steps_per_epoch, world_size=self.communicator.size,
-            threads=self.threads, labels=self._labels, class_to_index=self.class_to_index, config=self.config.model_dump(mode="json"),
+            threads=self.threads, kernels=self.kernels, labels=self._labels, class_to_index=self.class_to_index,
+            config=self.config.model_dump(mode="json"),
             optimizer=self.step.optimizer.counters(), loss_scale=self.step.loss_scale.state())
         return state, self.network, self.step.optimizer.state_parameters
 

@@ -135,6 +135,7 @@ class Config(BaseModel):
     run_distribute: Annotated[bool | None, Affects.RUN]
     threads: Annotated[NonNegative, Affects.RUN]
     stall_timeout_s: Annotated[float, Field(ge=1), Affects.RUN]
+    kernels: Annotated[Literal["auto", "onednn", "mindspore"], BeforeValidator(_lower), Affects.RUN]
     amp_level: Annotated[Literal["auto", "O0", "O2", "O3"], BeforeValidator(_amp_level), Affects.GRAPH]
     loss_scale: Annotated[float, Field(ge=1), Affects.TRAINING]
     is_dynamic_loss_scale: Annotated[bool, Affects.TRAINING]

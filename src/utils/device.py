@@ -8,6 +8,9 @@ from PIL.Image import DecompressionBombWarning
 from src.utils.errors import UserError
 from src.utils.gpu import check_device, prepare_gpu
 
+# The environment variable that keeps what ONEDNN_MAX_CPU_ISA said before this program set it for MindSpore.
+KERNELS_ISA = "ACNET_KERNELS_ISA"
+
 
 def prepare_process(device_target: str = "CPU") -> None:
     """Set the environment and load the libraries that ``device_target`` needs; call it before MindSpore is imported.
@@ -17,6 +20,8 @@ def prepare_process(device_target: str = "CPU") -> None:
     """
     # MindSpore's C++ warnings say nothing to a user that our own errors do not.
     os.environ.setdefault("GLOG_v", "3")
+    # Our own kernels may use all that the user allows (src/kernels/library.py).
+    os.environ.setdefault(KERNELS_ISA, os.environ.get("ONEDNN_MAX_CPU_ISA", ""))
     # With AVX-512, the oneDNN inside MindSpore falls back to its reference convolution for plain layouts: a step is
     # 6 to 25 times slower than with its AVX2 kernels (benchmarks/README.md).
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")

@@ -12,6 +12,7 @@ from mindspore import Parameter, Tensor
 
 from src.dataset.sources import open_images
 from src.inference.evaluation import Evaluator, count_correct, count_nonfinite
+from src.kernels.library import KernelChoice
 from src.models.formats import read_weights, without_optimizer_state
 from src.parallel.communicator import Communicator
 from src.runs.checkpoint import save_checkpoint
@@ -85,9 +86,10 @@ def test_every_engine_finds_the_same(trained_run, image_root, tmp_path, engine):
 
 def test_users_who_could_evaluate_faster_are_told(monkeypatch):
     from src.inference import engines
+    monkeypatch.setattr(engines, "choose_kernels", lambda config: KernelChoice(reason="bash scripts/setup.sh --kernels builds them"))
     assert engines.faster_engine_hint(make_config(eval_engine="mindspore")) is None
     monkeypatch.setattr(engines, "onnx_is_installed", lambda: False)
-    assert "scripts/setup.sh --onnx" in engines.faster_engine_hint(make_config())
+    assert "scripts/setup.sh --kernels" in engines.faster_engine_hint(make_config())
     monkeypatch.setattr(engines, "onnx_is_installed", lambda: True)
     assert engines.faster_engine_hint(make_config()) is None
 

@@ -76,7 +76,8 @@ def test_safetensors_have_torchvisions_names(tmp_path):
     save_checkpoint(tmp_path / "net.ckpt", network.get_parameters(), {})
     export_checkpoint(tmp_path / "net.ckpt", {"network": "resnet18", "image_size": "32"}, "SAFETENSORS")
     arrays, _ = read_weights(tmp_path / "net.safetensors")
-    assert np.array_equal(arrays["layer1.0.bn2.weight"], network.layer1[0].conv2.norm.gamma.asnumpy())
+    ours = {p.name: p.asnumpy() for p in network.get_parameters()}
+    assert np.array_equal(arrays["layer1.0.bn2.weight"], ours["layer1.0.conv2.norm.gamma"])
     assert {"conv1.weight", "bn1.running_mean", "layer2.0.downsample.0.weight", "fc.bias"} <= set(arrays)
 
 

@@ -159,6 +159,7 @@ def test_more_epochs_of_a_cosine_name_the_key_that_makes_them_possible(tmp_path,
 
 def test_other_threads_are_said_on_resuming():
     point = ResumePoint(Path("a.ckpt"), state(), {})
-    assert "threads" not in resume_line(point, 2, [1, 1])
-    assert "1 threads and go on with 2, 1, which rounds" in resume_line(point, 2, [2, 1])
-    assert "it ran on 2 ranks and goes on with 1" in resume_line(point, 1, [2])
+    assert "threads" not in resume_line(point, 2, [1, 1], "mindspore") and "kernels" not in resume_line(point, 2, [1, 1], "mindspore")
+    assert "1 threads and go on with 2, 1, which rounds" in resume_line(point, 2, [2, 1], "mindspore")
+    assert "it ran on 2 ranks and goes on with 1" in resume_line(point, 1, [2], "mindspore")
+    assert "kernels of mindspore and goes on with those of onednn, avx2" in resume_line(point, 2, [1, 1], "onednn, avx2")

@@ -15,6 +15,7 @@ from mindspore import Tensor
 
 from src.dataset.batches import Batch
 from src.inference.engines import NetworkEngine
+from src.kernels.library import choose_kernels
 from src.models.build import build_model
 from src.models.layers import InputNormalizer
 from src.models.networks import torch_name
@@ -39,19 +40,23 @@ CASES = {"alexnet": ("base", 64), "resnet18": ("base", 64), "resnext50_32x4d": (
 class Pair:
     """A network here and in PyTorch with the same weights, and random batches for both."""
 
-    def __init__(self, name):
+    def __init__(self, name, kernels):
         block, self.size = CASES[name]
         torch.manual_seed(0)
-        self.name, self.theirs = name, build(name, CLASSES, block, dropout=0.0)
+        self.name, self.kernels, self.theirs = name, kernels, build(name, CLASSES, block, dropout=0.0)
         # Residual branches begin small, as in Goyal et al. (arXiv:1706.02677, section 5.1), only more so. Without that the
         # comparison is one of rounding: PyTorch's own float32 and float64 loss curves of ResNeXt-50 then part by 0.1.
         for module in self.theirs.modules():
             if isinstance(module, Block):
                 nn.init.constant_(getattr(module, f"bn{module.depth}").weight, 0.02)
-        self.ours = build_model(name, CLASSES, block, image_size=self.size, dropout=0.0)
+        library = choose_kernels(make_config(kernels=kernels)).library
+        self.ours = build_model(name, CLASSES, block, image_size=self.size, dropout=0.0, kernels=library)
         assign_weights(self.ours, {key: value.numpy().copy() for key, value in self.theirs.state_dict().items()}, name)
         self.random = np.random.default_rng(0)
         self._forward_backward = None
+
+    def __str__(self):
+        return f"{self.name}, kernels={self.kernels}"
 
     def batch(self, count=16):
         """Smooth random images; the red channel shows the class."""
@@ -73,9 +78,12 @@ class Pair:
         return torch.from_numpy((((images / 255 - MEAN) / STD).transpose(0, 3, 1, 2)).astype(np.float32))
 
 
-@pytest.fixture(params=[pytest.param(name, marks=() if name == "cifar_quick" else pytest.mark.slow) for name in CASES])
+# MindSpore's own kernels too for the networks that are quick: what differs between networks is not what differs between kernels.
+@pytest.fixture(params=[("cifar_quick", "auto"), ("cifar_quick", "mindspore"), pytest.param(("alexnet", "mindspore"), marks=pytest.mark.slow),
+                        *(pytest.param((name, "auto"), marks=pytest.mark.slow) for name in CASES if name != "cifar_quick")],
+                ids="-".join)
 def pair(request):
-    return Pair(request.param)
+    return Pair(*request.param)
 
 
 def relative(found, expected):
@@ -90,7 +98,7 @@ def test_logits_and_loss_are_pytorchs(pair, measured):
     logits = np.abs(found - expected).max() / np.abs(expected).max()
     loss = functional.cross_entropy(pair.theirs.train()(x), y, label_smoothing=0.1).item()
     ours, _ = pair.loss_and_gradients(images, labels)
-    measured(f"{pair.name}: relative differences from PyTorch: logits {logits:.1e}, loss {abs(ours - loss) / loss:.1e}")
+    measured(f"{pair}: relative differences from PyTorch: logits {logits:.1e}, loss {abs(ours - loss) / loss:.1e}")
     assert logits < 1e-4 and abs(ours - loss) / loss < 1e-5
 
 
@@ -111,7 +119,7 @@ def test_gradients_are_pytorchs(pair, measured):
         largest = max(relative(gradient, theirs[torch_name(name, pair.name)]) for name, gradient in ours.items())
         if largest < 1e-3:
             break
-    measured(f"{pair.name}: largest relative difference of a gradient from PyTorch's {largest:.1e} (batch {tries})")
+    measured(f"{pair}: largest relative difference of a gradient from PyTorch's {largest:.1e} (batch {tries})")
     assert largest < 1e-3
 
 
@@ -140,7 +148,7 @@ def test_twenty_steps_are_pytorchs(pair, measured):
     moving = {p.name: (p.asnumpy(), theirs[torch_name(p.name, pair.name)].numpy()) for p in pair.ours.get_parameters()
               if "moving" in p.name}
     statistics = max((np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in moving.values()), default=0.0)
-    measured(f"{pair.name}: after 20 steps relative differences from PyTorch: loss curve {losses:.1e}, "
+    measured(f"{pair}: after 20 steps relative differences from PyTorch: loss curve {losses:.1e}, "
              f"running statistics {statistics:.1e}; loss of the first batch {curves[0][1]:.3f} -> {curves[16][1]:.3f}")
     assert curves[16][1] < curves[0][1] and losses < 1e-3 and statistics < 1e-3
 

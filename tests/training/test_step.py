@@ -110,7 +110,7 @@ def test_soft_labels_give_the_cross_entropy_of_a_distribution():
 def step_by(kind, reducer, **keys):
     """(network, TrainStep) with these parts; a device's run on CPU."""
     mindspore.set_seed(4)
-    network, config = build_model("cifar_quick", 5), make_config(**keys)
+    network, config = build_model("cifar_quick", 5), make_config(device_target="GPU", **{"amp_level": "O0", **keys})
     with_loss = NetworkWithLoss(network, InputNormalizer((0.5,) * 3, (0.5,) * 3), 0.1)
     parameters, scale = network.trainable_params(), LossScale.of(config)
     forward_backward = (ScaledForwardBackward if scale.active else ForwardBackward)(with_loss, parameters)

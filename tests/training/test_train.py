@@ -125,7 +125,8 @@ def assert_one_error(run, *words):
     (("--checkpoint_file_path=/nowhere.ckpt",), ("/nowhere.ckpt", "does not exist")),
     (("--val_split=0.1", "--eval_data_path=."), ("val_split", "eval_data_path")),
     (("--deploy=1", "--run_eval=0"), ("deploy=1", "--run_eval=1")),
-    (("--amp_level=O2",), ("amp_level=O2", "GPU")),
+    (("--amp_level=O3",), ("amp_level=O3", "GPU")),
+    (("--amp_level=O2", "--kernels=mindspore"), ("amp_level=O2", "bfloat16", "kernels=onednn")),
     (("picture.jpg",), ("picture.jpg", "--KEY=VALUE")),
 ])
 def test_wrong_command_is_one_line_and_leaves_nothing(tmp_path, flags, words):

@@ -6,7 +6,7 @@ import sys
 
 from conftest import ROOT
 
-LAYERS = {"utils": 0, "models": 1, "dataset": 1, "parallel": 1, "runs": 2, "inference": 3, "training": 4, "command.py": 5}
+LAYERS = {"utils": 0, "kernels": 1, "models": 2, "dataset": 2, "parallel": 2, "runs": 3, "inference": 4, "training": 5, "command.py": 6}
 
 
 def test_imports_point_one_way():

@@ -1,0 +1,226 @@
+"""oneDNN's kernels compute what MindSpore's own and float64 do, for every network, and never by oneDNN's reference code."""
+
+import re
+import sys
+
+import mindspore
+import numpy as np
+import pytest
+from conftest import ROOT, execute, make_config
+from mindspore import Tensor, nn
+
+from src.dataset.batches import Batch
+from src.inference.engines import NetworkEngine
+from src.kernels import library as kernels_library
+from src.kernels.cells import ConvNormLayer, PlainLayer
+from src.kernels.library import KernelChoice, KernelsUnavailable, choose_kernels, last_error, open_library
+from src.models.build import build_model
+from src.models.networks import NETWORKS, Network
+from src.parallel.communicator import Communicator
+from src.training.step import create_train_step
+from src.utils.errors import UserError
+
+SIZES = {"alexnet": 64, "resnet18": 64, "resnet34": 64, "resnet50": 64, "resnext50_32x4d": 64, "resnext101_32x4d": 64}
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    try:
+        return open_library(1)
+    except KernelsUnavailable as failure:
+        pytest.skip(f"no kernels: {failure}")
+
+
+def one_step(kernels, network, block="base", size=32, images=6, steps=1, **options):
+    """(losses, {name: parameter} after, logits) of a training on random images from weights that the seed gives."""
+    mindspore.set_seed(3)
+    config = make_config(network=network, block=block, image_size=size, num_classes=7, dropout=0.0, **options)
+    built = build_model(network, 7, block, image_size=size, dropout=0.0, kernels=kernels, bfloat16=config.precision != "O0")
+    soften(built)
+    step = create_train_step(built, config, Communicator())
+    random = np.random.default_rng(1)
+    batch = Batch(random.integers(0, 256, (images, size, size, 3), np.uint8), np.arange(images, dtype=np.int32) % 7)
+    losses = [step([batch], 0.01, number).loss for number in range(steps)]
+    return losses, {p.name: p.asnumpy().copy() for p in built.get_parameters()}, NetworkEngine(built, config)(batch.images)
+
+
+def soften(network):
+    """Let residual branches begin small, so that rounding at their end does not grow from block to block."""
+    for _, cell in network.cells_and_names():
+        for parameter in cell.branch_end.get_parameters() if hasattr(cell, "branch_end") else ():
+            if parameter.name.endswith("gamma"):
+                parameter.set_data(Tensor(parameter.asnumpy() * np.float32(0.1)))
+
+
+@pytest.mark.parametrize("network,block", [
+    ("cifar_quick", "base"), ("cifar_quick", "acb"), ("resnet18", "acb"), ("alexnet", "acb"),
+    *(pytest.param(name, "base", marks=pytest.mark.slow) for name in NETWORKS if name not in ("cifar_quick", "resnext101_32x4d")),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("resnet56_cifar", "acb"), ("wrn16_8_cifar", "acb"), ("cifar_quick", "repvgg"), ("resnet18", "repvgg"), ("cifar_quick", "dbb")))])
+def test_a_step_is_mindspores(kernels, network, block, measured):
+    size = SIZES.get(network, 32)
+    losses, parameters, logits = one_step(kernels, network, block, size)
+    expected_losses, expected, expected_logits = one_step(None, network, block, size)
+    assert losses == pytest.approx(expected_losses, rel=2e-5)
+    assert list(parameters) == list(expected)
+    # By norm, because rounding decides a ReLU here and there, which moves single gradients.
+    differences = {name: float(np.linalg.norm(value - expected[name]) / max(np.linalg.norm(expected[name]), 1e-3))
+                   for name, value in parameters.items()}
+    worst = max(differences, key=differences.get)
+    measured(f"{network} with {block}: largest relative difference after a step with oneDNN's kernels {differences[worst]:.1e} ({worst})")
+    assert differences[worst] < 1e-2, (worst, differences[worst])
+    assert np.allclose(logits, expected_logits, rtol=2e-2, atol=2e-2 * np.abs(expected_logits).max())
+
+
+def test_inference_is_mindspores(kernels):
+    for block, fused in (("base", False), ("acb", False), ("acb", True)):
+        mindspore.set_seed(5)
+        networks = [build_model("resnet18", 7, block, image_size=64, fused=fused, kernels=chosen) for chosen in (kernels, None)]
+        random = np.random.default_rng(0)
+        for ours, theirs in zip(*(network.get_parameters() for network in networks)):
+            positive = ours.name.endswith(("variance", "gamma"))
+            value = random.uniform(0.5, 1.5, ours.shape) if positive else random.normal(0, 0.05, ours.shape)
+            for parameter in (ours, theirs):
+                parameter.set_data(Tensor(value.astype(np.float32)))
+        images = random.integers(0, 256, (3, 64, 64, 3), np.uint8)
+        config = make_config(image_size=64)
+        ours, theirs = (NetworkEngine(network, config)(images) for network in networks)
+        assert np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max()
+        # Weights that change are seen by the kernels that keep them packed.
+        for network in networks:
+            parameter = next(p for p in network.get_parameters() if p.name.startswith("layer3.0.conv2") and p.name.endswith("weight"))
+            parameter.set_data(Tensor(parameter.asnumpy() * np.float32(1.5)))
+        changed, expected = (NetworkEngine(network, config)(images) for network in networks)
+        assert np.abs(changed - expected).max() < 1e-5 * np.abs(expected).max() < np.abs(expected - theirs).max()
+
+
+class Odd(nn.Cell):
+    """Channels that are no multiples of a block, between some that are."""
+
+    def __init__(self, num_classes, layers, image_size, dropout):
+        super().__init__()
+        self.conv1 = layers.conv_norm(3, 16, 3, padding=1, relu=True)
+        self.conv2 = layers.conv_norm(16, 20, 3, padding=1, relu=True)
+        self.pool, self.average, self.fork = layers.max_pool(3, 2, padding=1), layers.global_average(), layers.fork()
+        self.conv3, self.conv4 = layers.conv_norm(20, 32, 1, relu=True), layers.conv_norm(32, 32, 3, padding=1, groups=2, shortcut=True)
+        self.norm, self.conv5 = layers.norm(32, relu=True), layers.conv(32, 12, 3, bias=True)
+        self.classifier = nn.Dense(12, num_classes)
+
+    def construct(self, x):
+        x, shortcut = self.fork(self.conv3(self.pool(self.conv2(self.conv1(x)))))
+        return self.classifier(self.average(self.conv5(self.norm(self.conv4(x, shortcut)))))
+
+
+def test_a_layer_that_the_kernels_cannot_take_falls_back_alone(kernels, monkeypatch):
+    monkeypatch.setitem(sys.modules, "odd_network", type(sys)("odd_network"))
+    sys.modules["odd_network"].Odd = Odd
+    monkeypatch.setitem(NETWORKS, "odd", Network("odd_network:Odd", 8, 32))
+    network = build_model("odd", 7, kernels=kernels)
+    assert isinstance(network.conv1, ConvNormLayer) and isinstance(network.conv4, ConvNormLayer)
+    assert all(isinstance(layer, PlainLayer) for layer in (network.conv2, network.conv3, network.conv5))
+    (losses, ours, _), (expected, theirs, _) = one_step(kernels, "odd", steps=3), one_step(None, "odd", steps=3)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    for name, value in ours.items():
+        assert np.allclose(value, theirs[name], rtol=1e-4, atol=1e-4 * np.abs(theirs[name]).max()), name
+
+
+def test_bfloat16_learns_like_float32(kernels):
+    if not kernels.has_bfloat16:
+        pytest.skip("the processor has no bfloat16")
+    (halves, parameters, _), (singles, expected, _) = one_step(kernels, "cifar_quick", "acb", steps=12, amp_level="O2"), one_step(
+        kernels, "cifar_quick", "acb", steps=12)
+    assert halves == pytest.approx(singles, rel=0.03) and singles[-1] < 0.8 * singles[0] and halves != singles
+    assert all(value.dtype == np.float32 for value in parameters.values()) and list(parameters) == list(expected)
+
+
+def test_the_same_bits_on_every_run(kernels):
+    first, second = (one_step(kernels, "resnet18", "acb", 32, steps=2) for _ in range(2))
+    assert first[0] == second[0] and all(np.array_equal(value, second[1][name]) for name, value in first[1].items())
+
+
+def test_threads_repeat_themselves(kernels, tmp_path):
+    lines = []
+    for _ in range(2):
+        run = execute([sys.executable, "train.py", "--max_steps=6", "--threads=2", "--compile_cache=0", "--log_interval=1",
+                       f"--output_path={tmp_path}"])
+        assert run.status == 0, run
+        lines.append(re.findall(r"loss ([\d.]+)", run.out))
+    assert lines[0] == lines[1] and len(lines[0]) > 1
+
+
+@pytest.mark.parametrize("isa,threads", [("", 1), ("AVX2", 1), ("", 2), ("AVX2", 2)])
+def test_random_shapes_agree_with_float64(kernels, isa, threads):
+    run = execute([sys.executable, "tests/kernels/fuzz.py", "--cases=60", f"--isa={isa}", f"--threads={threads}", f"--seed={threads}"])
+    assert run.status == 0 and "wrong=0" in run.out, run
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("isa", ["AVX512_CORE", "AVX2"])
+@pytest.mark.parametrize("network", [name for name in NETWORKS if name != "resnext101_32x4d"])
+def test_onednn_never_takes_its_reference_code(kernels, network, isa):
+    run = execute([sys.executable, "benchmarks/kernels.py", f"--network={network}", "--block=acb", "--per_batch_size=2", "--steps=1"],
+                  ONEDNN_MAX_CPU_ISA=isa, ACNET_KERNELS_ISA=isa)
+    assert run.status == 0, run
+    kinds = set(re.findall(r"implementation=(\S+)", run.out))
+    assert kinds and not [kind for kind in kinds if "ref" in kind or "simple" in kind], kinds
+
+
+def test_an_error_names_the_layer(kernels):
+    network = build_model("resnet18", 7, image_size=32, kernels=kernels)
+    core = network.layer2[0].conv1.core
+    table = core.settings.asnumpy().copy()
+    table[9] = -3  # groups
+    core.settings = Tensor(table)
+    with pytest.raises(RuntimeError, match="CPU AOT kernel"):
+        network.set_train(False)(Tensor(np.zeros((1, 3, 32, 32), np.float32)))
+    assert last_error().startswith("layer2.0.conv1: conv_norm_inference: ")
+
+
+def test_what_is_not_there_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(kernels_library, "library_folder", lambda: tmp_path)
+    choice = choose_kernels(make_config())
+    assert choice.library is None and "scripts/setup.sh --kernels" in choice.hint and choice.name == "mindspore"
+    with pytest.raises(UserError, match="kernels=onednn cannot be had: bash scripts/setup.sh"):
+        choose_kernels(make_config(kernels="onednn"))
+    with pytest.raises(UserError, match="bfloat16, needs kernels=onednn"):
+        choose_kernels(make_config(amp_level="O2"))
+    monkeypatch.setattr(kernels_library.platform, "machine", lambda: "aarch64")
+    assert "aarch64" in choose_kernels(make_config()).reason
+    assert choose_kernels(make_config(kernels="mindspore")) == KernelChoice() and KernelChoice().hint is None
+
+
+def test_processors_without_bfloat16_are_one_line(kernels):
+    run = execute([sys.executable, "train.py", "--amp_level=O2", "--max_steps=1"], ONEDNN_MAX_CPU_ISA="AVX2", ACNET_KERNELS_ISA="AVX2")
+    assert run.status == 2 and len(run.error_lines) == 1, run
+    assert "AVX512_BF16 or AMX" in run.error_lines[0] and "AVX2" in run.error_lines[0], run
+
+
+@pytest.mark.extended
+def test_a_thousand_steps_leak_nothing(kernels, tmp_path):
+    code = """
+import sys; sys.path[:0] = [{root!r}, {root!r} + "/tests/kernels", {root!r} + "/tests"]
+from src.command import prepare_rank
+from src.parallel.communicator import Communicator
+prepare_rank(Communicator())
+import mindspore, numpy as np
+from conftest import make_config
+from src.dataset.batches import Batch
+from src.kernels.library import open_library
+from src.models.build import build_model
+from src.training.step import create_train_step
+from src.utils.device import select_device
+select_device("CPU")
+config = make_config(network="cifar_quick", block="acb", image_size=32, num_classes=7)
+step = create_train_step(build_model("cifar_quick", 7, "acb", kernels=open_library(2)), config, Communicator())
+batch = Batch(np.zeros((8, 32, 32, 3), np.uint8), np.arange(8, dtype=np.int32) % 7)
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 / 2 ** 20
+for number in range(1100):
+    step([batch], 0.001, number)
+    if number == 99:
+        before = resident()
+print(f"resident {{before:.1f}} {{resident():.1f}}", flush=True)
+import os; os._exit(0)
+""".format(root=str(ROOT))
+    run = execute([sys.executable, "-c", code])
+    before, after = map(float, re.search(r"resident ([\d.]+) ([\d.]+)", run.out).groups())
+    assert after - before < 8, run
