@@ -1,11 +1,12 @@
 """Training and evaluation rates beside PyTorch's, in turn, on the same cores:
 
     python3 benchmarks/compare_pytorch.py [--cases=resnext50_32x4d:16,alexnet:32,resnet18+acb:16] [--mode=train|eval]
-                                          [--ranks=2] [--steps=5] [--rounds=2]
+                                          [--ranks=2] [--steps=5] [--rounds=2] [--precision=float32|bfloat16]
 
 Training: `--ranks` ranks of one core and one thread each, 224x224, the whole step (forward, backward, mean over ranks, momentum with
 weight decay). Here: train_step.py under mpirun. PyTorch: DistributedDataParallel over gloo, the best of eager NCHW, eager
-channels_last and, with --compile=1, torch.compile. Evaluation: random images through the network on all cores, the engine that
+channels_last and, with --compile=1, torch.compile. With --precision=bfloat16 ours trains in it (amp_level=O2), and two ratios are
+printed: over PyTorch under autocast in bfloat16, and over PyTorch in float32. Evaluation: random images through the network on all cores, the engine that
 eval.py picks beside PyTorch's best of NCHW and channels_last. Best of the rounds on both sides.
 Needs `bash scripts/setup.sh --parity`.
 """
@@ -26,6 +27,7 @@ from benchmarks.processes import last_line, mpirun_words  # noqa: E402
 from benchmarks.timing import median_seconds  # noqa: E402
 from src.command import run_main  # noqa: E402
 
+_AMP_LEVELS = {"float32": "O0", "bfloat16": "O2"}
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -49,6 +51,7 @@ def parse(arguments):
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--mode", choices=("train", "eval"), default="train")
     parser.add_argument("--compile", type=int, default=0)
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     for hidden in ("--worker", "--network", "--block", "--layout"):
         parser.add_argument(hidden, default="", help=argparse.SUPPRESS)
     for hidden in ("--batch", "--port"):
@@ -58,25 +61,30 @@ def parse(arguments):
 
 def compare(options, network, block, batch):
     """Run both sides in turn and print the line of one case."""
-    ours, theirs, layout = best_of_both(options, network, block, batch)
-    print(f"compare_pytorch mode={options.mode} network={network} block={block} ranks={options.ranks if options.mode == 'train' else 1} "
-          f"per_batch_size={batch} images_per_second={ours['images_per_second']:.2f} "
-          f"pytorch_images_per_second={theirs['images_per_second']:.2f} pytorch_layout={layout} "
-          f"ratio={ours['images_per_second'] / theirs['images_per_second']:.2f} "
+    ours, theirs, layout, in_float32 = best_of_both(options, network, block, batch)
+    over_float32 = (f"pytorch_float32_images_per_second={_rate(in_float32):.2f} ratio_over_float32={_rate(ours) / _rate(in_float32):.2f} "
+                    if options.precision != "float32" else "")
+    print(f"compare_pytorch mode={options.mode} precision={options.precision} network={network} block={block} "
+          f"ranks={options.ranks if options.mode == 'train' else 1} per_batch_size={batch} images_per_second={_rate(ours):.2f} "
+          f"pytorch_images_per_second={_rate(theirs):.2f} pytorch_layout={layout} ratio={_rate(ours) / _rate(theirs):.2f} {over_float32}"
           f"peak_rss_mib={ours['peak_rss_mib']:.0f} pytorch_peak_rss_mib={theirs['peak_rss_mib']:.0f}", flush=True)
 
 
 def best_of_both(options, network, block, batch):
-    """(our result, PyTorch's, the layout that was its best) over ``options.rounds`` rounds in turn; a result is a dictionary."""
+    """(our result, PyTorch's in the same precision, the layout that was its best, PyTorch's in float32) over ``options.rounds`` rounds in
+    turn; a result is a dictionary."""
     layouts = ["nchw", "channels_last"] + (["compile"] if options.compile else [])
+    precisions = dict.fromkeys([options.precision, "float32"])
     ours, theirs = [], {}
     for _ in range(options.rounds):
         ours.append(run_ours(options, network, block, batch))
-        for layout in layouts:
-            result = run_worker("pytorch_" + options.mode, options, network, block, batch, layout)
-            theirs[layout] = max(theirs.get(layout, result), result, key=_rate)
-    layout = max(layouts, key=lambda name: _rate(theirs[name]))
-    return max(ours, key=_rate), theirs[layout], layout
+        for precision in precisions:
+            for layout in layouts:
+                result = run_worker("pytorch_" + options.mode, options, network, block, batch, layout, precision)
+                theirs[precision, layout] = max(theirs.get((precision, layout), result), result, key=_rate)
+    best = {precision: max(layouts, key=lambda name: _rate(theirs[precision, name])) for precision in precisions}
+    layout = best[options.precision]
+    return max(ours, key=_rate), theirs[options.precision, layout], layout, theirs["float32", best["float32"]]
 
 
 def _rate(result):
@@ -85,16 +93,18 @@ def _rate(result):
 
 def run_ours(options, network, block, batch):
     if options.mode == "eval":
-        return run_worker("our_eval", options, network, block, batch, "")
+        return run_worker("our_eval", options, network, block, batch, "", options.precision)
     printed = last_line(mpirun_words(options.ranks, ROOT / "benchmarks" / "train_step.py", f"--network={network}", f"--block={block}",
-                         f"--per_batch_size={batch}", f"--steps={options.steps}", f"--image_size={options.image_size}"))
+                         f"--per_batch_size={batch}", f"--steps={options.steps}", f"--image_size={options.image_size}",
+                         f"--amp_level={_AMP_LEVELS[options.precision]}"))
     found = dict(re.findall(r"(\w+)=(\S+)", printed))
     return {name: float(found[name]) for name in ("images_per_second", "peak_rss_mib")}
 
 
-def run_worker(worker, options, network, block, batch, layout):
+def run_worker(worker, options, network, block, batch, layout, precision):
     words = [__file__, f"--worker={worker}", f"--network={network}", f"--block={block}", f"--batch={batch}", f"--layout={layout}",
-             f"--steps={options.steps}", f"--ranks={options.ranks}", f"--image_size={options.image_size}", f"--port={free_port()}"]
+             f"--steps={options.steps}", f"--ranks={options.ranks}", f"--image_size={options.image_size}", f"--port={free_port()}",
+             f"--precision={precision}"]
     return json.loads(last_line(mpirun_words(options.ranks, *words) if worker == "pytorch_train" else [sys.executable, *words]))
 
 
@@ -133,7 +143,8 @@ def pytorch_train(options):
         if options.layout != "nchw":
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         optimizer.zero_grad(set_to_none=True)
-        loss = loss_function(network(inputs), labels)
+        with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bfloat16"):
+            loss = loss_function(network(inputs), labels)
         loss.backward()
         optimizer.step()
         return loss.item()
@@ -161,7 +172,8 @@ def pytorch_eval(options):
             inputs = normalise(images, _MEAN, _STD)
             if options.layout != "nchw":
                 inputs = inputs.contiguous(memory_format=torch.channels_last)
-            return network(inputs).numpy()
+            with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bfloat16"):
+                return network(inputs).float().numpy()
     seconds = median_seconds(step, options.steps)
     print(json.dumps({"images_per_second": options.batch / seconds, "peak_rss_mib": peak_rss_mib()}))
 
@@ -170,14 +182,15 @@ def our_eval(options):
     from src.utils.config import load_config
     from src.utils.device import prepare_process, select_device
     config = load_config({"data_path": "none", "network": options.network, "block": options.block, "num_classes": "1000",
-                          "image_size": str(options.image_size)})
+                          "image_size": str(options.image_size), "amp_level": _AMP_LEVELS[options.precision]})
     prepare_process()
     import numpy as np
 
     from src.inference.engines import network_engine
+    from src.kernels.library import choose_kernels
     from src.models.build import create_network
     select_device("CPU", 0)
-    engine = network_engine(create_network(config), config)
+    engine = network_engine(create_network(config, kernels=choose_kernels(config).library), config)
     images = np.random.default_rng(0).integers(0, 256, (options.batch, options.image_size, options.image_size, 3), np.uint8)
     seconds = median_seconds(lambda: engine(images), options.steps)
     print(json.dumps({"images_per_second": options.batch / seconds, "peak_rss_mib": peak_rss_mib()}))

@@ -90,8 +90,16 @@ def test_compare_pytorch_prints_its_line():
     run = execute(["python3", "benchmarks/compare_pytorch.py", "--cases=cifar_quick+acb:4", "--image_size=32",
                    "--steps=1", "--rounds=1"])
     assert run.status == 0, run
-    assert re.search(r"^compare_pytorch mode=train network=cifar_quick block=acb ranks=\d per_batch_size=4 images_per_second=[\d.]+ "
-                     r"pytorch_images_per_second=[\d.]+ pytorch_layout=\w+ ratio=[\d.]+", run.out, re.M), run
+    assert re.search(r"^compare_pytorch mode=train precision=float32 network=cifar_quick block=acb ranks=\d per_batch_size=4 "
+                     r"images_per_second=[\d.]+ pytorch_images_per_second=[\d.]+ pytorch_layout=\w+ ratio=[\d.]+", run.out, re.M), run
+
+
+@pytest.mark.extended
+def test_kernels_prints_a_line_a_layer():
+    run = execute(["python3", "benchmarks/kernels.py", "--network=cifar_quick", "--image_size=32", "--per_batch_size=4", "--steps=1"])
+    assert run.status == 0, run
+    assert re.search(r"^kernels kind=convolution pass=weight_gradient shape=mb4_ic32oc32_\S+ per_step=1 ms=[\d.]+ gflops=\d+ "
+                     r"implementation=(jit|brg)\S+$", run.out, re.M), run
 
 
 @pytest.mark.extended

@@ -78,7 +78,7 @@ class Pair:
         return torch.from_numpy((((images / 255 - MEAN) / STD).transpose(0, 3, 1, 2)).astype(np.float32))
 
 
-# MindSpore's own kernels too for the networks that are quick: what differs between networks is not what differs between kernels.
+# MindSpore's own kernels too, for the networks that are quick.
 @pytest.fixture(params=[("cifar_quick", "auto"), ("cifar_quick", "mindspore"), pytest.param(("alexnet", "mindspore"), marks=pytest.mark.slow),
                         *(pytest.param((name, "auto"), marks=pytest.mark.slow) for name in CASES if name != "cifar_quick")],
                 ids="-".join)

@@ -21,7 +21,7 @@ struct Norm {
 void normalize(const Norm &norm, const Activation &shape, void *const *x, const void *shortcut, void *y, float *statistics,
                float *const *running);
 
-// `y` is needed with ReLU and a shortcut only. Any of `shortcut_gradient` and `y` may be null. The gradients of all betas are one.
+// `dx` may be `x`. `y` is needed with ReLU and a shortcut only. Any of `shortcut_gradient` and `y` may be null. The gradients of all betas are one.
 void normalize_backward(const Norm &norm, const Activation &shape, const void *dy, void *const *x, const void *y, const float *statistics,
                         void *const *dx, void *shortcut_gradient, float *const *dgamma, float *const *dbeta);
 

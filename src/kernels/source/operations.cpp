@@ -93,13 +93,14 @@ ACNET_KERNEL(conv_norm_backward) {
     Activation x(a, 1), of_y(a, 3);
     int branches = static_cast<int>(a.setting(kBranches)), first = 5, inputs = first + 6 * branches;
     bool shortcut = a.setting(kShortcut), relu = a.setting(kRelu);
-    void *of_branches[kMostBranches], *gradients[kMostBranches];
+    void *of_branches[kMostBranches];
     float *dgamma[kMostBranches], *dbeta[kMostBranches];
-    const Slot slots[] = {Slot::Gradient, Slot::MoreGradients, Slot::EvenMoreGradients};
     for (int b = 0; b < branches; ++b) {
-        of_branches[b] = a.data<void>(first + 5 * branches + b), gradients[b] = scratch(slots[b], bytes(of_y));
+        of_branches[b] = a.data<void>(first + 5 * branches + b);
         dgamma[b] = a.data(inputs + 3 + 3 * b), dbeta[b] = a.data(inputs + 4 + 3 * b);
     }
+    // The gradients of the convolutions take the place of what they were: nothing else reads it, and it is in the cache.
+    void *const *gradients = of_branches;
     normalize_backward(norm_of(a, first), of_y, a.data<void>(2), of_branches, shortcut && relu ? a.data<void>(3) : nullptr, a.data(4), gradients,
                        shortcut ? a.data<void>(inputs + 1) : nullptr, dgamma, dbeta);
     for (int b = 0; b < branches; ++b) {

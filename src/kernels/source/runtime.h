@@ -48,7 +48,7 @@ struct Activation {
 };
 
 // Memory of the calling thread that stays until the thread ends; what a slot holds is lost with the next call for that slot.
-enum class Slot { Primitive, Weights, Layout, OtherLayout, Gradient, MoreGradients, EvenMoreGradients, Sum, Count };
+enum class Slot { Primitive, Weights, Layout, OtherLayout, Gradient, Sum, Count };
 void *scratch(Slot slot, size_t bytes);
 
 // fn(index) for all indices below count, shared out to the threads; what an index computes must not depend on the thread.
