@@ -6,8 +6,8 @@
 Training: `--ranks` ranks of one core and one thread each, 224x224, the whole step (forward, backward, mean over ranks, momentum with
 weight decay). Here: train_step.py under mpirun. PyTorch: DistributedDataParallel over gloo, the best of eager NCHW, eager
 channels_last and, with --compile=1, torch.compile. With --precision=bfloat16 ours trains in it (amp_level=O2), and two ratios are
-printed: over PyTorch under autocast in bfloat16, and over PyTorch in float32. Evaluation: random images through the network on all cores, the engine that
-eval.py picks beside PyTorch's best of NCHW and channels_last. Best of the rounds on both sides.
+printed: over PyTorch under autocast in bfloat16, and over PyTorch in float32. Evaluation: random images through the network on all
+cores, the engine that eval.py picks beside PyTorch's best of NCHW and channels_last. Best of the rounds on both sides.
 Needs `bash scripts/setup.sh --parity`.
 """
 
