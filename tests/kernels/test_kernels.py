@@ -54,9 +54,11 @@ def soften(network):
 
 @pytest.mark.parametrize("network,block", [
     ("cifar_quick", "base"), ("cifar_quick", "acb"), ("resnet18", "acb"), ("alexnet", "acb"),
-    *(pytest.param(name, "base", marks=pytest.mark.slow) for name in NETWORKS if name not in ("cifar_quick", "resnext101_32x4d")),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ("resnet56_cifar", "acb"), ("wrn16_8_cifar", "acb"), ("cifar_quick", "repvgg"), ("resnet18", "repvgg"), ("cifar_quick", "dbb")))])
+        ("resnext50_32x4d", "base"), ("wrn16_8_cifar", "base"), ("vgg16_cifar", "base"), ("cifar_quick", "repvgg"), ("cifar_quick", "dbb"))),
+    *(pytest.param(*case, marks=pytest.mark.extended) for case in (
+        ("alexnet", "base"), ("resnet18", "base"), ("resnet34", "base"), ("resnet50", "base"), ("resnet56_cifar", "base"),
+        ("resnet56_cifar", "acb"), ("wrn16_8_cifar", "acb"), ("resnet18", "repvgg")))])
 def test_a_step_is_mindspores(kernels, network, block, measured):
     size = SIZES.get(network, 32)
     losses, parameters, logits = one_step(kernels, network, block, size)

@@ -48,13 +48,15 @@ public:
         }
         {
             std::lock_guard<std::mutex> lock(mutex_);
-            fn_ = &fn, count_ = count, next_ = 0, working_ = threads_ - 1, ++round_;
+            fn_ = &fn, count_ = count, next_ = 0, ++round_;
         }
         begun_.notify_all();
         inside() = true;
-        take();
+        take(fn, count);
         inside() = false;
+        // Not for workers that have yet to wake: on a busy machine that would cost more than it brings.
         std::unique_lock<std::mutex> lock(mutex_);
+        fn_ = nullptr;
         finished_.wait(lock, [this] { return working_ == 0; });
     }
 
@@ -64,22 +66,24 @@ public:
     }
 
 private:
-    void take() {
-        for (int64_t i = next_++; i < count_; i = next_++) (*fn_)(i);
+    void take(const std::function<void(int64_t)> &fn, int64_t count) {
+        for (int64_t i = next_++; i < count; i = next_++) fn(i);
     }
 
     void work() {
         inside() = true;
         uint64_t seen = 0;
+        std::unique_lock<std::mutex> lock(mutex_);
         for (;;) {
-            {
-                std::unique_lock<std::mutex> lock(mutex_);
-                begun_.wait(lock, [&] { return ends_ || round_ != seen; });
-                if (ends_) return;
-                seen = round_;
-            }
-            take();
-            std::lock_guard<std::mutex> lock(mutex_);
+            begun_.wait(lock, [&] { return ends_ || (fn_ && round_ != seen); });
+            if (ends_) return;
+            seen = round_;
+            ++working_;
+            const auto &fn = *fn_;
+            int64_t count = count_;
+            lock.unlock();
+            take(fn, count);
+            lock.lock();
             if (--working_ == 0) finished_.notify_one();
         }
     }
