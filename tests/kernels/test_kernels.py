@@ -53,11 +53,12 @@ def soften(network):
 
 
 @pytest.mark.parametrize("network,block", [
-    ("cifar_quick", "base"), ("cifar_quick", "acb"), ("resnet18", "acb"), ("alexnet", "acb"),
+    ("cifar_quick", "base"), ("cifar_quick", "acb"),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ("resnext50_32x4d", "base"), ("wrn16_8_cifar", "base"), ("vgg16_cifar", "base"), ("cifar_quick", "repvgg"), ("cifar_quick", "dbb"))),
+        ("resnet18", "acb"), ("resnext50_32x4d", "base"), ("wrn16_8_cifar", "base"), ("vgg16_cifar", "base"), ("cifar_quick", "repvgg"),
+        ("cifar_quick", "dbb"))),
     *(pytest.param(*case, marks=pytest.mark.extended) for case in (
-        ("alexnet", "base"), ("resnet18", "base"), ("resnet34", "base"), ("resnet50", "base"), ("resnet56_cifar", "base"),
+        ("alexnet", "base"), ("alexnet", "acb"), ("resnet18", "base"), ("resnet34", "base"), ("resnet50", "base"), ("resnet56_cifar", "base"),
         ("resnet56_cifar", "acb"), ("wrn16_8_cifar", "acb"), ("resnet18", "repvgg")))])
 def test_a_step_is_mindspores(kernels, network, block, measured):
     size = SIZES.get(network, 32)
@@ -69,11 +70,12 @@ def test_a_step_is_mindspores(kernels, network, block, measured):
     differences = {name: float(np.linalg.norm(value - expected[name]) / max(np.linalg.norm(expected[name]), 1e-3))
                    for name, value in parameters.items()}
     worst = max(differences, key=differences.get)
-    measured(f"{network} with {block}: largest relative difference after a step with oneDNN's kernels {differences[worst]:.1e} ({worst})")
+    measured(f"{network} with {block}: largest relative difference after a step, oneDNN's kernels and MindSpore's {differences[worst]:.1e}")
     assert differences[worst] < 1e-2, (worst, differences[worst])
     assert np.allclose(logits, expected_logits, rtol=2e-2, atol=2e-2 * np.abs(expected_logits).max())
 
 
+@pytest.mark.slow
 def test_inference_is_mindspores(kernels):
     for block, fused in (("base", False), ("acb", False), ("acb", True)):
         mindspore.set_seed(5)
@@ -136,7 +138,7 @@ def test_bfloat16_learns_like_float32(kernels):
 
 
 def test_the_same_bits_on_every_run(kernels):
-    first, second = (one_step(kernels, "resnet18", "acb", 32, steps=2) for _ in range(2))
+    first, second = (one_step(kernels, "cifar_quick", "acb", 32, steps=3) for _ in range(2))
     assert first[0] == second[0] and all(np.array_equal(value, second[1][name]) for name, value in first[1].items())
 
 
@@ -150,7 +152,8 @@ def test_threads_repeat_themselves(kernels, tmp_path):
     assert lines[0] == lines[1] and len(lines[0]) > 1
 
 
-@pytest.mark.parametrize("isa,threads", [("", 1), ("AVX2", 1), ("", 2), ("AVX2", 2)])
+@pytest.mark.parametrize("isa,threads", [("", 1), ("AVX2", 2), pytest.param("AVX2", 1, marks=pytest.mark.slow),
+                                         pytest.param("", 2, marks=pytest.mark.slow)])
 def test_random_shapes_agree_with_float64(kernels, isa, threads):
     run = execute([sys.executable, "tests/kernels/fuzz.py", "--cases=60", f"--isa={isa}", f"--threads={threads}", f"--seed={threads}"])
     assert run.status == 0 and "wrong=0" in run.out, run
