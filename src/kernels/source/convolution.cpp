@@ -4,7 +4,6 @@
 #include <map>
 #include <memory>
 #include <mutex>
-#include <sstream>
 
 namespace acnet {
 namespace {
@@ -240,15 +239,6 @@ void gradient_of_weights(const Geometry &geometry, const Activation &x, int64_t 
     auto *wide = static_cast<float *>(scratch(Slot::Layout, p.plain_weights().get_size()));
     reorder(b.descriptor.diff_weights_desc(), packed, p.plain_weights(), wide);
     p.shrink(wide, weights_gradient);
-}
-
-std::string implementations(const Geometry &geometry, const Activation &x, int64_t block) {
-    Problem p(geometry, x, block);
-    std::ostringstream text;
-    text << forward(p, true, false, false, false).descriptor.impl_info_str() << ' '
-         << (x.block == 1 ? "none" : backward_data(p).descriptor.impl_info_str()) << ' '
-         << backward_weights(p, false).descriptor.impl_info_str();
-    return text.str();
 }
 
 }  // namespace acnet

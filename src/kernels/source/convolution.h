@@ -21,7 +21,7 @@ struct Epilogue {
     bool relu = false;
 };
 
-// `packed` holds the weights as the kernel takes them, of `packed_size` bytes, from an earlier call; or null.
+// `convolve` packs the weights as the kernel takes them at every call; for weights that stay, `pack` does so once, into `packed_size` bytes.
 void convolve(const Geometry &geometry, const Activation &x, int64_t block, const void *source, const float *weights,
               const Epilogue &epilogue, void *target, bool training);
 size_t packed_size(const Geometry &geometry, const Activation &x, int64_t block, const Epilogue &epilogue);
@@ -33,8 +33,5 @@ void gradient_of_input(const Geometry &geometry, const Activation &x, int64_t bl
                        void *input_gradient);
 void gradient_of_weights(const Geometry &geometry, const Activation &x, int64_t block, const void *source, const void *gradient,
                          float *weights_gradient, float *bias_gradient);
-
-// The implementations that oneDNN picked: forward, input gradient, weight gradient, separated by blanks.
-std::string implementations(const Geometry &geometry, const Activation &x, int64_t block);
 
 }  // namespace acnet
