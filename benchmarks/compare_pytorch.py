@@ -54,6 +54,7 @@ def parse(arguments):
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     for hidden in ("--worker", "--network", "--block", "--layout"):
         parser.add_argument(hidden, default="", help=argparse.SUPPRESS)
+    parser.add_argument("--address", default="127.0.0.1", help=argparse.SUPPRESS)
     for hidden in ("--batch", "--port"):
         parser.add_argument(hidden, type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -129,7 +130,8 @@ def pytorch_train(options):
     if options.layout != "nchw":
         network = network.to(memory_format=torch.channels_last)
     if options.ranks > 1:
-        torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{options.port}", rank=rank, world_size=options.ranks)
+        address = f"tcp://{options.address}:{options.port}"
+        torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=options.ranks)
         network = torch.nn.parallel.DistributedDataParallel(network)
     if options.layout == "compile":
         network = torch.compile(network)

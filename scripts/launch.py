@@ -2,7 +2,7 @@
 
     python3 scripts/launch.py --nproc_per_node=8 [--visible_devices=0,1,..] [--env_sh=FILE] [--server_id=HOST]
         [--mode=train|test] SCRIPT ARGS...
-    python3 scripts/launch.py --hosts=HOST:RANKS,HOST:RANKS... [--max_restarts=3] SCRIPT ARGS...
+    python3 scripts/launch.py --hosts=HOST:RANKS,HOST:RANKS... [--max_restarts=3] [--spare_hosts=HOST,HOST...] SCRIPT ARGS...
 """
 
 import argparse
@@ -27,6 +27,7 @@ SENT_SIGNAL_FILE = "ACNET_SENT_SIGNAL_FILE"
 STOP_S, KILL_S, EMPTY_S = 120.0, 10.0, 2.0
 # What a training tells this program for a restart; the status of what a person has to mend; and when to look again at lost hosts.
 FACTS_FILE = "ACNET_FACTS_FILE"
+STATE_ENDING = ".state"
 USER_ERROR = 2
 RETURN_S = (3, 10, 20)
 LOOK_S = 0.05
@@ -54,7 +55,13 @@ def run_with_restarts(options, script, environment, sent_signal_file):
     while True:
         command = mpirun_command(options, script, len(os.sched_getaffinity(0)), environment)
         print(" ".join(command), flush=True)
+        state_file = Path(environment[FACTS_FILE] + STATE_ENDING)
+        state_file.unlink(missing_ok=True)
         status, received = run(command, environment, sent_signal_file)
+        if status == 0 and state_file.is_file() and state_file.read_text() == "begun":
+            # Open MPI 5.0 says so when its daemon on another host is killed.
+            sys.stderr.write("error: mpirun ended with status 0 although the job had not come to its end\n")
+            status = 1
         if status in (0, USER_ERROR) or received or not restarts_left:
             if options.max_restarts and status not in (0, USER_ERROR) and not received:
                 sys.stderr.write(f"error: the job ended with status {status} and no restarts are left; go on with --resume=auto\n")
@@ -68,6 +75,10 @@ def prepare_restart(options, script, facts_file, status, restarts_left):
     facts = json.loads(facts_file.read_text()) if facts_file.is_file() else {}
     said = [f"the job ended with status {status}"]
     lost = wait_for_hosts(options.hosts, script)
+    for host in list(lost):
+        spare = take_spare(options, host, script)
+        if spare:
+            said.append(f"{lost.pop(host)}; {spare} takes its place")
     if lost:
         said += [f"{reason}; going on without it" for reason in lost.values()]
         left = {host: ranks for host, ranks in options.hosts.items() if host not in lost}
@@ -85,6 +96,17 @@ def prepare_restart(options, script, facts_file, status, restarts_left):
     print(text, flush=True)
     with contextlib.suppress(KeyError, OSError), open(Path(facts["run_folder"]) / "log.txt", "a", encoding="utf-8") as log:
         log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')},000 {text}\n")
+
+
+def take_spare(options, lost, script):
+    """Put the first spare host that can be used in the place of ``lost``; returns its name, or None if there is none."""
+    while options.spare_hosts:
+        spare = options.spare_hosts.pop(0)
+        if not unusable({spare: options.hosts[lost]}, script):
+            # In the same place, so that every rank keeps its number.
+            options.hosts = {spare if host == lost else host: ranks for host, ranks in options.hosts.items()}
+            return spare
+    return None
 
 
 def wait_for_hosts(hosts, script):
@@ -172,6 +194,7 @@ def parse(arguments):
     parser.add_argument("--nproc_per_node", "--nproc-per-node", type=int, default=1, help="ranks on this machine")
     parser.add_argument("--hosts", default=None, help="ranks on several machines, as in node1:8,node2:8; reached by ssh")
     parser.add_argument("--max_restarts", "--max-restarts", type=int, default=0, help="how often to start again after a failure")
+    parser.add_argument("--spare_hosts", "--spare-hosts", default=None, help="hosts that take the place of lost ones, as in node3,node4")
     parser.add_argument("--visible_devices", default="", help="devices, as in 0,1,2,3; rank i takes the i-th")
     parser.add_argument("--env_sh", default="", help="shell file whose environment the ranks get")
     parser.add_argument("--server_id", default="",
@@ -182,8 +205,14 @@ def parse(arguments):
     options = parser.parse_args(arguments)
     try:
         options.hosts = parse_hosts(options.hosts) if options.hosts is not None else {}
+        options.spare_hosts = list(parse_hosts(options.spare_hosts, "--spare_hosts")) if options.spare_hosts is not None else []
     except ValueError as failure:
         fail(str(failure))
+    if options.spare_hosts and not (options.hosts and options.max_restarts):
+        fail("--spare_hosts needs --hosts and --max_restarts")
+    for host in options.spare_hosts:
+        if host in options.hosts:
+            fail(f"--spare_hosts names {host}, which is one of --hosts")
     if options.max_restarts < 0:
         fail(f"--max_restarts must be 0 or more, got {options.max_restarts}")
     if options.nproc_per_node < 1:

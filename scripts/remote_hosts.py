@@ -11,15 +11,15 @@ SSH_AGENT = "PRTE_MCA_plm_ssh_agent"
 ANSWER_S = 10
 
 
-def parse_hosts(text):
+def parse_hosts(text, flag="--hosts"):
     """{host: ranks} of HOST:RANKS,HOST:RANKS...; one rank where no number is given. Raises ValueError that says what is wrong."""
     hosts = {}
     for entry in text.split(","):
         host, _, ranks = entry.strip().rpartition(":") if ":" in entry else (entry.strip(), "", "1")
         if not host or host.startswith("-") or not ranks.isdigit() or int(ranks) < 1:
-            raise ValueError(f"--hosts must be HOST:RANKS,HOST:RANKS..., got '{text}'")
+            raise ValueError(f"{flag} must be HOST:RANKS,HOST:RANKS..., got '{text}'")
         if host in hosts:
-            raise ValueError(f"--hosts names {host} twice")
+            raise ValueError(f"{flag} names {host} twice")
         hosts[host] = int(ranks)
     return hosts
 

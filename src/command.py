@@ -13,7 +13,7 @@ from typing import Any
 
 from src.parallel.ending import PATIENCE_S, end_process
 from src.parallel.environment import on_one_machine
-from src.parallel.launcher import show_hidden_output
+from src.parallel.launcher import show_hidden_output, tell_launcher_state
 from src.utils.errors import Stopped, UserError
 from src.utils.signals import Signals
 
@@ -119,6 +119,8 @@ def run_main(main: Callable[..., object], rank: int = 0, defers_signals: bool = 
               "Every key of default_config.yaml is a flag: --lr=0.1; that file says what each means.")
         return
     signals = Signals(lambda number: end_process(f"error: {_WORDS.get(number, 'stopped')}", 128 + number, rank))
+    if rank == 0:
+        tell_launcher_state("begun")
     try:
         main(arguments, *([signals] if defers_signals else []))
         sys.stdout.flush()
@@ -148,6 +150,8 @@ def run_main(main: Callable[..., object], rank: int = 0, defers_signals: bool = 
     # What Python and the libraries registered for the end, MPI's finalisation too, but not the 0.5 s in which MindSpore takes
     # its libraries down piece by piece: the operating system does that at once.
     atexit._run_exitfuncs()
+    if rank == 0:
+        tell_launcher_state("end")
     os._exit(0)
 
 

@@ -194,6 +194,18 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.write_line(text)
 
 
+@pytest.fixture(scope="session")
+def kernels():
+    """The library of oneDNN's kernels, for one thread."""
+    from src.kernels.library import KernelsUnavailable, open_library
+    try:
+        return open_library(1)
+    except KernelsUnavailable as failure:
+        # With a compiler set-up builds them, and their absence is a defect.
+        assert not (shutil.which("g++") and os.uname().machine == "x86_64"), failure
+        return pytest.skip(f"no kernels: {failure}")
+
+
 @pytest.fixture
 def broken_copy(image_root, tmp_path):
     """A copy of ``image_root`` that a test may damage."""

@@ -11,7 +11,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from src.kernels.library import KernelLibrary
-from src.kernels.operations import Convolution, ConvolutionNorm, Normalization, custom
+from src.kernels.operations import Convolution, ConvolutionNorm, Dense, Normalization, custom
 from src.kernels.settings import Padding, named, table
 
 # A first convolution's channels, which no block can hold, are taken as they are.
@@ -173,6 +173,17 @@ class NormLayer(nn.Cell):
     def construct(self, x: Tensor) -> Tensor:
         norm = self.wrapped
         return self.core(self.input(x), norm.gamma, norm.beta, norm.moving_mean, norm.moving_variance)[0]
+
+
+class DenseLayer(nn.Cell):
+    """A dense layer with bias."""
+
+    def __init__(self, library: KernelLibrary, dense: nn.Dense) -> None:
+        super().__init__()
+        self.wrapped, self.core = dense, Dense(library)
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.core(x, self.wrapped.weight, self.wrapped.bias)
 
 
 class Fork(nn.Cell):

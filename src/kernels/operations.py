@@ -11,7 +11,7 @@ import mindspore
 from mindspore import Tensor, nn, ops
 
 from src.kernels.library import KernelLibrary
-from src.kernels.settings import Padding, Pair, settings_table
+from src.kernels.settings import Padding, Pair, settings_table, table
 
 
 def custom(library: KernelLibrary, name: str, shape: Any, dtype: Any) -> ops.Custom:
@@ -128,6 +128,24 @@ class Normalization(nn.Cell):
               dout: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         dx, dgamma, dbeta = self.backward(self.settings, dout[0], x, gamma, beta, mean, variance, out[1])
         return dx, dgamma, dbeta, out[2], out[3]
+
+
+class Dense(nn.Cell):
+    """(x (N, I), weight (O, I), bias (O)) -> x times the transposed weight, plus the bias, all plain float32."""
+
+    def __init__(self, library: KernelLibrary) -> None:
+        super().__init__(auto_prefix=False)
+        self.settings = Tensor(table())
+        self.forward = custom(library, "dense_forward", lambda s, x, weight, bias: (x[0], weight[0]), lambda s, x, weight, bias: x)
+        self.backward = custom(library, "dense_backward", lambda s, x, dy, weight: (x, weight, (weight[0],)),
+                               lambda s, x, dy, weight: (x, weight, weight))
+
+    def construct(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return self.forward(self.settings, x, weight, bias)
+
+    def bprop(self, x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+        dx, dweight, dbias = self.backward(self.settings, x, dy, weight)
+        return dx, dweight, dbias
 
 
 def _convolved(library: KernelLibrary, out_channels: int, kernel_size: Pair, stride: Pair, padding: Padding,

@@ -44,9 +44,9 @@ class AlexNet(nn.Cell):
         self.drop1, self.drop2 = nn.Dropout(p=dropout), nn.Dropout(p=dropout)
         self.dropout_scale = 1 / (1 - dropout)
         self.dropout_width = self.flat + _HIDDEN if dropout else 0
-        self.fc1 = nn.Dense(self.flat, _HIDDEN)
-        self.fc2 = nn.Dense(_HIDDEN, _HIDDEN)
-        self.classifier = nn.Dense(_HIDDEN, num_classes)
+        self.fc1 = layers.dense(self.flat, _HIDDEN)
+        self.fc2 = layers.dense(_HIDDEN, _HIDDEN)
+        self.classifier = layers.dense(_HIDDEN, num_classes)
 
     def construct(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
         x = self.pool(self.conv2(self.pool(self.conv1(x))))

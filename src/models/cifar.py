@@ -22,8 +22,8 @@ class CifarQuick(nn.Cell):
         for _ in range(3):
             size = (size - 3) // 2 + 1
         self.flat = 64 * size * size
-        self.fc1 = nn.Dense(self.flat, 64)
-        self.classifier = nn.Dense(64, num_classes)
+        self.fc1 = layers.dense(self.flat, 64)
+        self.classifier = layers.dense(64, num_classes)
 
     def construct(self, x: Tensor) -> Tensor:
         x = self.max_pool(self.conv1(x))
@@ -51,9 +51,9 @@ class Vgg16Cifar(nn.Cell):
             number += 1
         self.features, self.plain = nn.SequentialCell(features), layers.plain()
         self.flat = in_channels * (image_size // 32) ** 2
-        self.fc1 = nn.Dense(self.flat, 512)
+        self.fc1 = layers.dense(self.flat, 512)
         self.relu = nn.ReLU()
-        self.classifier = nn.Dense(512, num_classes)
+        self.classifier = layers.dense(512, num_classes)
 
     def construct(self, x: Tensor) -> Tensor:
         x = self.plain(self.features(x))
@@ -93,7 +93,7 @@ class ResNetCifar(nn.Cell):
                 blocks.append(_BasicBranchBlock(in_channels, channels, stride, layers))
                 in_channels = channels
         self.blocks, self.average = nn.SequentialCell(blocks), layers.global_average()
-        self.classifier = nn.Dense(in_channels, num_classes)
+        self.classifier = layers.dense(in_channels, num_classes)
 
     def construct(self, x: Tensor) -> Tensor:
         return self.classifier(self.average(self.blocks(self.conv1(x))))
@@ -134,7 +134,7 @@ class WideResNetCifar(nn.Cell):
                 in_channels = channels
         self.blocks, self.average = nn.SequentialCell(blocks), layers.global_average()
         self.last_norm = layers.norm(in_channels)
-        self.classifier = nn.Dense(in_channels, num_classes)
+        self.classifier = layers.dense(in_channels, num_classes)
 
     def construct(self, x: Tensor) -> Tensor:
         return self.classifier(self.average(self.last_norm(self.blocks(self.conv1(x)))))

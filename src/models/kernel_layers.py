@@ -8,6 +8,7 @@ import mindspore
 from mindspore import nn
 
 from src.kernels import cells
+from src.kernels.announcements import Announcements
 from src.kernels.library import KernelLibrary
 from src.models.fusion import BranchedConv
 from src.models.layers import ConvNorm, GlobalAverage, LayerFactory, scale_and_offset
@@ -29,6 +30,9 @@ class KernelLayers(LayerFactory):
     def has_own_layout(self) -> bool:
         return True
 
+    def announcements(self) -> Announcements:
+        return Announcements(self._library)
+
     def max_pool(self, kernel_size: int, stride: int, padding: int = 0) -> nn.Cell:
         return cells.Pool(self._library, super().max_pool(kernel_size, stride, padding), kernel_size, stride, padding, average=False)
 
@@ -37,6 +41,9 @@ class KernelLayers(LayerFactory):
 
     def global_average(self) -> nn.Cell:
         return cells.GlobalAverage(self._library, GlobalAverage())
+
+    def dense(self, in_channels: int, out_channels: int) -> nn.Cell:
+        return cells.DenseLayer(self._library, super().dense(in_channels, out_channels))
 
     def fork(self) -> nn.Cell:
         return cells.Fork(self._library)

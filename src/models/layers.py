@@ -77,7 +77,7 @@ class LayerFactory:
     """Makes a network's layers: convolutions plain, as blocks with several branches, or as the fused form of those.
 
     What flows between its layers may have a layout and a type of its own (``kernel_layers.KernelLayers``), so that a network takes all
-    layers up to its dense ones from here.
+    its layers from here.
 
     Attributes:
         block: a name in ``blocks.BLOCKS``; such a block replaces a square convolution of its sizes together with the batch
@@ -98,6 +98,10 @@ class LayerFactory:
     def has_own_layout(self) -> bool:
         """Whether activations are something else than (N, C, H, W) of MindSpore's operations."""
         return False
+
+    def announcements(self) -> Any:
+        """Of the kernels that compute with these layers: src.kernels.announcements.Announcements, or None."""
+        return None
 
     def norm(self, channels: int, relu: bool = False) -> nn.Cell:
         """Batch norm over (N, channels, H, W), then ReLU if ``relu``."""
@@ -131,6 +135,10 @@ class LayerFactory:
     def global_average(self) -> nn.Cell:
         """An activation of any layout -> (N, C)."""
         return GlobalAverage()
+
+    def dense(self, in_channels: int, out_channels: int) -> nn.Cell:
+        """A dense layer with bias, (N, in_channels) -> (N, out_channels)."""
+        return nn.Dense(in_channels, out_channels)
 
     def fork(self) -> nn.Cell:
         """An activation -> (it, it): what a residual block begins with."""

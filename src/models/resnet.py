@@ -87,7 +87,7 @@ class ResNet(nn.Cell):
                 in_channels = out_channels
             setattr(self, f"layer{stage + 1}", nn.SequentialCell(blocks))
         self.average = layers.global_average()
-        self.classifier = nn.Dense(in_channels, num_classes)
+        self.classifier = layers.dense(in_channels, num_classes)
 
     def construct(self, x: Tensor) -> Tensor:
         x = self.layer4(self.layer3(self.layer2(self.layer1(self.pool(self.conv1(x))))))

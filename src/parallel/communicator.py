@@ -6,7 +6,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
@@ -15,12 +15,11 @@ import numpy as np
 
 from src.parallel.compression import Compression
 from src.parallel.environment import launched_ranks, on_one_machine, started_by_mpirun
+from src.parallel.exchange import PACK_BELOW_BYTES, Exchange, MeanStream, buckets
 from src.parallel.watchdog import StallWatchdog
 from src.utils.errors import UserError
 
 T = TypeVar("T")
-# Gradients and statistics below this size travel together in one message: latency, not bandwidth, is what they cost.
-_PACK_BELOW_BYTES = 1 << 20
 
 
 class Communicator:
@@ -31,6 +30,18 @@ class Communicator:
 
     def mean_(self, arrays: Sequence[np.ndarray], compression: Compression | None = None) -> None:
         """Replace each float32 array by its mean over ranks, the same bits on each; a Compression is what travels."""
+
+    def stream(self) -> MeanStream:
+        """Means of arrays that are added one after the other, between hosts. Only for several of them."""
+        raise TypeError("there is one host")
+
+    @property
+    def has_several_hosts(self) -> bool:
+        return len(set(self.hosts)) > 1
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Marks the time in which this rank may be waiting for others."""
+        return nullcontext()
 
     def sum(self, values: Sequence[float]) -> np.ndarray:
         """Element-wise sum over ranks of a sequence of numbers, as a float64 array."""
@@ -86,6 +97,7 @@ class MpiCommunicator(Communicator):
             _unlink_shared_memory(self.local_size)
         machine.Free()
         self._packed = np.empty(0, np.float32)
+        self._exchange: Exchange | None = None
         self.waiting_since: float | None = None
         self._watchdog: StallWatchdog | None = None
         self.places = self._world.allgather((socket.gethostname(), os.getpid()))
@@ -95,39 +107,53 @@ class MpiCommunicator(Communicator):
         return [host for host, _ in self.places]
 
     def mean_(self, arrays: Sequence[np.ndarray], compression: Compression | None = None) -> None:
-        small = [array for array in arrays if array.nbytes < _PACK_BELOW_BYTES]
+        if self.has_several_hosts or compression is not None:
+            stream = self.stream()
+            for bucket in buckets([array.nbytes for array in arrays]):
+                stream.add([arrays[index] for index in bucket], compression)
+            with self.waiting():
+                stream.finish()
+            return
+        small = [array for array in arrays if array.nbytes < PACK_BELOW_BYTES]
         for array in arrays:
-            if array.nbytes >= _PACK_BELOW_BYTES:
-                self._mean_in_place(array, compression)
+            if array.nbytes >= PACK_BELOW_BYTES:
+                self._mean_in_place(array)
         if small:
             packed = self._pack(small)
-            self._mean_in_place(packed, compression)
+            self._mean_in_place(packed)
             start = 0
             for array in small:
                 array[...] = packed[start:start + array.size].reshape(array.shape)
                 start += array.size
 
+    def stream(self) -> MeanStream:
+        if self._exchange is None:
+            # On one host only what is compressed is exchanged, and between all ranks.
+            groups = self.hosts if self.has_several_hosts else [str(rank) for rank in range(self.size)]
+            self._exchange = Exchange(self._mpi, self._world, groups)
+        return self._exchange.stream()
+
     def sum(self, values: Sequence[float]) -> np.ndarray:
         total = np.array(values, np.float64)
-        with self._waiting():
+        with self.waiting():
             self._world.Allreduce(self._mpi.IN_PLACE, total, self._mpi.SUM)
         return total
 
     def broadcast_(self, arrays: Sequence[np.ndarray]) -> None:
-        with self._waiting():
+        with self.waiting():
             for array in arrays:
                 self._world.Bcast(array, root=0)
 
     def from_root(self, value: T) -> T:
-        with self._waiting():
+        with self.waiting():
             return self._world.bcast(value, root=0)
 
     def gather(self, value: T) -> list[T]:
-        with self._waiting():
+        with self.waiting():
             return self._world.allgather(value)
 
     def barrier(self) -> None:
-        with self._waiting():
+        with self.waiting():
             self._world.Barrier()
 
     def watch_for_stalls(self, timeout_s: float) -> None:
@@ -145,39 +171,17 @@ class MpiCommunicator(Communicator):
         return [pid for name, pid in self.places if name == host and pid != mine]
 
     @contextmanager
-    def _waiting(self) -> Iterator[None]:
-        """Marks the time in which this rank may be waiting for others."""
+    def waiting(self) -> Iterator[None]:
         self.waiting_since = time.monotonic()
         try:
             yield
         finally:
             self.waiting_since = None
 
-    def _mean_in_place(self, array: np.ndarray, compression: Compression | None) -> None:
-        if compression is not None:
-            self._compressed_mean(array.reshape(-1), compression)
-            return
-        with self._waiting():
+    def _mean_in_place(self, array: np.ndarray) -> None:
+        with self.waiting():
             self._world.Allreduce(self._mpi.IN_PLACE, array, self._mpi.SUM)
         array *= np.float32(1 / self.size)
-
-    def _compressed_mean(self, array: np.ndarray, compression: Compression) -> None:
-        """Each rank adds up its share of the array in float32, in order of rank; sums and shares travel compressed.
-
-        MPI has no sixteen-bit floats to add up.
-        """
-        share = -(-array.size // self.size)
-        sent, received = np.zeros((self.size, share), np.uint16), np.empty((self.size, share), np.uint16)
-        sent.reshape(-1)[:array.size] = compression.encode(array)
-        with self._waiting():
-            self._world.Alltoall(sent, received)
-        total = compression.decode(received[0])
-        for part in received[1:]:
-            total += compression.decode(part)
-        total *= np.float32(1 / self.size)
-        with self._waiting():
-            self._world.Allgather(compression.encode(total), received)
-        array[...] = compression.decode(received.reshape(-1)[:array.size])
 
     def _pack(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
         count = sum(array.size for array in arrays)

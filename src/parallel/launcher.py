@@ -17,6 +17,7 @@ from src.utils.files import write_whole
 
 # Where scripts/launch.py reads what a training told it.
 FACTS_FILE = "ACNET_FACTS_FILE"
+STATE_ENDING = ".state"
 LAUNCHERS = ("prterun", "prted", "mpirun", "orted", "mpiexec")
 # System call of Linux 5.6 and later, the same number on x86-64 and aarch64.
 _PIDFD_GETFD = 438
@@ -78,6 +79,14 @@ def tell_launcher(**facts: Any) -> None:
     if file:
         with suppress(OSError):  # on a host that shares no folder with the launcher's
             write_whole(file, lambda partial: partial.write_text(json.dumps(facts), encoding="utf-8"))
+
+
+def tell_launcher_state(state: str) -> None:
+    """Let scripts/launch.py know that a command has ``begun``, or has come to its ``end``: mpirun's status is 0 if a daemon of it dies."""
+    file = os.environ.get(FACTS_FILE)
+    if file:
+        with suppress(OSError):
+            Path(file + STATE_ENDING).write_text(state, encoding="utf-8")
 
 
 def hides_output(command: Sequence[str]) -> bool:

@@ -1,6 +1,6 @@
 """Optimizers: the execution of an update rule on the host or on a device, with the learning rate as an argument of every update."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +38,11 @@ class Optimizer:
                                       config.bias_lr_factor if is_bias(p.name) else 1.0) for p in parameters]
         self._uses_norms = type(rule).rate_factor is not UpdateRule.rate_factor
 
-    def __call__(self, lr: float, gradients: Sequence[Any], loss_scale: float = 1.0) -> int | None:
+    def __call__(self, lr: float, gradients: Sequence[Any], loss_scale: float = 1.0, arrivals: Iterable[int] | None = None) -> int | None:
         """Update with learning rate ``lr`` from ``gradients``, in the parameters' order, divided by ``loss_scale``.
+
+        Args:
+            arrivals: indices of all gradients, in the order in which they may be read; None if they all may.
 
         Returns:
             Index of the first parameter whose gradient is not finite, or None. With a loss scale other than 1 nothing is
@@ -59,13 +62,13 @@ class Optimizer:
         """Take back what ``counters`` gave."""
         self._updates = counters["updates"]
 
-    def _rates(self, lr: float, norms: Sequence[tuple[float, float]] | None) -> list[float]:
-        """Learning rate of each parameter, by the norms of weight and gradient if the rule looks at them."""
-        rates = [lr * treatment.lr_factor for treatment in self.treatments]
-        if norms is None:
-            return rates
-        return [rate * (self.rule.rate_factor(*norm, treatment.decay) if p.ndim > 1 else 1.0)
-                for rate, p, norm, treatment in zip(rates, self.parameters, norms, self.treatments)]
+    def _rate(self, lr: float, index: int, norms: tuple[float, float] | None) -> float:
+        """Learning rate of parameter ``index``, by the norms of weight and gradient if the rule looks at them."""
+        treatment = self.treatments[index]
+        rate = lr * treatment.lr_factor
+        if norms is None or self.parameters[index].ndim < 2:
+            return rate
+        return rate * self.rule.rate_factor(*norms, treatment.decay)
 
 
 class HostOptimizer(Optimizer):
@@ -74,8 +77,12 @@ class HostOptimizer(Optimizer):
     A graph of element-wise operations costs about 10 ms per parameter there (benchmarks/README.md). Gradients are arrays.
     """
 
-    def __call__(self, lr: float, gradients: Sequence[np.ndarray], loss_scale: float = 1.0) -> int | None:
+    def __call__(self, lr: float, gradients: Sequence[np.ndarray], loss_scale: float = 1.0,
+                 arrivals: Iterable[int] | None = None) -> int | None:
+        if arrivals is None:
+            arrivals = range(len(gradients))
         if loss_scale != 1.0:
+            arrivals = list(arrivals)
             for gradient in gradients:
                 gradient *= np.float32(1 / loss_scale)
             nonfinite = next((index for index, gradient in enumerate(gradients) if not _is_finite(gradient)), None)
@@ -84,16 +91,16 @@ class HostOptimizer(Optimizer):
         self._updates += 1
         # The memory is asked for at every update: a parameter that was loaded since has another.
         weights = [p.asnumpy() for p in self.parameters]
-        norms = ([(float(np.linalg.norm(w)), float(np.linalg.norm(g))) for w, g in zip(weights, gradients)]
-                 if self._uses_norms else None)
         constants = tuple(np.float32(constant) for constant in self.rule.constants(self._updates))
-        found = None
-        for index, (weight, gradient, rate) in enumerate(zip(weights, gradients, self._rates(lr, norms))):
+        found: list[int] = []
+        for index in arrivals:
+            weight, gradient = weights[index], gradients[index]
+            norms = (float(np.linalg.norm(weight)), float(np.linalg.norm(gradient))) if self._uses_norms else None
             states = [state.asnumpy().reshape(-1) for state in self.states[index]]
-            if not self._update(weight.reshape(-1), gradient.reshape(-1), states, np.float32(rate),
-                                self.treatments[index].decay, constants) and found is None:
-                found = index
-        return found
+            if not self._update(weight.reshape(-1), gradient.reshape(-1), states, np.float32(self._rate(lr, index, norms)),
+                                self.treatments[index].decay, constants):
+                found.append(index)
+        return min(found, default=None)
 
     def _update(self, weight: np.ndarray, gradient: np.ndarray, states: list[np.ndarray], rate: np.float32, decay: float,
                 constants: tuple[np.float32, ...]) -> bool:
@@ -117,13 +124,15 @@ class DeviceOptimizer(Optimizer):
         self._survey = _Survey(self.parameters, self._uses_norms)
         self._graph = _UpdateGraph(self.parameters, self.states, rule, [treatment.decay for treatment in self.treatments])
 
-    def __call__(self, lr: float, gradients: Sequence[Tensor], loss_scale: float = 1.0) -> int | None:
+    def __call__(self, lr: float, gradients: Sequence[Tensor], loss_scale: float = 1.0,
+                 arrivals: Iterable[int] | None = None) -> int | None:
         finite, norms = (found.asnumpy() for found in self._survey(tuple(gradients)))
         if not finite.all():
             return int(finite.argmin())
         self._updates += 1
         scaled = [(float(weight), float(gradient) / loss_scale) for weight, gradient in norms.T] if self._uses_norms else None
-        self._graph(Tensor(self._rates(lr, scaled), mindspore.float32),
+        rates = [self._rate(lr, index, scaled[index] if scaled else None) for index in range(len(self.parameters))]
+        self._graph(Tensor(rates, mindspore.float32),
                     Tensor((*self.rule.constants(self._updates), 1 / loss_scale), mindspore.float32), tuple(gradients))
         return None
 

@@ -123,17 +123,19 @@ class TrainStep:
         started = time.perf_counter()
         losses, total = [], None
         for part, batch in enumerate(batches):
-            loss, gradients = self._gradients(batch, number, part)
+            with self.reducer.computing():
+                loss, gradients = self._gradients(batch, number, part)
             losses.append(float(loss.asnumpy()))
             total = self.reducer.add(total, gradients)
         computed = time.perf_counter()
-        total = self.reducer.mean(total, len(losses), self._statistics)
+        total, arrivals = self.reducer.mean(total, len(losses), self._statistics)
         reduced = time.perf_counter()
         # An overflow on one rank is in the mean, so that every rank skips the same steps.
-        nonfinite = self.optimizer(lr, total, self.loss_scale.value)
+        nonfinite = self.optimizer(lr, total, self.loss_scale.value, arrivals)
         self.loss_scale.adjust(overflow=nonfinite is not None)
-        seconds = {"forward_backward": computed - started, "allreduce": reduced - computed,
-                   "optimizer": time.perf_counter() - reduced}
+        waited = arrivals.waited if arrivals is not None else 0.0
+        seconds = {"forward_backward": computed - started, "allreduce": reduced - computed + waited,
+                   "optimizer": time.perf_counter() - reduced - waited}
         return StepResult(sum(losses) / len(losses), nonfinite is not None and self.loss_scale.active,
                           None if nonfinite is None else self.optimizer.parameters[nonfinite].name, seconds)
 
@@ -178,7 +180,7 @@ def create_train_step(network: nn.Cell, config: Config, communicator: Communicat
     updated = updated_statistics(network)
     forward_backward = (ScaledForwardBackward if loss_scale.active else ForwardBackward)(network_with_loss, [*parameters, *updated])
     compile_with = partial(graph_cache.compile, config=config, layers=repr(layers)) if graph_cache is not None else None
-    return TrainStep(forward_backward, create_optimizer(config, parameters), create_reducer(config, communicator),
+    return TrainStep(forward_backward, create_optimizer(config, parameters), create_reducer(config, communicator, layers.announcements()),
                      running_statistics(network), masks, loss_scale, compile_with, updated)
 
 

@@ -6,6 +6,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from itertools import islice
+from typing import Any
 
 from mindspore import Parameter, nn
 
@@ -20,6 +21,7 @@ from src.runs.resume import ResumePoint, check_batches
 from src.runs.training_state import TrainingState, restore_arrays
 from src.training.graph_cache import GraphCache
 from src.training.progress import Progress
+from src.training.rank_times import RankTimes, slowest_line
 from src.training.schedule import learning_rate
 from src.training.step import StepResult, create_train_step
 from src.utils.config import Config
@@ -63,7 +65,7 @@ class Trainer:
             recorder.start(self.class_to_index)
         else:
             self._go_on_from(resumed)
-        self._rates = _Rates(self.batches.global_batch)
+        self._rates, self._times = _Rates(self.batches.global_batch), RankTimes()
 
     def run(self, stop_request: StopRequest | None = None) -> float:
         """Train to the end; returns images/s over all ranks, the first steps left out.
@@ -87,11 +89,15 @@ class Trainer:
                     self._begin_epoch(step, progress)
                 started = time.perf_counter()
                 forward = list(islice(batches, passes))
+                fetched = time.perf_counter()
                 lr = learning_rate(step, self.steps_per_epoch, self.config)
                 result = self.step(forward, lr, step)
+                computed = time.perf_counter()
                 loss, stop = self._share_result(result, forward, stop_request)
                 if step >= first_timed:
-                    self._rates.add_step(time.perf_counter() - started)
+                    ended, reduction = time.perf_counter(), result.seconds["allreduce"]
+                    self._rates.add_step(ended - started)
+                    self._times = self._times.plus(fetched - started, computed - fetched - reduction, ended - computed + reduction)
                 self._check_finite(result, loss, step, lr)
                 progress.update(step, loss, lr)
                 if stop:
@@ -137,9 +143,9 @@ class Trainer:
         """Report the epoch that ended with ``step``, evaluate and save as configured."""
         epoch, last = self._epoch_of(step), step == self.last_step
         counted = step - (epoch - 1) * self.steps_per_epoch - self._sums["skipped"]
-        metrics = {"epoch": epoch, "step": step, "loss": round(self._sums["loss"] / max(counted, 1), 6),
-                   "lr": learning_rate(step - 1, self.steps_per_epoch, self.config),
-                   "images_per_second": round(self._rates.since_last(), 2)}
+        metrics: dict[str, Any] = {
+            "epoch": epoch, "step": step, "loss": round(self._sums["loss"] / max(counted, 1), 6),
+            "lr": learning_rate(step - 1, self.steps_per_epoch, self.config), "images_per_second": round(self._rates.since_last(), 2)}
         metrics.update({name: self._sums[key] for key, name in COUNTS.items() if self._sums[key]})
         if step % self.steps_per_epoch == 0:
             self._sums, self._finished_epoch = _no_sums(), True
@@ -150,7 +156,12 @@ class Trainer:
                 self.recorder.log(undecodable_line(accuracy))
             if accuracy.nonfinite:
                 self.recorder.log(nonfinite_line(accuracy.nonfinite, accuracy.images))
+        times = self.communicator.gather(self._times)
+        metrics["rank_seconds"] = [[round(seconds, 3) for seconds in of_rank] for of_rank in times]
+        self._times = RankTimes()
         self.recorder.add_epoch(metrics)
+        if slow := slowest_line(times, self.communicator.hosts):
+            self.recorder.log(slow)
         if metrics.get("top1", -1.0) > self.best_top1:
             self.best_top1 = metrics["top1"]
             self.recorder.save_best(*self._state(step))

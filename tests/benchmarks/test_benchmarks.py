@@ -13,7 +13,8 @@ def test_train_step_prints_its_line():
     assert run.status == 0, run
     assert re.fullmatch(r"train_step network=cifar_quick block=base ranks=1 per_batch_size=4 amp_level=O0 kernels=[\w:]+ "
                         r"images_per_second=[\d.]+ "
-                        r"forward_backward_s=[\d.]+ allreduce_s=[\d.]+ optimizer_s=[\d.]+ peak_rss_mib=\d+", run.out.strip()), run
+                        r"forward_backward_s=[\d.]+ allreduce_s=[\d.]+ optimizer_s=[\d.]+ sent_mib=[\d.]+ "
+                        r"peak_rss_mib=\d+", run.out.strip()), run
 
 
 @pytest.mark.extended

@@ -22,7 +22,7 @@ def missing():
     """Why there can be no hosts here, or None."""
     if os.geteuid() != 0:
         return "making network namespaces needs root"
-    absent = [name for name in ("ip", "ssh", "ssh-keygen", "nsenter", "unshare", _SSHD) if shutil.which(name) is None]
+    absent = [name for name in ("ip", "tc", "ssh", "ssh-keygen", "nsenter", "unshare", _SSHD) if shutil.which(name) is None]
     if absent:
         return f"not installed: {', '.join(absent)} (Debian: iproute2, openssh-server, openssh-client)"
     probe = subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True, text=True)
@@ -70,6 +70,15 @@ class Rig:
     def link(self, name, up):
         """Connect or cut host ``name``."""
         _run("ip", "link", "set", f"{self._bridge}{name[1:]}", "up" if up else "down")
+
+    def limit(self, rate):
+        """Let no host send or receive faster than ``rate`` (as tc writes it, "1gbit"); None takes the limit away."""
+        for number, name in enumerate(self._names, 1):
+            for prefix, device in (([], f"{self._bridge}{number}"), (["ip", "netns", "exec", self._namespace(name)], "eth0")):
+                subprocess.run([*prefix, "tc", "qdisc", "del", "dev", device, "root"], capture_output=True)
+                if rate is not None:
+                    # A token bucket; netem, which has delays, is not in every kernel.
+                    _run(*prefix, "tc", "qdisc", "add", "dev", device, "root", "tbf", "rate", rate, "burst", "256k", "latency", "50ms")
 
     def processes(self, name):
         """{process number: command line} of what runs on host ``name``, its ssh server apart."""

@@ -172,6 +172,24 @@ def test_a_rank_that_is_killed_on_another_host_ends_the_job_everywhere(own_rig, 
     eventually(lambda: not own_rig.processes("h1") and not own_rig.processes("h2"))
 
 
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_daemon_that_is_killed_is_no_success(own_rig, image_root, tmp_path, restarts):
+    """Open MPI's own status is 0 then."""
+    words = ["python3", "scripts/launch.py", "--hosts=h1:1,h2:1", f"--max_restarts={restarts}", "train.py", "--run_distribute=1",
+             "--threads=1", *TINY, f"--data_path={image_root}/train", f"--output_path={tmp_path}/out", "--max_epoch=100",
+             "--ckpt_interval=5"]
+    started = Started(own_rig.on("h1", *words, cwd=ROOT), tmp_path, **own_rig.environment)
+    started.wait_for_text("epoch 10/100 loss")
+    for process, line in own_rig.processes("h2").items():
+        if line.split()[0].endswith("prted"):
+            os.kill(process, signal.SIGKILL)
+    run, _ = started.finish(120)
+    if restarts:
+        assert run.status == 0 and "starting again from the newest checkpoint" in run.out and "epoch 100/100 loss" in run.out, run
+    else:
+        assert run.status not in (0, 2) and "epoch 100/100" not in run.out, run
+
+
 @pytest.mark.parametrize("fault", ["cut", "power off"])
 def test_a_host_that_is_lost_ends_the_job_and_is_named(own_rig, image_root, tmp_path, fault):
     started = start_training(own_rig, image_root, tmp_path)
@@ -207,8 +225,9 @@ def test_no_room_for_a_checkpoint_ends_the_job_on_every_host(own_rig, image_root
     eventually(lambda: not own_rig.processes("h1") and not own_rig.processes("h2"))
 
 
-def start_restarting(rig, image_root, folder, hosts, *added):
-    words = ["python3", "scripts/launch.py", f"--hosts={hosts}", "--max_restarts=3", "train.py", "--run_distribute=1", "--threads=1", *TINY,
+def start_restarting(rig, image_root, folder, hosts, *added, launcher=()):
+    words = ["python3", "scripts/launch.py", f"--hosts={hosts}", "--max_restarts=3", *launcher, "train.py", "--run_distribute=1",
+             "--threads=1", *TINY,
              f"--data_path={image_root}/train", f"--output_path={folder}/out", "--max_epoch=40", "--ckpt_interval_steps=10",
              f"--stall_timeout_s={STALL_S}", "--lr=0.01", *added]
     started = Started(rig.on("h1", *words, cwd=ROOT), folder, **rig.environment)
@@ -245,8 +264,29 @@ def test_a_lost_host_is_left_out_and_the_global_batch_stays(own_rig, image_root,
     assert [line["epoch"] for line in lines] == list(range(1, 41)) and lines[-1]["step"] == 240
 
 
+def test_a_spare_host_takes_the_place_of_a_lost_one_and_nothing_differs_in_the_end(tmp_path, image_root):
+    with Rig(tmp_path, 3) as rig:
+        undisturbed = run_on_h1(rig, ["python3", "scripts/launch.py", "--hosts=h1:1,h2:1", "train.py", "--run_distribute=1", "--threads=1",
+                                      *TINY, f"--data_path={image_root}/train", f"--output_path={tmp_path}/whole", "--max_epoch=40",
+                                      "--lr=0.01", "--ckpt_interval_steps=10"])
+        assert undisturbed.status == 0, undisturbed
+        started = start_restarting(rig, image_root, tmp_path, "h1:1,h2:1", launcher=("--spare_hosts=h9,h3",))
+        rig.power_off("h2")
+        run, _ = started.finish(300)
+    assert run.status == 0 and "host h2 cannot be reached" in run.out and "h3 takes its place" in run.out, run
+    first, second = (read_weights(only_run(tmp_path / name) / "latest.ckpt")[0] for name in ("whole", "out"))
+    assert all(np.array_equal(first[name], second[name]) for name in first if name not in ("metadata", "checksum"))
+
+
 @pytest.mark.parametrize("hosts,message", [("h1:x", "--hosts"), ("", "--hosts"), ("h1:2,h1:2", "twice"), ("h1:0", "--hosts"),
                                            ("h1,h2", None)])
 def test_hosts_are_read_or_refused_in_one_line(hosts, message):
     run = execute(["python3", "scripts/launch.py", f"--hosts={hosts}", "nowhere.py"])
     assert run.status == 2 and len(run.error_lines) == 1 and (message or "nowhere.py") in run.error_lines[0], run
+
+
+@pytest.mark.parametrize("flags,message", [(["--spare_hosts=h3"], "--max_restarts"), (["--max_restarts=1", "--spare_hosts=h2"], "h2"),
+                                           (["--max_restarts=1", "--spare_hosts=h3:x"], "--spare_hosts")])
+def test_spare_hosts_are_refused_in_one_line(flags, message):
+    run = execute(["python3", "scripts/launch.py", "--hosts=h1,h2", *flags, "nowhere.py"])
+    assert run.status == 2 and len(run.error_lines) == 1 and message in run.error_lines[0], run

@@ -1,8 +1,6 @@
 """oneDNN's kernels compute what MindSpore's own and float64 do, for every network, and never by oneDNN's reference code."""
 
-import os
 import re
-import shutil
 import sys
 
 import mindspore
@@ -14,8 +12,10 @@ from mindspore import Tensor, nn
 from src.dataset.batches import Batch
 from src.inference.engines import NetworkEngine
 from src.kernels import library as kernels_library
+from src.kernels.calls import Kernels
 from src.kernels.cells import ConvNormLayer, PlainLayer
-from src.kernels.library import KernelChoice, KernelsUnavailable, choose_kernels, last_error, open_library
+from src.kernels.library import KernelChoice, choose_kernels, last_error
+from src.kernels.settings import table
 from src.models.build import build_model
 from src.models.networks import NETWORKS, Network
 from src.parallel.communicator import Communicator
@@ -23,16 +23,6 @@ from src.training.step import create_train_step
 from src.utils.errors import UserError
 
 SIZES = {"alexnet": 64, "resnet18": 64, "resnet34": 64, "resnet50": 64, "resnext50_32x4d": 64, "resnext101_32x4d": 64}
-
-
-@pytest.fixture(scope="module")
-def kernels():
-    try:
-        return open_library(1)
-    except KernelsUnavailable as failure:
-        # With a compiler set-up builds them, and their absence is a defect.
-        assert not (shutil.which("g++") and os.uname().machine == "x86_64"), failure
-        pytest.skip(f"no kernels: {failure}")
 
 
 def one_step(kernels, network, block="base", size=32, images=6, steps=1, **options):
@@ -113,7 +103,7 @@ class Odd(nn.Cell):
         self.pool, self.average, self.fork = layers.max_pool(3, 2, padding=1), layers.global_average(), layers.fork()
         self.conv3, self.conv4 = layers.conv_norm(20, 32, 1, relu=True), layers.conv_norm(32, 32, 3, padding=1, groups=2, shortcut=True)
         self.norm, self.conv5 = layers.norm(32, relu=True), layers.conv(32, 12, 3, bias=True)
-        self.classifier = nn.Dense(12, num_classes)
+        self.classifier = layers.dense(12, num_classes)
 
     def construct(self, x):
         x, shortcut = self.fork(self.conv3(self.pool(self.conv2(self.conv1(x)))))
@@ -155,6 +145,20 @@ def test_threads_repeat_themselves(kernels, tmp_path):
         assert run.status == 0, run
         lines.append(re.findall(r"loss ([\d.]+)", run.out))
     assert lines[0] == lines[1] and len(lines[0]) > 1
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 5), (32, 300, 17), (9, 64, 1000)])
+def test_dense_layers_agree_with_float64(kernels, shape):
+    images, inputs, outputs = shape
+    random = np.random.default_rng(0)
+    x, weight, bias, dy = (random.normal(size=size) for size in ((images, inputs), (outputs, inputs), (outputs,), (images, outputs)))
+    single = [np.ascontiguousarray(array, np.float32) for array in (x, weight, bias, dy)]
+    found = [np.empty_like(single[index]) for index in (3, 0, 1, 2)]
+    calls = Kernels(kernels.path)
+    calls.call("dense_forward", [table(), *single[:3]], found[:1])
+    calls.call("dense_backward", [table(), single[0], single[3], single[1]], found[1:])
+    for ours, exact in zip(found, (x @ weight.T + bias, dy @ weight, dy.T @ x, dy.sum(0))):
+        assert np.abs(ours - exact).max() < 1e-5 * max(np.abs(exact).max(), 1)
 
 
 @pytest.mark.parametrize("isa,threads", [("", 1), ("AVX2", 2), pytest.param("AVX2", 1, marks=pytest.mark.slow),
@@ -216,6 +220,7 @@ import mindspore, numpy as np
 from conftest import make_config
 from src.dataset.batches import Batch
 from src.kernels.library import open_library
+from src.kernels.settings import table
 from src.models.build import build_model
 from src.training.step import create_train_step
 from src.utils.device import select_device

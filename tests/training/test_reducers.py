@@ -27,7 +27,7 @@ reducer = DeviceReducer(Two(), None)
 gradients = [[Tensor(np.full(shape, 2.0 * Two.rank + part, np.float32)) for shape in ((3,), (2, 5))] for part in (1, 2)]
 total = reducer.add(reducer.add(None, gradients[0]), gradients[1])
 statistic = Parameter(Tensor(np.array([1.0 + Two.rank], np.float32)), name="moving_mean")
-means = reducer.mean(total, 2, [statistic])
+means, _ = reducer.mean(total, 2, [statistic])
 # over ranks 0 and 1 and parts 1 and 2: mean of 1, 2, 3, 4
 assert all(np.allclose(mean.asnumpy(), 2.5) for mean in means), means
 assert [mean.shape for mean in means] == [(3,), (2, 5)]

@@ -23,7 +23,7 @@ def test_run_folder_holds_what_the_readme_says(trained_run):
     assert config["lr"] == 0.02 and config["num_classes"] == 3 and config["block"] == "acb"
     lines = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2] and [line["step"] for line in lines] == [12, 24]
-    assert set(lines[0]) == {"epoch", "step", "loss", "lr", "images_per_second", "top1", "top5"}
+    assert set(lines[0]) == {"epoch", "step", "loss", "lr", "images_per_second", "rank_seconds", "top1", "top5"}
     assert (trained_run / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 

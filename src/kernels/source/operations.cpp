@@ -107,6 +107,7 @@ ACNET_KERNEL(conv_norm_backward) {
         int weight = Branch(first, b).weight;
         Geometry g = geometry(a, x, weight, b);
         gradient_of_weights(g, x, a.setting(kBlock), a.data<void>(1), gradients[b], a.data(inputs + 2 + 3 * b), nullptr);
+        announce(a, inputs + 2 + 3 * b);
         if (!a.setting(kInputGradient)) {
             std::memset(a.data<void>(inputs), 0, bytes(x));
             continue;
@@ -156,6 +157,7 @@ ACNET_KERNEL(conv_backward) {
         std::memcpy(a.data<void>(7), dy, bytes(y));
     }
     gradient_of_weights(g, x, a.setting(kBlock), a.data<void>(1), dy, a.data(8), a.size(5) == g.out_channels ? a.data(9) : nullptr);
+    announce(a, 8);
     if (a.setting(kInputGradient)) gradient_of_input(g, x, a.setting(kBlock), dy, a.data(4), a.data<void>(6));
     else std::memset(a.data<void>(6), 0, bytes(x));
 }

@@ -1,6 +1,8 @@
 #include "runtime.h"
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <cstring>
@@ -99,6 +101,24 @@ private:
     uint64_t round_ = 0;
     bool ends_ = false;
 };
+
+struct Announcement {
+    char layer[64];
+    int64_t index;
+    const void *data;
+};
+
+struct Board {
+    std::mutex mutex;
+    std::condition_variable changed;
+    bool open = false;
+    std::vector<Announcement> announcements;
+};
+
+Board &board() {
+    static Board *const value = new Board;
+    return *value;
+}
 
 struct State {
     std::mutex mutex;
@@ -215,6 +235,15 @@ bool is_reference(const char *implementation) {
     return name.find("ref") == 0 || name.find("simple") == 0 || name.find("gemm:ref") != std::string::npos;
 }
 
+void announce(const Arguments &arguments, int index) {
+    std::lock_guard<std::mutex> lock(board().mutex);
+    if (!board().open) return;
+    Announcement made{{}, index, arguments.data<void>(index)};
+    std::strncpy(made.layer, arguments.layer().c_str(), sizeof made.layer - 1);
+    board().announcements.push_back(made);
+    board().changed.notify_all();
+}
+
 int guarded(const std::string &what, const std::function<void()> &body) {
     std::string reason;
     try {
@@ -242,6 +271,23 @@ extern "C" int acnet_configure(int threads, int isa) {
         state.isa = isa;
         if (state.pool->threads() != threads) state.pool.reset(new acnet::Pool(threads));
     });
+}
+
+// Forgets what was announced; from now on kernels announce, or they do not.
+extern "C" void acnet_announce(int open) {
+    auto &board = acnet::board();
+    std::lock_guard<std::mutex> lock(board.mutex);
+    board.open = open, board.announcements.clear();
+}
+
+// Copies what was announced beyond the first `seen`, at most `most`, waiting up to `seconds` for something; returns how many.
+extern "C" int acnet_announced(int seen, int most, double seconds, acnet::Announcement *to) {
+    auto &board = acnet::board();
+    std::unique_lock<std::mutex> lock(board.mutex);
+    board.changed.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return static_cast<int>(board.announcements.size()) > seen; });
+    int count = std::min(std::max(static_cast<int>(board.announcements.size()) - seen, 0), most);
+    std::copy_n(board.announcements.begin() + std::min<size_t>(seen, board.announcements.size()), count, to);
+    return count;
 }
 
 extern "C" int acnet_isa() { return static_cast<int>(dnnl::get_effective_cpu_isa()); }

@@ -62,6 +62,9 @@ void execute(const dnnl::primitive &primitive, const dnnl::memory::desc &scratch
 void reorder(const dnnl::memory::desc &from, const void *source, const dnnl::memory::desc &to, void *target);
 bool is_reference(const char *implementation);
 
+// Tells whoever waits in acnet_announced that tensor `index` of this call is complete, while the graph that it belongs to still computes.
+void announce(const Arguments &arguments, int index);
+
 // Runs a kernel for MindSpore: 0, or 1 and the reason kept for acnet_last_error.
 int guarded(const std::string &what, const std::function<void()> &body);
 
