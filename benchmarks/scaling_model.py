@@ -1,7 +1,8 @@
 """Step time on many ranks from a model of compute and reduction: `python3 benchmarks/scaling_model.py`. docs/scaling.md explains it.
 
 step = compute + reduction, reduction = (2 (n - 1) / n) bytes / bandwidth + hops latency, nothing overlapped. Between nodes the
-better of ring, hops = 2 (n - 1), and tree, hops = 2 log2 n with every byte twice over a link.
+better of ring, hops = 2 (n - 1), and tree, hops = 2 log2 n with every byte twice over a link. For hosts that train on CPU, what
+benchmarks/slow_links.py measured on two of them: the share of the link that the exchange reaches, and how much of a step hides it.
 """
 
 import math
@@ -20,6 +21,15 @@ _SEEDS = {
     "resnet18+acb": (4 * 19_030_000, 32, 1 / 5.78),
     "alexnet": (4 * 61_100_840, 256, 256 / 8500),
 }
+# A TCP segment: bytes on the wire, and bytes of gradients in it.
+_WIRE, _PAYLOAD = 1514, 1448
+# Of the link's rate, as measured with two hosts and AlexNet's gradients (slow_links.py --cases=exchange).
+_REACHED = 0.96
+# slow_links.py, two hosts of one core: bytes, images of a host and step, seconds of a step without a limit, those after which the first
+# gradients are there.
+_ON_CPU = {"alexnet": (4 * 61_100_840, 8, 0.69, 0.17), "resnext50_32x4d": (4 * 25_028_904, 16, 4.54, 1.4),
+           "resnet18+acb": (4 * 19_030_000, 16, 3.05, 0.9)}
+_SLOW_LINKS = {"1gbit": 1e9 / 8, "200mbit": 200e6 / 8}
 _LINKS = {"25 Gbit/s": 25e9 / 8, "100 Gbit/s": 100e9 / 8}
 
 
@@ -37,7 +47,20 @@ def bandwidth_of(size, ranks, seconds):
     return 2 * (ranks - 1) / ranks * size / seconds
 
 
+def exchange(size, hosts, bandwidth):
+    """Seconds in which ``hosts`` exchange ``size`` bytes of gradients over links of ``bandwidth`` bytes a second."""
+    return 2 * (hosts - 1) / hosts * size * _WIRE / _PAYLOAD / (bandwidth * _REACHED)
+
+
 def main(_arguments):
+    for link, bandwidth in _SLOW_LINKS.items():
+        for network, (size, images, unlimited, first) in _ON_CPU.items():
+            for hosts in (2, 3, 8):
+                # The exchange begins with the first gradients, and the step ends with the later of the two.
+                sending = exchange(size, hosts, bandwidth)
+                step = max(unlimited, first + sending)
+                print(f"scaling_model {network} hosts={hosts} link={link} exchange_s={sending:.2f} step_s={step:.2f} "
+                      f"images_per_second={hosts * images / step:.2f}")
     size, images, compute = _SEEDS["alexnet"]
     eight = _GPUS * images / 20000
     link = bandwidth_of(size, _GPUS, eight - compute)

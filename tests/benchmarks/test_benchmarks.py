@@ -60,6 +60,7 @@ def test_gpu_check_prints_its_lines():
     assert re.search(r"amp_level=O0 batch=4 images_per_second=[\d.]+", second) and "fused_images_per_second=" in third, run
 
 
+@pytest.mark.slow
 def test_start_up_prints_a_line_with_the_cache_and_one_without():
     run = execute(["python3", "benchmarks/start_up.py", "--networks=cifar_quick:32", "--repeats=1"])
     assert run.status == 0, run

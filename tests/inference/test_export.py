@@ -108,6 +108,7 @@ def test_a_file_that_differs_is_removed(file_format, tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["net.ckpt"]
 
 
+@pytest.mark.slow
 def test_wrong_checkpoint_or_folder_leaves_no_file(tmp_path, trained_run):
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     run = export(f"--checkpoint_file_path={tmp_path}/text.ckpt", f"--result_path={tmp_path}/out.ckpt")

@@ -33,6 +33,7 @@ def graphs(tmp_path):
     return sorted((tmp_path / "cache" / "acnet-mindspore" / "graphs").iterdir())
 
 
+@pytest.mark.slow
 def test_same_bits_with_a_kept_graph_a_damaged_one_and_none(train, tmp_path):
     anew = train("anew", "--compile_cache=0")
     assert not (tmp_path / "cache" / "acnet-mindspore").exists()
@@ -48,6 +49,7 @@ def test_same_bits_with_a_kept_graph_a_damaged_one_and_none(train, tmp_path):
     assert graphs(tmp_path) == [kept] and mindir.read_bytes()[100] == whole[100]
 
 
+@pytest.mark.slow
 def test_the_kept_graph_is_what_runs(train, tmp_path):
     smoothed, (of_smoothed,) = train("smoothed"), graphs(tmp_path)
     of_smoothed.rename(tmp_path / "aside")
@@ -59,6 +61,7 @@ def test_the_kept_graph_is_what_runs(train, tmp_path):
     assert train("exchanged", "--label_smooth=0") == smoothed
 
 
+@pytest.mark.slow
 def test_killed_while_it_compiles(image_root, tmp_path, start, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     words = ["python3", "train.py", f"--data_path={image_root}/train", *TINY, "--max_steps=1"]
@@ -112,6 +115,7 @@ assert 64 - 8 <= len(left) <= 64 + 8 and all((folder / "checksums.json").exists(
 """
 
 
+@pytest.mark.slow
 def test_processes_that_fill_it_at_once_leave_whole_graphs(tmp_path):
     """Each finds the others' folders come and go while it looks at them."""
     script = tmp_path / "fill.py"

@@ -91,7 +91,7 @@ def test_agrees_with_pytorch(kind, optimizer, problem, measured):
     assert largest < 1e-5
 
 
-@pytest.mark.parametrize("kind", [HostOptimizer, DeviceOptimizer])
+@pytest.mark.parametrize("kind", [HostOptimizer, pytest.param(DeviceOptimizer, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("optimizer", ["momentum", "lars"])
 def test_loss_scale_does_not_change_the_update(kind, optimizer, problem):
     (plain, _), (scaled, _) = trained(kind, optimizer, problem), trained(kind, optimizer, problem, loss_scale=1024.0)

@@ -40,10 +40,10 @@ print("the same", communicator.rank)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("network,block,compression", [("alexnet", "base", "none"), ("resnet18", "acb", "bfloat16"),
-                                                       pytest.param("resnext50_32x4d", "base", "none",
-                                                                                                marks=pytest.mark.extended)])
+@pytest.mark.parametrize("network,block,compression", [
+    pytest.param("alexnet", "base", "none", marks=pytest.mark.slow),
+    pytest.param("resnet18", "acb", "bfloat16", marks=pytest.mark.extended),
+    pytest.param("resnext50_32x4d", "base", "none", marks=pytest.mark.extended)])
 def test_what_is_sent_early_gives_the_same_bits(kernels, network, block, compression, tmp_path):
     script = tmp_path / "steps.py"
     script.write_text(STEPS.format(root=str(ROOT), network=network, block=block, compression=compression))

@@ -80,7 +80,7 @@ class Pair:
 
 # MindSpore's own kernels too, for the networks that are quick.
 @pytest.fixture(params=[("cifar_quick", "auto"), ("cifar_quick", "mindspore"),
-                        pytest.param(("alexnet", "mindspore"), marks=pytest.mark.slow),
+                        pytest.param(("alexnet", "mindspore"), marks=pytest.mark.extended),
                         *(pytest.param((name, "auto"), marks=pytest.mark.slow) for name in CASES if name != "cifar_quick")],
                 ids="-".join)
 def pair(request):

@@ -77,7 +77,7 @@ def test_gradients_agree_with_finite_differences():
         assert (ends[0] - ends[1]) / (2 * change) == pytest.approx(np.linalg.norm(gradients[name]), rel=1e-2)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("dropout", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_accumulation_equals_the_large_batch(dropout):
     """With dropout too: a sample's mask does not depend on the batch that it is in."""
     def weights_after(parts):
