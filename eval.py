@@ -34,4 +34,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, launched_rank())
+    run_main(main, launched_rank(), takes_keys=True)

@@ -102,4 +102,4 @@ def create_recorder(config: "Config", communicator: "Communicator", folder: "Run
 
 
 if __name__ == "__main__":
-    run_main(main, launched_rank(), defers_signals=True)
+    run_main(main, launched_rank(), defers_signals=True, takes_keys=True)

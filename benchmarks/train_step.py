@@ -67,4 +67,4 @@ def sent_bytes():
 
 
 if __name__ == "__main__":
-    run_main(main, launched_rank())
+    run_main(main, launched_rank(), takes_keys=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from src.parallel.ending import PATIENCE_S, end_process
-from src.parallel.environment import on_one_machine
+from src.parallel.environment import on_one_machine, started_by_mpirun
 from src.parallel.launcher import show_hidden_output, tell_launcher_state
 from src.utils.errors import Stopped, UserError
 from src.utils.signals import Signals
@@ -79,6 +79,8 @@ def begin(arguments: Sequence[str], names: str = "", distributed: bool = True) -
     check_source(config.dataset_format)
     check_augmentations(config)
     make_rule(config)
+    if distributed and config.ranks and not started_by_mpirun():
+        start_ranks(config)
     communicator = connect(config.run_distribute) if distributed else Communicator()
     communicator.watch_for_stalls(config.stall_timeout_s)
     agree(communicator, config.model_dump(mode="json", exclude=keys_affecting(Affects.IMAGES, Affects.PROCESS)))
@@ -86,6 +88,29 @@ def begin(arguments: Sequence[str], names: str = "", distributed: bool = True) -
     prepare_rank(communicator, config.device_target, config.threads)
     agree(communicator, {"cores of each rank": available_cores()}, "--threads=1, or more, gives all of them the same")
     return Command(flags, found, config, communicator)
+
+
+def start_ranks(config: Any) -> None:
+    """Become scripts/launch.py with the ranks that the key ``ranks`` asks for, and the global batch of one process; return for one rank.
+
+    Raises:
+        UserError: if their number is to be found out and there are no cores to count, or ``run_distribute`` forbids it.
+    """
+    from src.dataset.batches import global_batch
+    from src.parallel.launcher import hand_over
+    from src.utils.device import available_cores
+
+    if config.run_distribute is False:
+        raise UserError(f"ranks={config.ranks} and run_distribute=0 contradict each other")
+    if config.ranks == "auto" and config.device_target != "CPU":
+        raise UserError("ranks=auto counts cores; on devices give their number, as in --ranks=8")
+    batch = global_batch(config, 1)
+    ranks = config.ranks
+    if ranks == "auto":
+        forward = batch // config.accumulation_steps
+        ranks = max(number for number in range(1, available_cores() + 1) if forward % number == 0)
+    if ranks > 1:
+        hand_over(ranks, [*sys.argv, "--run_distribute=1", f"--global_batch_size={batch}"])
 
 
 def prepare_rank(communicator: Any, device_target: str = "CPU", threads: int = 0) -> None:
@@ -100,23 +125,26 @@ def prepare_rank(communicator: Any, device_target: str = "CPU", threads: int = 0
     prepare_process(device_target)
 
 
-def run_main(main: Callable[..., object], rank: int = 0, defers_signals: bool = False) -> None:
+def run_main(main: Callable[..., object], rank: int = 0, defers_signals: bool = False, takes_keys: bool = False) -> None:
     """Run ``main(arguments)``, or ``main(arguments, signals)`` with ``defers_signals``, and end the process.
 
     Status 0; 2 after a UserError; 1 after an Incomplete or a defect; 128 + the number of a signal after that signal. Errors are one
-    line, on one rank, and end every rank. ``--help`` prints the text of main's module.
+    line, on one rank, and end every rank. ``--help`` prints the text of main's module and, with ``takes_keys``, what the keys mean.
 
     Args:
         main: takes the list of command-line arguments.
         rank: this process's number as its launcher gave it.
         defers_signals: also give it a Signals, by which it can finish what it is doing when it is told to stop.
+        takes_keys: whether every key of the configuration is a flag.
     """
     _open_standard_streams()
     show_hidden_output()
     arguments = sys.argv[1:]
-    if arguments[:1] in (["-h"], ["--help"]):
-        print(f"{sys.modules[main.__module__].__doc__}"
-              "Every key of default_config.yaml is a flag: --lr=0.1; that file says what each means.")
+    about = sys.modules[main.__module__].__doc__ or ""
+    if takes_keys:
+        main = _with_help(main, about, rank)
+    elif arguments[:1] in (["-h"], ["--help"]):
+        print(about)
         return
     signals = Signals(lambda number: end_process(f"error: {_WORDS.get(number, 'stopped')}", 128 + number, rank))
     if rank == 0:
@@ -153,6 +181,25 @@ def run_main(main: Callable[..., object], rank: int = 0, defers_signals: bool = 
     if rank == 0:
         tell_launcher_state("end")
     os._exit(0)
+
+
+def _with_help(main: Callable[..., object], about: str, rank: int) -> Callable[..., object]:
+    """``main``, or in its place what prints, on rank 0, the help that its arguments ask for."""
+    def helpful(arguments: Sequence[str], *others: Any) -> object:
+        asked = next((number for number, word in enumerate(arguments) if word.partition("=")[0] in ("-h", "--help")), None)
+        if asked is None and "--list" not in arguments:
+            return main(arguments, *others)
+        from src.help import help_text, list_text
+        if rank:
+            return None
+        if asked is None:
+            return print(list_text())
+        _, _, key = arguments[asked].partition("=")
+        following = arguments[asked + 1:asked + 2]
+        if not key and following and not following[0].startswith("-"):
+            key = following[0]
+        return print(help_text(about, key))
+    return helpful
 
 
 def _reason(failure: Exception) -> str:

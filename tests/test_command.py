@@ -7,7 +7,9 @@ import subprocess
 import cv2
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, execute, only_run, user_environment
+from conftest import ROOT, TINY, execute, mpirun, only_run, user_environment
+
+from src.models.formats import read_weights
 
 
 def behind_closed_pipe(words):
@@ -90,3 +92,22 @@ def test_no_room_for_a_result_leaves_none(tmp_path):
             f"resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); write_results('{tmp_path}/r.json', [{{'top1': 1.5}}] * 20)")
     run = execute(["python3", "-c", code])
     assert "UserError: cannot write" in run.err and "r.json': File too large" in run.err and not list(tmp_path.iterdir()), run
+
+
+@pytest.mark.slow
+def test_ranks_start_by_themselves_and_keep_the_global_batch(image_root, tmp_path):
+    common = (*TINY, f"--data_path={image_root}/train", "--max_epoch=2", "--lr=0.02", "--threads=1")
+    by_itself = execute(["python3", "train.py", *common, "--ranks=2", f"--output_path={tmp_path}/itself"])
+    by_mpirun = mpirun(2, "train.py", *common, "--run_distribute=1", "--global_batch_size=4", f"--output_path={tmp_path}/mpirun")
+    assert by_itself.status == 0 and by_mpirun.status == 0, (by_itself, by_mpirun)
+    assert "on 2 x CPU: 48 images, 3 classes, 12 steps of 4 images" in by_itself.out, by_itself
+    first, second = (read_weights(only_run(tmp_path / name) / "latest.ckpt")[0] for name in ("itself", "mpirun"))
+    assert all(np.array_equal(first[name], second[name]) for name in first if name not in ("metadata", "checksum"))
+
+
+def test_ranks_that_cannot_be_started_are_one_line(tmp_path):
+    for flags, words in ((["--ranks=auto", "--device_target=GPU"], "--ranks=8"), (["--ranks=2", "--run_distribute=0"], "run_distribute=0"),
+                         (["--ranks=-1"], "ranks=-1")):
+        run = execute(["python3", "train.py", *flags, f"--output_path={tmp_path}/out"])
+        assert run.status == 2 and len(run.error_lines) == 1 and words in run.error_lines[0], run
+    assert not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from src.parallel.environment import started_by_mpirun
 from src.utils.errors import UserError
@@ -120,7 +120,13 @@ def hand_over_from_torch() -> None:
     if os.environ.get("OMP_NUM_THREADS") == "1":
         # Torch's launcher sets it; ranks here take the cores that they are given.
         del os.environ["OMP_NUM_THREADS"]
-    os.execv(sys.executable, [sys.executable, str(_LAUNCH), f"--nproc_per_node={size}", *sys.argv])
+    hand_over(size, sys.argv)
+
+
+def hand_over(ranks: int, words: Sequence[str]) -> NoReturn:
+    """Become scripts/launch.py, which starts ``ranks`` ranks of the command ``words``."""
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, str(_LAUNCH), f"--nproc_per_node={ranks}", *words])
 
 
 def _words_of(process: int) -> list[str]:

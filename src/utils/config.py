@@ -1,5 +1,6 @@
 """The configuration: YAML layers and command-line flags, resolved into one typed, validated, frozen object."""
 
+import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,18 @@ ALIASES = {
 }
 
 
+# Words of other programs for what is a key here.
+SYNONYMS = {
+    "model": "network", "net": "network", "learning_rate": "lr", "workers": "num_parallel_workers", "num_workers": "num_parallel_workers",
+    "wd": "weight_decay", "batch": "per_batch_size", "data": "data_path", "train_data": "data_path", "val_data": "eval_data_path",
+    "output": "output_path", "output_dir": "output_path", "save_dir": "output_path", "checkpoint": "checkpoint_file_path",
+    "ckpt": "checkpoint_file_path", "weights": "checkpoint_file_path", "scheduler": "lr_scheduler", "sched": "lr_scheduler",
+    "warmup": "warmup_epochs", "smoothing": "label_smooth_factor", "label_smoothing": "label_smooth_factor", "img_size": "image_size",
+    "input_size": "image_size", "classes": "num_classes", "device": "device_target", "opt": "optimizer", "print_freq": "log_interval",
+    "save_freq": "ckpt_interval", "config": "config_path", "recipe": "config_path", "aug": "augmentations", "aa": "augmentations",
+    "amp": "amp_level", "precision": "amp_level", "grad_accum": "accumulation_steps", "validate": "run_eval",
+    "distributed": "run_distribute", "nproc": "ranks", "nproc_per_node": "ranks", "world_size": "ranks", "gpus": "ranks",
+}
 # Flags that launchers add to a command; the launcher of this program says the same through the environment.
 IGNORED_FLAGS = ("local_rank",)
 
@@ -133,6 +146,7 @@ class Config(BaseModel):
     device_target: Annotated[Literal["CPU", "GPU", "Ascend"], BeforeValidator(_device_name), Affects.RUN]
     device_id: Annotated[NonNegative | None, Affects.PROCESS]
     run_distribute: Annotated[bool | None, Affects.RUN]
+    ranks: Annotated[Literal["auto"] | NonNegative, BeforeValidator(_lower), Affects.PROCESS]
     threads: Annotated[NonNegative, Affects.RUN]
     stall_timeout_s: Annotated[float, Field(ge=1), Affects.RUN]
     kernels: Annotated[Literal["auto", "onednn", "mindspore"], BeforeValidator(_lower), Affects.RUN]
@@ -246,7 +260,7 @@ def parse_flags(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         name, has_value, value = word.lstrip("-").partition("=")
         key = name if name in known else name.replace("-", "_")
         if key not in known:
-            raise UserError(f"unknown flag '{word.split('=')[0]}'{suggestion(key, known)}; default_config.yaml lists every key")
+            raise UserError(f"unknown flag '{word.split('=')[0]}'{suggest_key(key)}; --help lists every key")
         key = ALIASES.get(key, key)
         if not has_value:
             takes_next = pending and (not pending[0].startswith("-") or _is_number(pending[0]))
@@ -254,6 +268,13 @@ def parse_flags(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         if key not in IGNORED_FLAGS:
             flags[key] = value
     return flags, positional
+
+
+def suggest_key(word: str) -> str:
+    """`` (did you mean 'x'?)`` for the key that ``word`` is likely to stand for, or an empty string."""
+    names = {name: name for name in (*Config.model_fields, *ALIASES, "config_path")} | SYNONYMS
+    near = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.6)
+    return f" (did you mean '{names[near[0]]}'?)" if near else ""
 
 
 def parse_only_flags(arguments: Sequence[str]) -> dict[str, str]:

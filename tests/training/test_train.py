@@ -206,8 +206,10 @@ def test_without_the_environment_the_error_says_what_to_run(tmp_path):
 
 
 def test_help_tells_the_usage():
-    run = train("--help")
-    assert run.status == 0 and "--data_path" in run.out and "default_config.yaml" in run.out
+    run = train("--lr=0.1", "--help")
+    assert run.status == 0 and "--data_path" in run.out and "--help KEY" in run.out
+    assert_one_error(train("--workers=3"), "--workers", "num_parallel_workers")
+    assert_one_error(train("--help", "learning-rate"), "learning-rate", "'lr'")
 
 
 @pytest.mark.slow

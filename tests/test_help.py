@@ -1,0 +1,54 @@
+"""What --help and --list print."""
+
+import pytest
+import yaml
+from conftest import ROOT, execute, mpirun
+
+from src.help import help_text, keys_help, list_text
+from src.models.networks import NETWORKS
+from src.utils.config import Config, suggest_key
+
+
+def test_every_key_has_a_group_its_default_and_a_line_that_says_what_it_is():
+    defaults = yaml.safe_load((ROOT / "default_config.yaml").read_text())
+    found = {of_key.key: of_key for of_key in keys_help()}
+    assert list(found) == list(defaults) and set(found) == set(Config.model_fields)
+    for key, value in defaults.items():
+        assert yaml.safe_load(found[key].default) == value, key
+        assert len(found[key].text) > 5 and found[key].group and found[key].kind, key
+    groups = ["Network", "Data", "Augmentation in training", "Preprocessing in evaluation", "Device", "Optimization",
+              "Checkpoints, evaluation, output"]
+    assert list(dict.fromkeys(of_key.group for of_key in keys_help())) == groups
+    text = help_text("about")
+    assert all(f"\n  --{key}=" in text for key in defaults) and all(f"\n\n{group}\n" in text for group in groups)
+
+
+def test_types_are_those_that_are_validated():
+    kinds = {of_key.key: of_key.kind for of_key in keys_help()}
+    assert kinds["kernels"] == "auto|onednn|mindspore" and kinds["run_eval"] == "0|1" and kinds["run_distribute"] == "0|1|null"
+    assert kinds["lr"] == "NUMBER" and kinds["max_epoch"] == "INT" and kinds["mean"] == "LIST" and kinds["device_id"] == "INT|null"
+
+
+@pytest.mark.parametrize("word,key", [("workers", "num_parallel_workers"), ("model", "network"), ("modle", "network"),
+                                      ("learning_rate", "lr"), ("weigth_decay", "weight_decay"), ("img_size", "image_size"),
+                                      ("xyzzy", None)])
+def test_words_of_other_programs_are_understood(word, key):
+    assert suggest_key(word) == (f" (did you mean '{key}'?)" if key else "")
+
+
+def test_the_list_has_every_network_and_recipe():
+    text = list_text()
+    assert all(f"\n  {name} " in text for name in NETWORKS)
+    assert all(file.stem in text for file in (ROOT / "configs").glob("*.yaml") if file.stem != "network_recipes")
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py", "export.py", "predict.py"])
+def test_every_command_has_help_of_a_key(script):
+    run = execute(["python3", script, "--help", "data_dir"])
+    assert run.status == 0 and run.out.startswith("--data_path=TEXT\n") and "also: --data_dir" in run.out, run
+
+
+@pytest.mark.slow
+def test_ranks_print_it_once():
+    run = mpirun(2, "train.py", "--list")
+    assert run.status == 0 and run.out.count("Recipes (") == 1, run
