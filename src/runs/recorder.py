@@ -1,6 +1,8 @@
 """What a training reports and saves as it goes on."""
 
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from mindspore import Parameter, nn
@@ -9,9 +11,12 @@ from src.runs.curves import plot_curves
 from src.runs.run_folder import RunFolder
 from src.runs.training_state import TrainingState
 from src.utils.config import Config
+from src.utils.errors import UserError
 
 # Counts of an epoch that are reported if they are not 0, and their names in metrics.jsonl.
 COUNTS = {"skipped": "skipped_steps", "replaced": "replaced_images"}
+# At least so long between two drawings of the curves while training goes on; one takes about 0.2 s.
+DRAW_S = 30.0
 
 
 class Recorder:
@@ -60,6 +65,7 @@ class RunRecorder(Recorder):
     def __init__(self, folder: RunFolder, config: Config, log: Callable[[str], None]) -> None:
         self.folder, self._config, self._log = folder, config, log
         self._lock = folder.lock()
+        self._drawn = time.monotonic()
 
     def log(self, text: str) -> None:
         self._log(text)
@@ -80,6 +86,11 @@ class RunRecorder(Recorder):
             text += f" acc={metrics['top1']:.2f}%(TOP1) acc={metrics['top5']:.2f}%(TOP5)"
         self._log(text + "".join(f", {metrics[name]} {name.replace('_', ' ')}" for name in COUNTS.values() if name in metrics))
         self.folder.add_metrics(**metrics)
+        if time.monotonic() - self._drawn >= DRAW_S:
+            # A picture is not worth the training; the last one, in ``finish``, must be there.
+            with suppress(UserError):
+                self._draw()
+            self._drawn = time.monotonic()
 
     def save(self, state: TrainingState, network: nn.Cell, optimizer_state: Sequence[Parameter]) -> None:
         steps = state.step - (state.epoch - 1) * state.steps_per_epoch
@@ -92,10 +103,13 @@ class RunRecorder(Recorder):
         state.write(self.folder.best, network, optimizer_state)
 
     def finish(self) -> None:
-        plot_curves(self.folder.read_metrics(), self.folder.curves)
+        self._draw()
 
     def log_place(self) -> None:
         self._log(f"results in {self.folder.path} (checkpoints in {self.folder.checkpoints}/)")
 
     def last_checkpoint(self) -> str | None:
         return self.folder.last_checkpoint()
+
+    def _draw(self) -> None:
+        plot_curves(self.folder.read_metrics(), self.folder.curves)
