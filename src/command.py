@@ -94,7 +94,7 @@ def start_ranks(config: Any) -> None:
     """Become scripts/launch.py with the ranks that the key ``ranks`` asks for, and the global batch of one process; return for one rank.
 
     Raises:
-        UserError: if their number is to be found out and there are no cores to count, or ``run_distribute`` forbids it.
+        UserError: if there are fewer cores, or none to count, or ``run_distribute`` forbids it.
     """
     from src.dataset.batches import global_batch
     from src.parallel.launcher import hand_over
@@ -104,8 +104,10 @@ def start_ranks(config: Any) -> None:
         raise UserError(f"ranks={config.ranks} and run_distribute=0 contradict each other")
     if config.ranks == "auto" and config.device_target != "CPU":
         raise UserError("ranks=auto counts cores; on devices give their number, as in --ranks=8")
-    batch = global_batch(config, 1)
-    ranks = config.ranks
+    if config.ranks != "auto" and config.device_target == "CPU" and config.ranks > available_cores():
+        raise UserError(f"ranks={config.ranks}, but this process may use {available_cores()} cores; mpirun -n {config.ranks} makes ranks "
+                        "share them")
+    batch, ranks = global_batch(config, 1), config.ranks
     if ranks == "auto":
         forward = batch // config.accumulation_steps
         ranks = max(number for number in range(1, available_cores() + 1) if forward % number == 0)

@@ -95,6 +95,7 @@ def test_no_room_for_a_result_leaves_none(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
 def test_ranks_start_by_themselves_and_keep_the_global_batch(image_root, tmp_path):
     common = (*TINY, f"--data_path={image_root}/train", "--max_epoch=2", "--lr=0.02", "--threads=1")
     by_itself = execute(["python3", "train.py", *common, "--ranks=2", f"--output_path={tmp_path}/itself"])
@@ -107,7 +108,7 @@ def test_ranks_start_by_themselves_and_keep_the_global_batch(image_root, tmp_pat
 
 def test_ranks_that_cannot_be_started_are_one_line(tmp_path):
     for flags, words in ((["--ranks=auto", "--device_target=GPU"], "--ranks=8"), (["--ranks=2", "--run_distribute=0"], "run_distribute=0"),
-                         (["--ranks=-1"], "ranks=-1")):
+                         (["--ranks=-1"], "ranks=-1"), (["--ranks=100000"], "cores")):
         run = execute(["python3", "train.py", *flags, f"--output_path={tmp_path}/out"])
         assert run.status == 2 and len(run.error_lines) == 1 and words in run.error_lines[0], run
     assert not (tmp_path / "out").exists()
