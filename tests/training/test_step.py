@@ -179,7 +179,7 @@ mindspore.set_seed(5)
 network = build_model({network!r}, 5, image_size=64, dropout=0.0)
 gradients = {{}}
 with_loss = NetworkWithLoss(network, InputNormalizer((.5,) * 3, (.5,) * 3), 0.1)
-def keep(lr, arrays, loss_scale):
+def keep(lr, arrays, loss_scale, arrivals):
     gradients.update({{p.name: a.copy() for p, a in zip(network.trainable_params(), arrays)}})
 step = TrainStep(ForwardBackward(with_loss, network.trainable_params()), keep, HostReducer(c, None), running_statistics(network),
                  lambda step, part: (), LossScale())
