@@ -108,7 +108,7 @@ def test_ranks_start_by_themselves_and_keep_the_global_batch(image_root, tmp_pat
 
 def test_ranks_that_cannot_be_started_are_one_line(tmp_path):
     for flags, words in ((["--ranks=auto", "--device_target=GPU"], "--ranks=8"), (["--ranks=2", "--run_distribute=0"], "run_distribute=0"),
-                         (["--ranks=-1"], "ranks=-1"), (["--ranks=100000"], "cores")):
+                         (["--ranks=-1"], "ranks=-1"), (["--ranks=100000"], "cores"), (["--ranks=two"], "valid integer")):
         run = execute(["python3", "train.py", *flags, f"--output_path={tmp_path}/out"])
         assert run.status == 2 and len(run.error_lines) == 1 and words in run.error_lines[0], run
     assert not (tmp_path / "out").exists()

@@ -31,7 +31,7 @@ def test_types_are_those_that_are_validated():
 
 @pytest.mark.parametrize("word,key", [("workers", "num_parallel_workers"), ("model", "network"), ("modle", "network"),
                                       ("learning_rate", "lr"), ("weigth_decay", "weight_decay"), ("img_size", "image_size"),
-                                      ("xyzzy", None)])
+                                      ("xyzzy", None), ("nothing", None)])
 def test_words_of_other_programs_are_understood(word, key):
     assert suggest_key(word) == (f" (did you mean '{key}'?)" if key else "")
 

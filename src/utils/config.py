@@ -272,9 +272,10 @@ def parse_flags(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 def suggest_key(word: str) -> str:
     """`` (did you mean 'x'?)`` for the key that ``word`` is likely to stand for, or an empty string."""
-    names = {name: name for name in (*Config.model_fields, *ALIASES, "config_path")} | SYNONYMS
-    near = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.6)
-    return f" (did you mean '{names[near[0]]}'?)" if near else ""
+    synonym = difflib.get_close_matches(word.lower(), SYNONYMS, n=1, cutoff=0.8)
+    if synonym:
+        return f" (did you mean '{SYNONYMS[synonym[0]]}'?)"
+    return suggestion(word, (*Config.model_fields, *ALIASES, "config_path"))
 
 
 def parse_only_flags(arguments: Sequence[str]) -> dict[str, str]:
@@ -330,7 +331,10 @@ def validated(values: Mapping[str, Any]) -> Config:
             raise UserError(f"unknown key '{key}'{suggestion(key, Config.model_fields)}") from None
         if first["type"] == "missing" and len(first["loc"]) == 1:
             raise UserError(f"the configuration has no value for '{key}'; default_config.yaml is damaged") from None
-        reason = first["msg"].removeprefix("Value error, ")
+        # A key that takes one of two kinds has an error for each.
+        kinds = [error["msg"][0].lower() + error["msg"][1:] for error in failure.errors()
+                 if error["loc"][:1] == first["loc"][:1] and all(isinstance(part, str) for part in error["loc"])]
+        reason = (" or ".join(kinds) if len(kinds) > 1 else first["msg"]).removeprefix("Value error, ")
         given = f"{key}={first['input']}: " if key else ""
         raise UserError(f"{given}{reason[0].lower() + reason[1:]}") from None
 
