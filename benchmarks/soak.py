@@ -155,7 +155,7 @@ def outcome(output):
     folder = max(output.iterdir())
     arrays, metadata = read_weights(folder / "latest.ckpt")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    metrics = [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+    metrics = [{key: value for key, value in line.items() if key not in ("images_per_second", "rank_seconds")} for line in lines]
     return {name: array.tobytes() for name, array in arrays.items()}, metadata["step"], metadata["best_top1"], metrics
 
 
