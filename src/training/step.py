@@ -51,15 +51,17 @@ class NetworkWithLoss(nn.Cell):
     def __init__(self, network: nn.Cell, normalizer: nn.Cell, smoothing: float) -> None:
         super().__init__(auto_prefix=False)
         self.network, self.normalizer, self.smoothing = network, normalizer, smoothing
-        self.loss = nn.CrossEntropyLoss(label_smoothing=smoothing)
 
     def construct(self, images: Tensor, labels: Tensor, kept: Tensor | None = None) -> Tensor:
         images = self.normalizer(images)
         logits = ops.cast(self.network(images) if kept is None else self.network(images, kept), mindspore.float32)
+        # nn.CrossEntropyLoss takes the logarithm apart, whose last bit on CPU depends on where its memory lies.
+        log_probabilities = ops.log_softmax(logits, 1)
         if labels.ndim == 1:
-            return self.loss(logits, labels)
+            loss = ops.nll_loss(log_probabilities, labels)
+            return (1 - self.smoothing) * loss - self.smoothing * log_probabilities.mean() if self.smoothing else loss
         targets = (1 - self.smoothing) * labels + self.smoothing / labels.shape[1]
-        return -(targets * ops.log_softmax(logits, 1)).sum(1).mean()
+        return -(targets * log_probabilities).sum(1).mean()
 
 
 class ForwardBackward(nn.Cell):

@@ -1,5 +1,7 @@
 """The training step: loss, gradients, update; and that ranks compute what one rank computes."""
 
+import itertools
+
 import mindspore
 import numpy as np
 import pytest
@@ -50,6 +52,25 @@ def test_label_smoothing_over_the_other_classes_is_the_model_zoos(classes, share
     assert NetworkWithLoss(nn.Identity(), nn.Identity(), smoothing)(Tensor(logits), mixed).asnumpy() == pytest.approx(loss, rel=1e-5)
     assert make_config(label_smooth=0, num_classes=classes).smoothing == 0
     assert make_config(label_smooth_factor=share, label_smooth_over="all", num_classes=classes).smoothing == share
+
+
+def test_the_loss_is_the_same_bits_wherever_its_inputs_lie():
+    with_loss = NetworkWithLoss(nn.ReLU(), nn.Identity(), 0.0)
+    logits, labels = np.random.default_rng(0).random((4, 2), np.float32), np.array([0, 1, 1, 0], np.int32)
+    found = set()
+    for at, of_labels in itertools.product(range(0, 64, 4), repeat=2):
+        inputs = Tensor(_lying_at(logits, at)), Tensor(_lying_at(labels, of_labels))
+        found.add(with_loss(*inputs).asnumpy().tobytes())
+    assert len(found) == 1
+
+
+def _lying_at(array, offset):
+    """A copy of ``array`` whose address is ``offset`` above a multiple of 64."""
+    room = np.zeros(array.nbytes + 128, np.uint8)
+    begin = -room.ctypes.data % 64 + offset
+    copy = room[begin:begin + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 def test_gradients_agree_with_finite_differences():
