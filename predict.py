@@ -1,17 +1,17 @@
 """Classify images: `python3 predict.py --checkpoint_file_path=FILE IMAGE_OR_FOLDER... [--result_path=FILE.json] [--save_figure=FILE.png]`.
 
-Takes checkpoints and exported files (.ckpt, .safetensors, .pth, .hdf5, .onnx, .mindir) and prints the five likeliest classes.
+Takes checkpoints and exported files (.ckpt, .safetensors, .pth, .hdf5, .onnx, .mindir) and prints the five likeliest classes (--top_k).
+A .txt file is a list of images, a line each, and - such a list on standard input. Results go to a .json, .jsonl or .csv file.
 """
 
 from src.command import begin, run_main
 
 
 def main(arguments: list[str]) -> None:
-    command = begin(arguments, names="IMAGE_OR_FOLDER", distributed=False)
+    command = begin(arguments, names="--checkpoint_file_path=FILE IMAGE_OR_FOLDER", distributed=False)
     config = command.config
     from src.inference.engines import open_engine
-    from src.inference.evaluation import write_results
-    from src.inference.prediction import as_table, contact_sheet, find_images, predict
+    from src.inference.prediction import as_table, contact_sheet, find_images, predict, write_predictions
     from src.runs.checkpoint import find_checkpoints
     from src.utils.errors import Incomplete
     from src.utils.log import create_log
@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> None:
     for message in bad:
         log(f"left out: {message}")
     if config.result_path:
-        write_results(config.result_path, [prediction.as_dict() for prediction in predictions])
+        write_predictions(config.result_path, predictions)
         log(f"results in {config.result_path}")
     else:
         log(as_table(predictions))

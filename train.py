@@ -3,6 +3,7 @@
 Without arguments the bundled digits are trained. `mpirun -n N python3 train.py --run_distribute=1 ...` trains on N ranks.
 """
 
+import os
 from typing import TYPE_CHECKING
 
 from src.command import begin, run_main
@@ -22,11 +23,12 @@ def main(arguments: list[str], signals: Signals) -> None:
     from src.kernels.library import choose_kernels
     from src.parallel.agreement import agree
     from src.runs.run_folder import dated_run_folder
-    from src.training.data import check_training_keys, open_image_sets, resolve_classes
+    from src.training.data import check_training_keys, open_image_sets, resolve_data
+    from src.training.fitting import fit_batch
 
     check_training_keys(config)
     train_images, eval_images = open_image_sets(config, communicator)
-    config = resolve_classes(config, train_images)
+    config = resolve_data(config, train_images)
     kernels = choose_kernels(config)
     agree(communicator, {"kernels": kernels.name}, "the same --kernels, or the same processors and set-up on every host")
     agree(communicator, {**train_images.facts("training"), **(eval_images.facts("validation") if eval_images else {})})
@@ -37,35 +39,45 @@ def main(arguments: list[str], signals: Signals) -> None:
     from src.dataset.sources import left_out_line
     from src.inference.deployment import deploy
     from src.models.build import create_network
-    from src.models.weights import load_weights
     from src.parallel.stopping import StopRequest
     from src.runs.resume import find_resume_point, resume_line
     from src.training.graph_cache import user_graph_cache
+    from src.training.pretrained import read_pretrained
     from src.training.reducers import uses_collectives
+    from src.training.rehearsal import rehearse
     from src.training.trainer import Trainer
     from src.utils.config import DIGITS
 
     command.select_device(collectives=uses_collectives(config, communicator))
+    pretrained = read_pretrained(config.checkpoint_file_path) if config.checkpoint_file_path else None
+    if pretrained:
+        config = pretrained.configure(command.flags, config)
+        check_training_keys(config)
+        agree(communicator, pretrained.recorded, "the same file of weights on every host")
+    config = fit_batch(config, len(train_images), communicator)
     network = create_network(config, kernels=kernels.library)
-    left_out = load_weights(network, config.checkpoint_file_path, config.allow_head_mismatch) if config.checkpoint_file_path else []
+    starting = pretrained.load(network, config, train_images.class_to_index) if pretrained else None
     resumed = find_resume_point(config, communicator) if config.resume else None
-    recorder = create_recorder(config, communicator, resumed.run_folder if resumed else folder)
-    trainer = Trainer(network, config, communicator, train_images, eval_images, recorder, resumed, user_graph_cache(config), kernels.name)
+    recorder = create_recorder(config, communicator, resumed.run_folder if resumed else folder, kernels.name)
+    graph_cache = None if config.dry_run else user_graph_cache(config)
+    trainer = Trainer(network, config, communicator, train_images, eval_images, recorder, resumed, graph_cache, kernels.name)
 
     if kernels.hint:
         recorder.log(kernels.hint)
     if config.data_path == DIGITS:
         recorder.log("training on the bundled handwritten digits; --data_path=DIR trains on your own images")
-    for line in (left_out_line(train_images, "training"), left_out_line(eval_images, "validation") if eval_images else None):
+    for line in (left_out_line(train_images, "training"), left_out_line(eval_images, "validation") if eval_images else None, starting):
         if line:
             recorder.log(line)
-    if config.checkpoint_file_path:
-        recorder.log(f"starting from {config.checkpoint_file_path}" + (f" without {', '.join(left_out)}" if left_out else ""))
     if resumed:
         recorder.log(resume_line(resumed, communicator.size, trainer.threads, kernels.name))
     recorder.log(f"{config.network} block={config.block} on {communicator.size} x {config.device_target}: "
                  f"{len(train_images)} images, {config.num_classes} classes, {trainer.steps_per_epoch} steps of "
                  f"{trainer.batches.global_batch} images per epoch, {config.max_epoch} epochs")
+    if config.dry_run:
+        for line in rehearse(trainer, config, communicator):
+            recorder.log(line)
+        return
     with StopRequest(signals, communicator) as stop_request:
         rate = trainer.run(stop_request)
     recorder.log(f"FPS: {rate:.2f} img/s in total, {rate / communicator.size:.2f} img/s per device, "
@@ -80,25 +92,30 @@ def log_first_line(config: "Config", communicator: "Communicator", folder: "RunF
     from src.utils.log import create_log
 
     places = ", ".join(f"{host}: {communicator.hosts.count(host)}" for host in dict.fromkeys(communicator.hosts))
-    where = f"goes on under {config.output_path}" if config.resume else f"the log is {folder.log}"
-    create_log(shown=communicator.is_root)(f"{config.network} on {communicator.size} x {config.device_target}"
+    where = ("a dry run" if config.dry_run else f"goes on under {config.output_path}" if config.resume else f"the log is {folder.log}")
+    name = os.path.basename(config.checkpoint_file_path) or config.network
+    create_log(shown=communicator.is_root)(f"{name} on {communicator.size} x {config.device_target}"
                                            + (f" ({places})" if places.count(":") > 1 else "") + f": loading; {where}")
 
 
-def create_recorder(config: "Config", communicator: "Communicator", folder: "RunFolder") -> "Recorder":
+def create_recorder(config: "Config", communicator: "Communicator", folder: "RunFolder", kernels: str) -> "Recorder":
     """What reports and saves: on rank 0 into the run's folder, which is made if it is a new one."""
     from src.dataset.batches import global_batch
     from src.parallel.launcher import tell_launcher
-    from src.runs.recorder import Recorder, RunRecorder
+    from src.runs.recorder import LogOnly, Recorder, RunRecorder
     from src.runs.run_folder import create_run_folder
     from src.utils.log import create_log
+    from src.utils.versions import software
 
     if not communicator.is_root:
         return Recorder()
+    if config.dry_run:
+        return LogOnly(create_log())
     folder = folder if config.resume else create_run_folder(folder)
     tell_launcher(run_folder=str(folder.path.resolve()), accumulation_steps=config.accumulation_steps,
                   global_batch_size=global_batch(config, communicator.size))
-    return RunRecorder(folder, config, create_log(file=folder.log))
+    environment = {"hosts": communicator.hosts, "device": config.device_target, "kernels": kernels, **software()}
+    return RunRecorder(folder, config, create_log(file=folder.log), environment)
 
 
 if __name__ == "__main__":

@@ -59,12 +59,12 @@ def study_run(network_name, block, seed, epochs):
     from src.models.fusion import fuse
     from src.parallel.communicator import Communicator
     from src.runs.recorder import Recorder
-    from src.training.data import resolve_classes
+    from src.training.data import resolve_data
     from src.training.trainer import Trainer
     from src.utils.config import load_config
 
     train_images, val_images = open_images("digits", "train"), open_images("digits", "val")
-    config = resolve_classes(load_config({"config_path": "digits", "network": network_name, "block": block, "seed": seed,
+    config = resolve_data(load_config({"config_path": "digits", "network": network_name, "block": block, "seed": seed,
                                           "max_epoch": epochs, "run_eval": 0}), train_images)
     network = create_network(config)
     Trainer(network, config, Communicator(), train_images, None, Recorder()).run()

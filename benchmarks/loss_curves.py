@@ -12,19 +12,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.photographs import write_crops  # noqa: E402
 from benchmarks.processes import mpirun_environment, mpirun_words  # noqa: E402
 from src.command import run_main  # noqa: E402
 from src.utils.errors import UserError  # noqa: E402
 
-_PHOTOGRAPHS = ("astronaut", "brick", "camera", "chelsea", "clock_motion", "coffee", "coins", "grass", "gravel", "hubble_deep_field", "ihc",
-                "moon", "motorcycle_left", "page", "retina", "rocket")
-_PARTS = {"train": (0.0, 0.7, 60), "val": (0.7, 1.0, 20)}
 _RECIPES = {
     "digits": ("--config_path=digits",),
     "photographs": ("--network=resnet18", "--block=acb", "--image_size=64", "--per_batch_size=16", "--lr=0.05", "--warmup_epochs=1",
@@ -59,28 +56,6 @@ def best(epochs):
 def spread(values, digits):
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.mean(values):.{digits}f}+-{deviation:.{digits}f}"
-
-
-def write_crops(folder):
-    """Square crops of each photograph as train/NAME/*.jpg from its left and val/NAME/*.jpg from its right; returns ``folder``."""
-    import cv2
-    import numpy as np
-    package = find_spec("skimage")
-    if package is None:
-        raise UserError("the photographs are scikit-image's: python3 -m pip install --no-deps scikit-image")
-    random = np.random.default_rng(0)
-    for name in _PHOTOGRAPHS:
-        (file,) = (Path(package.origin).parent / "data").glob(f"{name}.*")
-        image = cv2.imread(str(file))
-        for part, (first, last, count) in _PARTS.items():
-            region = image[:, int(first * image.shape[1]):int(last * image.shape[1])]
-            target = folder / part / name
-            target.mkdir(parents=True)
-            for number in range(count):
-                side = int(random.integers(64, min(128, *region.shape[:2]) + 1))
-                top, left = (int(random.integers(0, length - side + 1)) for length in region.shape[:2])
-                cv2.imwrite(str(target / f"{number}.jpg"), cv2.resize(region[top:top + side, left:left + side], (96, 96)))
-    return folder
 
 
 def trained(options, data, place, level, seed):

@@ -21,9 +21,8 @@ def main(arguments):
 
     config = load_config(parse_only_flags(arguments))
     prepare_process()
-    from tqdm import tqdm
-
     from src.dataset.checking import check_files, image_sets, summary
+    from src.parallel.long_task import LongTask
     from src.utils.files import write_whole
 
     sets = image_sets(config.data_path, config.dataset_format)
@@ -32,10 +31,12 @@ def main(arguments):
     paths = [path for images in sets.values() for path in images.paths or ()]
     started, findings = time.perf_counter(), []
     checked = check_files(paths, config.num_parallel_workers or available_cores())
-    for finding in tqdm(checked, total=len(paths), unit="image", disable=not sys.stderr.isatty(), leave=False):
-        if finding is not None:
-            findings.append(finding)
-            tqdm.write(f"{'BAD' if finding.bad else 'damaged'} {finding.path}: {finding.reason}")
+    with LongTask("checked", len(paths), "image") as task:
+        for finding in checked:
+            task.advance()
+            if finding is not None:
+                findings.append(finding)
+                task.write(f"{'BAD' if finding.bad else 'damaged'} {finding.path}: {finding.reason}")
     bad = sum(finding.bad for finding in findings)
     if config.result_path:
         text = json.dumps([vars(finding) for finding in findings], indent=1)

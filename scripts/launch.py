@@ -86,7 +86,8 @@ def prepare_restart(options, script, facts_file, status, restarts_left):
         if not options.hosts:
             fail("; ".join([*said, "no host is left"]))
         if facts:
-            options.script_arguments.append(f"--global_batch_size={facts['global_batch_size']}")
+            # What the training had found to fit is not asked again.
+            options.script_arguments += [f"--global_batch_size={facts['global_batch_size']}", "--fit_batch=0"]
     if facts and any(Path(facts["run_folder"]).glob("ckpt_0/*.ckpt")):
         options.script_arguments.append("--resume=auto")
         said.append("starting again from the newest checkpoint")

@@ -23,10 +23,9 @@ def main(arguments):
 
     options = parse(arguments)
     prepare_process()
-    from tqdm import tqdm
-
     from src.dataset.packing import pack
     from src.dataset.sources import open_images
+    from src.parallel.long_task import LongTask
 
     classes = None
     if options.split == "val" and has_both(options.data_path):
@@ -35,9 +34,9 @@ def main(arguments):
     if images.paths is None:
         raise UserError(f"the images of '{options.data_path}' are not files of their own; there is nothing to pack")
     started = time.perf_counter()
-    with tqdm(total=len(images), unit="image", disable=not sys.stderr.isatty(), leave=False) as bar:
+    with LongTask("packed", len(images), "image") as task:
         pack(images, options.result_path, options.short_side, options.quality,
-             options.num_parallel_workers or available_cores(), bar.update)
+             options.num_parallel_workers or available_cores(), task.advance)
     print(f"packed {len(images)} images of {images.num_classes} classes into {options.result_path}, verified; "
           f"{len(images) / (time.perf_counter() - started):.0f} images/s")
 

@@ -47,7 +47,7 @@ def begin(arguments: Sequence[str], names: str = "", distributed: bool = True) -
     """Resolve the command line, connect the ranks and prepare this process, before MindSpore is imported.
 
     Args:
-        names: what positional arguments are, for commands that need some; "" for commands without.
+        names: for commands that need positional arguments, what to type before and for them; "" for commands without.
         distributed: False for commands that run as one process.
 
     Raises:
@@ -71,8 +71,8 @@ def begin(arguments: Sequence[str], names: str = "", distributed: bool = True) -
     if found and not names:
         raise UserError(f"'{found[0]}' is not a flag; write --KEY=VALUE")
     if names and not found:
-        raise UserError(f"no {names.lower().partition('_')[0]} given: python3 {os.path.basename(sys.argv[0])} "
-                        f"--checkpoint_file_path=FILE {names}...")
+        what = names.rpartition(" ")[2].lower().partition("_")[0]
+        raise UserError(f"no {what} given: python3 {os.path.basename(sys.argv[0])} {names}...")
     config = load_config(flags)
     check_network(config.network)
     find_block(config.block)

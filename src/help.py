@@ -71,8 +71,10 @@ def help_text(about: str, key: str = "") -> str:
 
 def list_text() -> str:
     """What ``--list`` prints: networks, blocks and recipes."""
-    lines = ["Networks (--network=NAME): image size, other names"]
-    lines += [f"  {name:18} {network.image_size:4}  {', '.join(network.aliases)}".rstrip() for name, network in NETWORKS.items()]
+    lines = ["Networks (--network=NAME): image size, million parameters, million multiply-adds an image, other names"]
+    for name, network in NETWORKS.items():
+        size = f"{network.size.parameters / 1e6:6.2f} {network.size.multiply_adds / 1e6:5.0f}" if network.size else " " * 12
+        lines.append(f"  {name:18} {network.image_size:4} {size}  {', '.join(network.aliases)}".rstrip())
     lines += ["", "Blocks (--block=NAME), in place of square convolutions", "  " + ", ".join(BLOCKS)]
     lines += ["", "Recipes (--config_path=NAME)"]
     for file in sorted(RECIPES.glob("*.yaml")):

@@ -11,6 +11,7 @@ from src.dataset.cifar import CIFAR10, CIFAR100, Cifar
 from src.dataset.decoding import BadImage, open_regular, read_image
 from src.dataset.image_set import ImageSet
 from src.dataset.packed import PackedImages, is_packed
+from src.utils.config import Config
 from src.utils.errors import UserError, suggestion
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif", ".avif")
@@ -25,6 +26,7 @@ _MAGIC = (_JPEG, _PNG, b"BM", b"RIFF", b"II*\0", b"MM\0*", b"P1", b"P2", b"P3", 
 # What the last bytes of a whole file hold; cameras may add some bytes behind.
 _ENDS = {_JPEG: b"\xff\xd9", _PNG: b"IEND"}
 _LAST_BYTES = 64
+_SPLIT_SHARE = 0.2
 Classes = Mapping[str, int] | None
 
 
@@ -102,6 +104,13 @@ def validation_path(data_path: str) -> str | None:
         if path.name in ("train", "train_list.txt", "train.mindrecord") and (path.parent / sibling).exists():
             return str(path.parent / sibling)
     return None
+
+
+def split_share(config: Config) -> float:
+    """Share of the training images that is for validation: val_split, with "auto" 0.2 if there are no other validation images."""
+    if config.val_split != "auto":
+        return config.val_split
+    return 0.0 if config.eval_data_path or validation_path(config.data_path) else _SPLIT_SHARE
 
 
 def _looks_whole(path: str) -> bool:

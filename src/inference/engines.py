@@ -43,6 +43,11 @@ class NetworkEngine:
         return logits
 
 
+def with_flip(engine: Engine) -> Engine:
+    """``engine``, with the mean of its logits over each image and its mirror image."""
+    return lambda images: (engine(images) + engine(np.ascontiguousarray(images[:, :, ::-1]))) / np.float32(2)
+
+
 def network_engine(network: nn.Cell, config: Config) -> Engine:
     """The engine of ``network`` that ``config.eval_engine`` names.
 
@@ -89,12 +94,12 @@ def open_engine(path: str | Path, flags: Mapping[str, Any], reuse: Opened | None
     path = Path(path)
     if path.suffix in (".onnx", ".mindir"):
         metadata = exported_metadata(path)
-        model = RecordedModel.of({}, metadata, flags, path.parent)
+        model = RecordedModel.of({}, metadata, flags, path)
         if path.suffix == ".onnx":
             return model, guarded(OnnxEngine(path, model.config), path), metadata
         return model, guarded(NetworkEngine(load_mindir(path), model.config), path), metadata
     arrays, metadata = read_weights(path)
-    model = RecordedModel.of(arrays, metadata, flags, path.parent)
+    model = RecordedModel.of(arrays, metadata, flags, path)
     if reuse is not None and reuse[0] == model and isinstance(reuse[1], NetworkEngine):
         assign_weights(reuse[1].network, arrays, path)
         return model, reuse[1], metadata

@@ -9,37 +9,54 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import log_softmax
 
 from src.dataset.batches import PADDING_LABEL, UNDECODABLE_LABEL, EvalBatches, prefetch
 from src.dataset.image_set import ImageSet
 from src.dataset.sources import left_out_line
-from src.inference.engines import Engine, open_engine
+from src.inference.engines import Engine, open_engine, with_flip
 from src.parallel.agreement import agree
 from src.parallel.communicator import Communicator
+from src.parallel.long_task import LongTask
 from src.utils.config import Config
 from src.utils.errors import UserError
 from src.utils.files import checksum, write_whole
 from src.utils.log import LINE_S
+from src.utils.text import escaped
 
 _TOP = 5
 _LARGEST_BATCH = 64
 _NAMED = 5
+_CLASSES_SHOWN = 24
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Top-1 and top-5 accuracy in percent over ``images`` images, and the rate at which they were evaluated.
+    """What an evaluation found.
 
-    ``undecodable`` has a message for each image that could not be decoded and counts as wrong; ``nonfinite`` is the number of
-    images with outputs that are not finite, which count as wrong too.
+    Attributes:
+        top1, top5: accuracy in percent over ``images`` images.
+        images_per_second: the rate at which they were evaluated.
+        loss: mean cross-entropy, without smoothing, over the images that the network has finite outputs for.
+        class_hits, class_images: of each class, images that were found (top-1) and images that could be decoded.
+        undecodable: a message for each image that could not be decoded and counts as wrong.
+        nonfinite: number of images with outputs that are not finite, which count as wrong too.
     """
 
     top1: float
     top5: float
     images: int
     images_per_second: float
+    loss: float
+    class_hits: tuple[int, ...]
+    class_images: tuple[int, ...]
     undecodable: tuple[str, ...] = ()
     nonfinite: int = 0
+
+    @property
+    def class_top1(self) -> list[float | None]:
+        """Top-1 accuracy of each class in percent, by label; None for a class without images."""
+        return [round(100 * hits / images, 2) if images else None for hits, images in zip(self.class_hits, self.class_images)]
 
 
 class Evaluator:
@@ -48,44 +65,65 @@ class Evaluator:
     Args:
         images: the ImageSet, the same on every rank; each rank takes its share.
         log: called with a line of text every ``line_s`` seconds of an evaluation.
+
+    Attributes:
+        batches: the rank's share.
     """
 
     def __init__(self, images: ImageSet, config: Config, communicator: Communicator, log: Callable[[str], None] = lambda text: None,
                  line_s: float = LINE_S) -> None:
-        self._communicator, self._log, self._line_s = communicator, log, line_s
+        self._communicator, self._log, self._line_s, self._classes = communicator, log, line_s, images.num_classes
         batch = min(config.per_batch_size, _LARGEST_BATCH,
                     max(-(-len(images) // communicator.size), 1))
-        self._batches = EvalBatches(images, config, communicator.rank, communicator.size, batch)
+        self.batches = EvalBatches(images, config, communicator.rank, communicator.size, batch)
 
     def __call__(self, engine: Engine) -> Accuracy:
         """Accuracy of ``engine`` over all ranks' images. Raises UserError if none can be decoded."""
-        counts, untimed, nonfinite = np.zeros(3), 0.0, 0
+        counts, sums, untimed, nonfinite = np.zeros(3), np.zeros(2), 0.0, 0
+        of_classes = np.zeros((2, self._classes))
         messages: list[str] = []
-        begun = shown = started = time.perf_counter()
-        for number, batch in enumerate(prefetch(self._batches)):
-            logits = engine(batch.images)
-            counts += count_correct(logits, batch.labels)
-            nonfinite += count_nonfinite(logits[batch.labels != PADDING_LABEL])
-            messages += batch.undecodable
-            now = time.perf_counter()
-            if now - shown > self._line_s:
-                shown, share = now, (number + 1) / len(self._batches)
-                self._log(f"evaluated {100 * share:.0f} % of the images, {(now - begun) * (1 / share - 1):.0f} s left")
-            if number == 0 and len(self._batches) > 1:
-                # The first batch compiles the graph; a rate that counts it says nothing about the network.
-                untimed, started = counts[2], time.perf_counter()
+        started = time.perf_counter()
+        with LongTask("evaluated", len(self.batches.indices), "image", self._log, self._line_s, self._communicator.is_root) as task:
+            for number, batch in enumerate(prefetch(self.batches)):
+                logits = engine(batch.images)
+                counts += count_correct(logits, batch.labels)
+                sums += cross_entropy_sum(logits, batch.labels)
+                of_classes += count_classes(logits, batch.labels, self._classes)
+                nonfinite += count_nonfinite(logits[batch.labels != PADDING_LABEL])
+                messages += batch.undecodable
+                task.advance(int(np.count_nonzero(batch.labels != PADDING_LABEL)))
+                if number == 0 and len(self.batches) > 1:
+                    # The first batch compiles the graph; a rate that counts it says nothing about the network.
+                    untimed, started = counts[2], time.perf_counter()
         seconds = max(time.perf_counter() - started, 1e-9)
         timed = counts[2] - untimed
-        top1, top5, seen, rate, nonfinite_of_all = self._communicator.sum([*counts, timed / seconds, nonfinite])
+        top1, top5, seen, rate, nonfinite_of_all, loss, finite, *classes = self._communicator.sum(
+            [*counts, timed / seconds, nonfinite, *sums, *of_classes.reshape(-1)])
+        hits, images = np.array(classes, np.int64).reshape(2, -1).tolist()
         undecodable = tuple(message for of_rank in self._communicator.gather(messages) for message in of_rank)
         if len(undecodable) == seen:
             raise UserError(f"none of the {len(undecodable)} images can be decoded: {undecodable[0]}")
-        return Accuracy(100 * top1 / seen, 100 * top5 / seen, int(seen), rate, undecodable, int(nonfinite_of_all))
+        return Accuracy(100 * top1 / seen, 100 * top5 / seen, int(seen), rate, loss / max(finite, 1), tuple(hits), tuple(images),
+                        undecodable, int(nonfinite_of_all))
 
 
 def count_nonfinite(logits: np.ndarray) -> int:
     """Number of rows of logits (N, C) that hold an infinity or NaN: such a network says nothing about its images."""
     return int(np.count_nonzero(~np.isfinite(logits).all(axis=1)))
+
+
+def cross_entropy_sum(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(sum of -log p[label], number of images) over the rows of logits (N, C) that are finite and have a label, (N,)."""
+    rows = (labels >= 0) & np.isfinite(logits).all(axis=1)
+    log_p = log_softmax(logits[rows].astype(np.float64), axis=1)
+    return np.array([-log_p[np.arange(len(log_p)), labels[rows]].sum(), len(log_p)])
+
+
+def count_classes(logits: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """(top-1 hits, images) of each label below ``classes``, (2, classes), from logits (N, C) and labels (N,)."""
+    rows = labels >= 0
+    hit = rows & ~np.isnan(logits).any(axis=1) & (logits.argmax(axis=1) == labels)
+    return np.stack([np.bincount(labels[chosen], minlength=classes) for chosen in (hit, rows)])
 
 
 def nonfinite_line(count: int, images: int) -> str:
@@ -146,13 +184,14 @@ def evaluate_checkpoints(paths: Sequence[Path], flags: Mapping[str, Any], commun
             if line := left_out_line(images, "validation"):
                 log(line)
             evaluator, evaluated = Evaluator(images, model.config, communicator, log), model
-        accuracy = evaluator(engine)
+        accuracy = evaluator(with_flip(engine) if model.config.test_flip else engine)
         if accuracy.nonfinite:
             leave_out(path, UserError(nonfinite_line(accuracy.nonfinite, accuracy.images)))
             continue
         results.append({"checkpoint": str(path), "epoch": metadata.get("epoch"), "step": metadata.get("step"),
                         "top1": accuracy.top1, "top5": accuracy.top5, "images": accuracy.images,
-                        "images_per_second": accuracy.images_per_second})
+                        "images_per_second": accuracy.images_per_second, "loss": accuracy.loss,
+                        "class_top1": dict(zip(_names_by_label(images), accuracy.class_top1))})
         if accuracy.undecodable:
             results[-1]["undecodable"] = len(accuracy.undecodable)
             log(undecodable_line(accuracy))
@@ -160,6 +199,23 @@ def evaluate_checkpoints(paths: Sequence[Path], flags: Mapping[str, Any], commun
     if not results:
         raise UserError(f"none of the {len(paths)} checkpoints can be evaluated")
     return results, failures
+
+
+def _names_by_label(images: ImageSet) -> list[str]:
+    """Class names in the order of labels."""
+    names = {label: name for name, label in images.class_to_index.items()}
+    return [names.get(label, str(label)) for label in range(images.num_classes)]
+
+
+def class_table(accuracy: Accuracy, images: ImageSet) -> list[str]:
+    """Lines of the classes with their images and top-1 accuracy, the worst first; of many classes the worst ones."""
+    found = [(share, name, count) for share, name, count in zip(accuracy.class_top1, _names_by_label(images), accuracy.class_images)
+             if share is not None]
+    found.sort(key=lambda line: line[:2])
+    shown = found if len(found) <= _CLASSES_SHOWN else found[:_CLASSES_SHOWN // 2]
+    width = max(len(escaped(name)) for _, name, _ in shown)
+    lines = [f"  {escaped(name):<{width}}  {share:6.2f} % of {count} images" for share, name, count in shown]
+    return lines if shown is found else [*lines, f"  and {len(found) - len(shown)} classes above {shown[-1][0]:.2f} %"]
 
 
 def _in_order(paths: Sequence[Path]) -> list[Path]:

@@ -18,7 +18,7 @@ from src.inference.recorded_model import RecordedModel
 from src.models.formats import METADATA, read_weights
 from src.models.fusion import fuse
 from src.models.layers import InputNormalizer
-from src.models.networks import torch_name
+from src.models.networks import NetworkSize, torch_name
 from src.models.weights import assign_weights
 from src.runs.checkpoint import save_checkpoint
 from src.utils.config import Config
@@ -27,14 +27,6 @@ from src.utils.files import write_whole
 
 _TOLERANCE = 1e-4
 _PROBES = 4
-
-
-@dataclass(frozen=True)
-class NetworkSize:
-    """Trainable parameters, and multiply-adds of convolutions and dense layers for one image."""
-
-    parameters: int
-    multiply_adds: int
 
 
 @dataclass(frozen=True)
@@ -63,7 +55,7 @@ def export_checkpoint(path: Path, flags: Mapping[str, Any], file_format: str, fu
         UserError: if it cannot be written, or differs from the checkpoint by more than 1e-4 (it is removed then).
     """
     arrays, metadata = read_weights(path)
-    model = RecordedModel.of(arrays, metadata, flags, path.parent)
+    model = RecordedModel.of(arrays, metadata, flags, path)
     network = model.build()
     assign_weights(network, arrays, path)
     network.set_train(False)
@@ -90,23 +82,26 @@ def export_checkpoint(path: Path, flags: Mapping[str, Any], file_format: str, fu
 
 def network_size(network: nn.Cell, image_size: int) -> NetworkSize:
     """NetworkSize for one (3, image_size, image_size) image."""
-    multiply_adds = 0
+    multiply_adds = activations = 0
 
     def count(cell: nn.Cell, _: Any, output: Tensor) -> None:
-        nonlocal multiply_adds
-        multiply_adds += output.size // output.shape[0] * int(np.prod(cell.weight.shape[1:]))
+        nonlocal multiply_adds, activations
+        outputs = output.size // output.shape[0]
+        activations += outputs
+        if not isinstance(cell, nn.BatchNorm2d):
+            multiply_adds += outputs * int(np.prod(cell.weight.shape[1:]))
 
     # Hooks are called in PyNative mode only.
     mindspore.set_context(mode=mindspore.PYNATIVE_MODE)
     hooks = [cell.register_forward_hook(count) for _, cell in network.cells_and_names()
-             if isinstance(cell, (nn.Conv2d, nn.Dense))]
+             if isinstance(cell, (nn.Conv2d, nn.Dense, nn.BatchNorm2d))]
     try:
         network(Tensor(np.zeros((1, 3, image_size, image_size), np.float32)))
     finally:
         for hook in hooks:
             hook.remove()
         mindspore.set_context(mode=mindspore.GRAPH_MODE)
-    return NetworkSize(sum(parameter.size for parameter in network.trainable_params()), multiply_adds)
+    return NetworkSize(sum(parameter.size for parameter in network.trainable_params()), multiply_adds, activations)
 
 
 def _default_target(path: Path, file_format: str, fuses: bool) -> Path:
@@ -149,7 +144,7 @@ def _logits_of_file(target: Path, file_format: str, model: RecordedModel, inputs
     if file_format == "MINDIR":
         return load_mindir(target)(Tensor(inputs)).asnumpy()
     arrays, metadata = read_weights(target)
-    network = RecordedModel.of(arrays, metadata, {}, target.parent).build().set_train(False)
+    network = RecordedModel.of(arrays, metadata, {}, target).build().set_train(False)
     assign_weights(network, arrays, target)
     return network(Tensor(inputs)).asnumpy()
 

@@ -9,7 +9,8 @@ from typing import Any
 from mindspore import nn
 
 from src.dataset.image_set import ImageSet
-from src.dataset.sources import open_images, validation_path
+from src.dataset.sources import open_images, split_share, validation_path
+from src.inference.origin import recorded_model
 from src.kernels.library import KernelLibrary
 from src.models.blocks import BLOCKS, find_block, recognise_block
 from src.models.build import create_network
@@ -17,11 +18,6 @@ from src.models.formats import Arrays
 from src.models.weights import classes_in
 from src.utils.config import Affects, Config, keys_affecting, load_config
 from src.utils.errors import UserError
-
-# What checkpoints of version 0.2 and before did not record, because there was one way only.
-_NOT_RECORDED_BEFORE = {"eval_resize_mode": "square", "crop_pct": 0.875, "interpolation": "bilinear", "antialias": False}
-# For files of other programs: the evaluation of torchvision, timm and the ACNet repository.
-_PREPROCESSING_ELSEWHERE = {"eval_resize_mode": "shorter_side", "interpolation": "bilinear", "antialias": True}
 
 
 @dataclass(frozen=True)
@@ -37,28 +33,27 @@ class RecordedModel:
     class_to_index: dict[str, int] | None
 
     @classmethod
-    def of(cls, arrays: Arrays, metadata: Mapping[str, Any], flags: Mapping[str, Any], folder: Path | None = None) -> "RecordedModel":
+    def of(cls, arrays: Arrays, metadata: Mapping[str, Any], flags: Mapping[str, Any], path: Path | None = None) -> "RecordedModel":
         """The model of a checkpoint as ``read_weights`` returns it; ``flags`` win over what it records.
 
         Args:
-            folder: where to look for class_indexing.json if the checkpoint itself has no class map.
+            path: the file; beside it lies class_indexing.json, if the checkpoint itself has no class map.
 
         Raises:
             UserError: if flags or the weights contradict what is recorded.
         """
         fused = bool(metadata.get("fused", False))
         recorded = {key: value for key, value in metadata.get("config", {}).items()
-                    if key in keys_affecting(Affects.MODEL, Affects.IMAGES, Affects.BATCH) | {"seed"}}
+                    if key in keys_affecting(Affects.IMAGES, Affects.BATCH) | {"seed"}}
         if "data_path" in flags:
             recorded.pop("eval_data_path", None)
             recorded.pop("val_split", None)
         elif recorded.get("data_path") and not recorded.get("eval_data_path") and not recorded.get("val_split"):
             recorded["eval_data_path"] = validation_path(recorded["data_path"]) or ""
-        if recorded:
-            recorded = {**_NOT_RECORDED_BEFORE, **recorded}
-        else:
+        recorded |= recorded_model(arrays, metadata, path)
+        if not metadata.get("config"):
+            recorded["data_path"] = ""
             guessed, fused = recognise_block(arrays)
-            recorded = {"block": guessed, "data_path": "", **_PREPROCESSING_ELSEWHERE}
             # A block that is asked for and shows nowhere is one that is fused.
             fused = fused or (guessed == "base" and find_block(flags.get("block", guessed)) != BLOCKS["base"])
         network = flags.get("network", recorded.get("network"))
@@ -66,7 +61,8 @@ class RecordedModel:
             raise UserError("the checkpoint does not say of which network it is; pass --network=NAME")
         recorded["num_classes"] = classes_in(arrays, network) or recorded.get("num_classes", 0)
         config = load_config(flags, checkpoint_layer=recorded)
-        return cls(config, fused, metadata.get("class_to_index") or _class_map_beside(folder))
+        named = read_class_names(config.class_names, config.num_classes) if config.class_names else None
+        return cls(config, fused, named or metadata.get("class_to_index") or _class_map_beside(path))
 
     @property
     def has_branches(self) -> bool:
@@ -86,23 +82,49 @@ class RecordedModel:
         path = self.config.eval_data_path or self.config.data_path
         if not path:
             raise UserError("no images to evaluate on: pass --data_path=DIR")
-        images = open_images(path, "train" if self.config.val_split else "val", self.config.dataset_format, self.class_to_index)
-        if self.config.val_split:
-            _, images = images.split(self.config.val_split, self.config.seed)
+        share = split_share(self.config)
+        images = open_images(path, "train" if share else "val", self.config.dataset_format, self.class_to_index)
+        if share:
+            _, images = images.split(share, self.config.seed)
         if images.num_classes > self.config.num_classes:
             raise UserError(f"the data in '{self.config.data_path}' has {images.num_classes} classes but the checkpoint "
                             f"was trained with {self.config.num_classes}")
         return images
 
 
-def _class_map_beside(folder: Path | None) -> dict[str, int] | None:
-    """class_indexing.json in ``folder`` or above it, or None."""
-    for place in (folder, folder and folder.parent):
+def read_class_names(file: str, classes: int) -> dict[str, int]:
+    """{name: label} of a text file with a name a line, in the order of labels from 0, or of a class_indexing.json.
+
+    Raises:
+        UserError: if it cannot be read, names a class twice, or has not as many names as there are ``classes``.
+    """
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as failure:
+        raise UserError(f"cannot read class_names '{file}': {getattr(failure, 'strerror', None) or 'it is not text'}") from None
+    if file.endswith(".json"):
+        return _class_map(text, Path(file))
+    names = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(names) != classes:
+        raise UserError(f"class_names '{file}' has {len(names)} names, a line each, but the network has {classes} classes")
+    found = {name: label for label, name in enumerate(names)}
+    if len(found) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"class_names '{file}' has '{twice}' twice; classes are told apart by their names")
+    return found
+
+
+def _class_map_beside(path: Path | None) -> dict[str, int] | None:
+    """class_indexing.json beside ``path`` or in the folder above, or None."""
+    for place in (path and path.parent, path and path.parent.parent):
         file = place and Path(place) / "class_indexing.json"
         if file and file.is_file():
-            try:
-                found = json.loads(file.read_text(encoding="utf-8"))
-                return {str(name): int(label) for name, label in found.items()}
-            except (ValueError, AttributeError, TypeError):
-                raise UserError(f"{file} is damaged: it must map class names to indices") from None
+            return _class_map(file.read_text(encoding="utf-8"), file)
     return None
+
+
+def _class_map(text: str, file: Path) -> dict[str, int]:
+    try:
+        return {str(name): int(label) for name, label in json.loads(text).items()}
+    except (ValueError, AttributeError, TypeError):
+        raise UserError(f"{file} is damaged: it must map class names to indices") from None

@@ -21,8 +21,8 @@ def load_weights(network: nn.Cell, path: str, allow_head_mismatch: bool = False)
     return assign_weights(network, arrays, path, allow_head_mismatch)
 
 
-def assign_weights(network: nn.Cell, arrays: Mapping[str, np.ndarray], path: object,
-                   allow_head_mismatch: bool = False) -> list[str]:
+def assign_weights(network: nn.Cell, arrays: Mapping[str, np.ndarray], path: object, allow_head_mismatch: bool = False,
+                   without_head: bool = False) -> list[str]:
     """Copy {name: array} into ``network``: every name and shape must match.
 
     Names are this project's, torchvision's and timm's, or the ACNet repository's, whichever fits best. Optimizer state
@@ -31,6 +31,7 @@ def assign_weights(network: nn.Cell, arrays: Mapping[str, np.ndarray], path: obj
     Args:
         path: what to call the file in messages.
         allow_head_mismatch: leave out the classifier if its shape differs.
+        without_head: leave it out in any case.
 
     Returns:
         Names of the parameters that were left out.
@@ -50,7 +51,7 @@ def assign_weights(network: nn.Cell, arrays: Mapping[str, np.ndarray], path: obj
         more = f" and {len(found) - _MISMATCHES_SHOWN} more" if len(found) > _MISMATCHES_SHOWN else ""
         raise UserError(f"checkpoint '{path}' does not fit: {', '.join(found[:_MISMATCHES_SHOWN])}{more}{hint}")
     _check_values(weights, path)
-    skipped = {name for name in parameters if heads and is_classifier(name)}
+    skipped = {name for name in parameters if (heads or without_head) and is_classifier(name)}
     for name, parameter in parameters.items():
         if name not in skipped:
             parameter.set_data(Tensor(np.ascontiguousarray(weights[names[name] or name], np.float32)))

@@ -1,7 +1,8 @@
 """What a training reports and saves as it goes on."""
 
+import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -56,14 +57,33 @@ class Recorder:
         """The file of the newest checkpoint, or None."""
         return None
 
+    def best_checkpoint(self) -> str | None:
+        """The file of the best network on the validation images, or None."""
+        return None
+
+
+class LogOnly(Recorder):
+    """Prints and keeps nothing, for a dry run."""
+
+    def __init__(self, log: Callable[[str], None]) -> None:
+        self._log = log
+
+    def log(self, text: str) -> None:
+        self._log(text)
+
 
 class RunRecorder(Recorder):
-    """Records into a run folder."""
+    """Records into a run folder.
+
+    Args:
+        log: called with a line of text.
+        environment: what the run computes with, for the record.
+    """
 
     shows_progress = True
 
-    def __init__(self, folder: RunFolder, config: Config, log: Callable[[str], None]) -> None:
-        self.folder, self._config, self._log = folder, config, log
+    def __init__(self, folder: RunFolder, config: Config, log: Callable[[str], None], environment: Mapping[str, Any]) -> None:
+        self.folder, self._config, self._log, self._environment = folder, config, log, environment
         self._lock = folder.lock()
         self._drawn = time.monotonic()
 
@@ -71,7 +91,7 @@ class RunRecorder(Recorder):
         self._log(text)
 
     def start(self, class_to_index: dict[str, int]) -> None:
-        self.folder.write_start(self._config, class_to_index)
+        self.folder.write_start(self._config, class_to_index, self._environment)
 
     def go_on_from(self, state: TrainingState, class_to_index: dict[str, int]) -> None:
         self.folder.remove_leftovers()
@@ -106,10 +126,16 @@ class RunRecorder(Recorder):
         self._draw()
 
     def log_place(self) -> None:
+        if self._config.deploy == "best":
+            deployed = self.folder.fused if self.folder.fused.exists() else self.folder.best
+            self._log(f"next: python3 predict.py --checkpoint_file_path={shlex.quote(str(deployed))} PHOTO_OR_FOLDER")
         self._log(f"results in {self.folder.path} (checkpoints in {self.folder.checkpoints}/)")
 
     def last_checkpoint(self) -> str | None:
         return self.folder.last_checkpoint()
+
+    def best_checkpoint(self) -> str | None:
+        return str(self.folder.best) if self.folder.best.exists() else None
 
     def _draw(self) -> None:
         plot_curves(self.folder.read_metrics(), self.folder.curves)

@@ -10,7 +10,7 @@ from src.models.formats import Arrays
 from src.parallel.communicator import Communicator
 from src.runs.run_folder import RunFolder
 from src.runs.training_state import TrainingState, read_training_state
-from src.utils.config import Affects, Config, keys_affecting
+from src.utils.config import DEFAULT_CONFIG, Affects, Config, keys_affecting, read_layer
 from src.utils.errors import UserError
 
 _KEYS_SHOWN = 3
@@ -138,7 +138,8 @@ def _try_to_read(path: str, config: Config) -> tuple[tuple[TrainingState, Arrays
 def _check_same_training(path: str, state: TrainingState, config: Config) -> None:
     """Raise UserError if a key differs that changes what was computed up to here."""
     fixed = keys_affecting(Affects.MODEL, Affects.GRAPH, Affects.TRAINING)
-    present, stored = config.model_dump(mode="json"), state.config
+    # A key that there was not yet had the meaning of its default.
+    present, stored = config.model_dump(mode="json"), {**read_layer(DEFAULT_CONFIG), **state.config}
     differing = [key for key in Config.model_fields if key in fixed and stored.get(key) != present[key]]
     if set(differing) & {"max_epoch", "T_max"} and state.step <= config.max_epoch * state.steps_per_epoch:
         if config.lr_scheduler != "cosine_annealing" or _cosine_length(stored) == _cosine_length(present):

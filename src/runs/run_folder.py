@@ -3,13 +3,13 @@
 import fcntl
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from src.utils.config import Config
+from src.utils.config import Config, read_layer
 from src.utils.errors import UserError
 from src.utils.files import remove_partials, write_whole
 
@@ -28,6 +28,7 @@ class RunFolder:
         self.log = self.path / "log.txt"
         self.metrics = self.path / "metrics.jsonl"
         self.curves = self.path / "curves.png"
+        self.report = self.path / "report.html"
 
     def lock(self) -> int:
         """Keep other trainings from writing here until this process ends, however it ends; returns the lock's handle.
@@ -44,9 +45,10 @@ class RunFolder:
             pass  # a file system without locks
         return handle
 
-    def write_start(self, config: Config, class_to_index: dict[str, int]) -> None:
-        """Write config.yaml and class_indexing.json."""
-        for name, text in (("config.yaml", config.to_yaml()), ("class_indexing.json", json.dumps(class_to_index, indent=1))):
+    def write_start(self, config: Config, class_to_index: dict[str, int], environment: Mapping[str, Any]) -> None:
+        """Write config.yaml, class_indexing.json and environment.json."""
+        for name, text in (("config.yaml", config.to_yaml()), ("class_indexing.json", json.dumps(class_to_index, indent=1)),
+                           ("environment.json", json.dumps(environment, indent=1))):
             write_whole(self.path / name, partial(Path.write_text, data=text, encoding="utf-8"))
 
     def add_metrics(self, **values: Any) -> None:
@@ -64,6 +66,15 @@ class RunFolder:
         # A line without its end was being written when the run was killed.
         lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("}\n")]
+
+    def read_config(self) -> dict[str, Any]:
+        """The keys of config.yaml. Raises UserError if this is no folder of a run."""
+        return read_layer(self.path / "config.yaml")
+
+    def read_environment(self) -> dict[str, Any]:
+        """What environment.json says; {} for a run of a version that wrote none."""
+        file = self.path / "environment.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     def keep_metrics(self, keep: Callable[[dict[str, Any]], bool]) -> None:
         """Remove the other lines of metrics.jsonl, which a resumed run writes again."""

@@ -1,7 +1,7 @@
 """All that a training needs to go on. This module alone knows what a training's checkpoint holds: writer and reader side by side."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class TrainingState:
         finished_epoch: whether that epoch was evaluated and recorded.
         epoch_sums: what the epoch, if it is not finished, has summed up over its steps.
         best_top1: best accuracy on the validation images so far, in percent; -1 for none.
+        since_best: evaluations in a row that did not better it.
         steps_per_epoch, world_size, labels: steps in an epoch, number of ranks, checksum of the training images' labels.
         threads: number of cores of each rank, which decides how sums are rounded.
         kernels: what computed, which decides it too.
@@ -48,8 +49,9 @@ class TrainingState:
     config: dict[str, Any]
     optimizer: dict[str, Any]
     loss_scale: dict[str, Any]
-    # Checkpoints had none before there was a choice.
+    # What checkpoints did not record before there was such a thing.
     kernels: str = "mindspore"
+    since_best: int = 0
 
     def write(self, path: Path, network: nn.Cell, optimizer_state: Sequence[Parameter]) -> None:
         """Write a checkpoint. Raises UserError if it cannot be written."""
@@ -59,7 +61,7 @@ class TrainingState:
 def read_training_state(path: str) -> tuple[TrainingState, Arrays]:
     """The state and the arrays of a checkpoint. Raises UserError if it is damaged or no checkpoint of a training."""
     arrays, metadata = read_weights(path)
-    metadata.setdefault("kernels", TrainingState.kernels)
+    metadata = {**{field.name: field.default for field in fields(TrainingState) if field.default is not MISSING}, **metadata}
     names = {field.name for field in fields(TrainingState)}
     if metadata.get("version") != VERSION or not names <= set(metadata):
         what = ("was written by another version of this program" if "step" in metadata and metadata.get("version") != VERSION

@@ -2,7 +2,7 @@
 
 from src.dataset.batches import HOW_TO_GO_ON, steps_per_epoch
 from src.dataset.image_set import ImageSet
-from src.dataset.sources import find_bad_image, open_images, validation_path
+from src.dataset.sources import find_bad_image, open_images, split_share, validation_path
 from src.models.networks import check_network
 from src.parallel.communicator import Communicator
 from src.utils.config import Config
@@ -10,8 +10,14 @@ from src.utils.errors import UserError
 
 
 def check_training_keys(config: Config) -> None:
-    """Raise UserError for keys that the network or the device does not support."""
+    """Raise UserError for keys that the network or the device does not support, or that need others."""
     check_network(config.network, config.image_size)
+    if config.freeze_epochs and not config.checkpoint_file_path:
+        raise UserError(f"freeze_epochs={config.freeze_epochs} trains the classifier alone at first, which needs a trained network under "
+                        "it: pass --pretrained=FILE, or --freeze_epochs=0")
+    if config.early_stopping and not (config.run_eval or config.val_split):
+        raise UserError(f"early_stopping={config.early_stopping} needs validation images: add --run_eval=1 or --val_split=auto, or "
+                        "--early_stopping=0")
     if config.device_target == "CPU":
         if config.precision == "O3":
             raise UserError("amp_level=O3 needs device_target=GPU or Ascend; CPU trains in float32 (O0) or bfloat16 (O2)")
@@ -24,12 +30,12 @@ def check_training_keys(config: Config) -> None:
         raise UserError(f"gradient_compression={config.gradient_compression} compresses what MPI sends; add --reducer=mpi")
 
 
-def resolve_classes(config: Config, images: ImageSet) -> Config:
-    """The configuration with the data's num_classes. Raises UserError if a given number differs."""
+def resolve_data(config: Config, images: ImageSet) -> Config:
+    """The configuration with the data's num_classes and val_split as a number. Raises UserError if a given number of classes differs."""
     if config.num_classes not in (0, images.num_classes):
         raise UserError(f"num_classes={config.num_classes} but the data in '{config.data_path}' has "
                         f"{images.num_classes} classes")
-    resolved = config.model_copy(update={"num_classes": images.num_classes})
+    resolved = config.model_copy(update={"num_classes": images.num_classes, "val_split": split_share(config)})
     if resolved.smoothing > 1:
         raise UserError(f"label_smooth_factor={config.label_smooth_factor:g} leaves the true one of {images.num_classes} classes less than "
                         "the others; use a smaller one")
@@ -46,15 +52,17 @@ def open_image_sets(config: Config, communicator: Communicator) -> tuple[ImageSe
         raise UserError("deploy=1 evaluates the trained and the fused network in the end: add --run_eval=1, or --deploy=0")
     images = _open_train_images(config, communicator)
     validation: ImageSet | None
-    if config.val_split:
+    share = split_share(config)
+    if share:
         if config.eval_data_path:
             raise UserError("val_split takes validation images from the training images and eval_data_path names others; give one of them")
-        images, validation = images.split(config.val_split, config.seed)
+        images, validation = images.split(share, config.seed)
         if not len(validation):
-            raise UserError(f"val_split={config.val_split:g} finds no class with two images or more in '{config.data_path}'")
+            raise UserError(f"val_split={share:g} finds no class with two images or more in '{config.data_path}'")
     else:
-        validation = _open_eval_images(config, images) if config.run_eval else None
-    steps_per_epoch(len(images), config, communicator.size)
+        validation = _open_eval_images(config, images) if config.run_eval or config.val_split else None
+    if not config.fit_batch:
+        steps_per_epoch(len(images), config, communicator.size)
     return images, validation
 
 

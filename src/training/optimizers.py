@@ -9,6 +9,7 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from src.models.formats import OPTIMIZER_PREFIX
+from src.models.weights import is_classifier
 from src.training.update_rules import UpdateRule, make_rule
 from src.utils.config import Config
 
@@ -18,10 +19,11 @@ _CHUNK = 1 << 16
 
 @dataclass(frozen=True)
 class _Treatment:
-    """Weight decay and learning-rate factor of one parameter."""
+    """Weight decay and learning-rate factor of one parameter, and whether it is of the classifier."""
 
     decay: float
     lr_factor: float
+    of_classifier: bool
 
 
 class Optimizer:
@@ -29,13 +31,14 @@ class Optimizer:
 
     Attributes:
         state_parameters: what it keeps, Parameters named ``optimizer.STATE.NAME``.
+        freezes_backbone: while True the learning rate of all but the classifier is 0.
     """
 
     def __init__(self, parameters: Sequence[Parameter], rule: UpdateRule, config: Config) -> None:
         self.parameters, self.rule, self._updates = list(parameters), rule, 0
         self.states = [tuple(_zeros_like(p, state) for state in rule.states) for p in parameters]
-        self.treatments = [_Treatment(config.weight_decay if config.decay_norm_and_bias or p.ndim > 1 else 0.0,
-                                      config.bias_lr_factor if is_bias(p.name) else 1.0) for p in parameters]
+        self.treatments = [_treatment(p, config) for p in parameters]
+        self.freezes_backbone = False
         self._uses_norms = type(rule).rate_factor is not UpdateRule.rate_factor
 
     def __call__(self, lr: float, gradients: Sequence[Any], loss_scale: float = 1.0, arrivals: Iterable[int] | None = None) -> int | None:
@@ -65,6 +68,8 @@ class Optimizer:
     def _rate(self, lr: float, index: int, norms: tuple[float, float] | None) -> float:
         """Learning rate of parameter ``index``, by the norms of weight and gradient if the rule looks at them."""
         treatment = self.treatments[index]
+        if self.freezes_backbone and not treatment.of_classifier:
+            return 0.0
         rate = lr * treatment.lr_factor
         if norms is None or self.parameters[index].ndim < 2:
             return rate
@@ -187,6 +192,12 @@ def create_optimizer(config: Config, parameters: Sequence[Parameter]) -> Optimiz
     """The optimizer that the key ``optimizer`` names, for the device of ``config``. Raises UserError for an unknown one."""
     kind = HostOptimizer if config.device_target == "CPU" else DeviceOptimizer
     return kind(parameters, make_rule(config), config)
+
+
+def _treatment(parameter: Parameter, config: Config) -> _Treatment:
+    of_classifier = is_classifier(parameter.name)
+    factor = (config.bias_lr_factor if is_bias(parameter.name) else 1.0) * (1.0 if of_classifier else config.backbone_lr_factor)
+    return _Treatment(config.weight_decay if config.decay_norm_and_bias or parameter.ndim > 1 else 0.0, factor, of_classifier)
 
 
 def is_bias(name: str) -> bool:

@@ -59,6 +59,8 @@ class Trainer:
         self.class_to_index, self._labels = train_images.class_to_index, zlib.crc32(train_images.labels.data)
         self.threads = communicator.gather(available_cores())
         self.first_step, self.best_top1, self._finished_epoch, self._is_unsaved = 0, -1.0, True, False
+        # Evaluations in a row that did not better it.
+        self._since_best = 0
         # Over the steps of the epoch: losses (means over ranks), steps skipped for overflow, images replaced.
         self._sums = _no_sums()
         if resumed is None:
@@ -106,6 +108,9 @@ class Trainer:
                 if self._ends_epoch(step + 1):
                     progress.end_epoch()
                     self._finish_epoch(step + 1)
+                    if self._stops_early:
+                        self.recorder.log(f"no better top-1 in {self._since_best} evaluations: the training ends here")
+                        break
                 elif self._saves_at(step + 1):
                     self.recorder.save(*self._state(step + 1))
         self.recorder.finish()
@@ -151,7 +156,8 @@ class Trainer:
             self._sums, self._finished_epoch = _no_sums(), True
         if self.evaluator is not None and (last or epoch % self.config.eval_interval == 0):
             accuracy = self.evaluator(self.engine)
-            metrics.update(top1=round(accuracy.top1, 4), top5=round(accuracy.top5, 4))
+            metrics.update(top1=round(accuracy.top1, 4), top5=round(accuracy.top5, 4), val_loss=round(accuracy.loss, 6),
+                           class_top1=accuracy.class_top1)
             if accuracy.undecodable:
                 self.recorder.log(undecodable_line(accuracy))
             if accuracy.nonfinite:
@@ -163,20 +169,22 @@ class Trainer:
         if slow := slowest_line(times, self.communicator.hosts):
             self.recorder.log(slow)
         if metrics.get("top1", -1.0) > self.best_top1:
-            self.best_top1 = metrics["top1"]
+            self.best_top1, self._since_best = metrics["top1"], 0
             self.recorder.save_best(*self._state(step))
+        elif "top1" in metrics:
+            self._since_best += 1
         self._save_if_due(step)
         self.communicator.barrier()
 
     def _save_if_due(self, step: int) -> None:
-        if step == self.last_step or self._epoch_of(step) % self.config.ckpt_interval == 0 or self._saves_at(step):
+        if step == self.last_step or self._stops_early or self._epoch_of(step) % self.config.ckpt_interval == 0 or self._saves_at(step):
             self.recorder.save(*self._state(step))
 
     def _state(self, step: int) -> tuple[TrainingState, nn.Cell, list[Parameter]]:
         """What the recorder saves."""
         state = TrainingState(
             step=step, epoch=self._epoch_of(step), finished_epoch=self._finished_epoch, epoch_sums=self._sums,
-            best_top1=self.best_top1, steps_per_epoch=self.steps_per_epoch, world_size=self.communicator.size,
+            best_top1=self.best_top1, since_best=self._since_best, steps_per_epoch=self.steps_per_epoch, world_size=self.communicator.size,
             threads=self.threads, kernels=self.kernels, labels=self._labels, class_to_index=self.class_to_index,
             config=self.config.model_dump(mode="json"),
             optimizer=self.step.optimizer.counters(), loss_scale=self.step.loss_scale.state())
@@ -188,16 +196,23 @@ class Trainer:
         restore_arrays(resumed.arrays, resumed.path, self.network, self.step.optimizer.state_parameters)
         self.step.optimizer.restore_counters(state.optimizer)
         self.step.loss_scale.restore(state.loss_scale)
-        self.first_step, self.best_top1 = state.step, state.best_top1
+        self.first_step, self.best_top1, self._since_best = state.step, state.best_top1, state.since_best
+        if self._stops_early:
+            self.last_step = self.first_step
         self._sums, self._finished_epoch = dict(state.epoch_sums), state.finished_epoch
         self._is_unsaved = resumed.is_best
         self.recorder.go_on_from(state, self.class_to_index)
 
     def _begin_epoch(self, step: int, progress: Progress) -> None:
         epoch = step // self.steps_per_epoch + 1
+        self.step.optimizer.freezes_backbone = epoch <= self.config.freeze_epochs
         first = (epoch - 1) * self.steps_per_epoch
         steps = min(self.steps_per_epoch, self.last_step - first)
         progress.begin_epoch(f"epoch {epoch}/{self.config.max_epoch}", first, steps, step)
+
+    @property
+    def _stops_early(self) -> bool:
+        return 0 < self.config.early_stopping <= self._since_best
 
     def _epoch_of(self, step: int) -> int:
         """The epoch, from 1, that the step before ``step`` belongs to."""

@@ -123,7 +123,7 @@ class Config(BaseModel):
 
     data_path: Annotated[str, Affects.IMAGES]
     eval_data_path: Annotated[str, Affects.IMAGES]
-    val_split: Annotated[Share, Affects.IMAGES]
+    val_split: Annotated[Literal["auto"] | Share, BeforeValidator(_lower), Affects.IMAGES]
     dataset_format: Annotated[str, BeforeValidator(_lower), Affects.IMAGES]
     bad_samples: Annotated[Literal["error", "replace"], BeforeValidator(_lower), Affects.TRAINING]
     num_parallel_workers: Annotated[int, Field(ge=0, le=256), Affects.PROCESS]
@@ -160,11 +160,14 @@ class Config(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2 ** 32), Affects.TRAINING]
     per_batch_size: Annotated[Positive, Affects.BATCH]
     global_batch_size: Annotated[NonNegative, Affects.BATCH]
+    fit_batch: Annotated[bool, Affects.BATCH]
     accumulation_steps: Annotated[Positive, Affects.TRAINING]
     max_epoch: Annotated[Positive, Affects.TRAINING]
     max_steps: Annotated[NonNegative, Affects.RUN]
+    dry_run: Annotated[bool, Affects.RUN]
     optimizer: Annotated[str, Affects.TRAINING]
     lr: Annotated[PositiveReal, Affects.TRAINING]
+    lr_batch_size: Annotated[NonNegative, Affects.TRAINING]
     lr_scheduler: Annotated[Schedule, Affects.TRAINING]
     lr_interval: Annotated[Literal["epoch", "step"], BeforeValidator(_lower), Affects.TRAINING]
     warmup_epochs: Annotated[NonNegativeReal, Affects.TRAINING]
@@ -176,11 +179,15 @@ class Config(BaseModel):
     weight_decay: Annotated[NonNegativeReal, Affects.TRAINING]
     decay_norm_and_bias: Annotated[bool, Affects.TRAINING]
     bias_lr_factor: Annotated[PositiveReal, Affects.TRAINING]
+    freeze_epochs: Annotated[NonNegative, Affects.TRAINING]
+    backbone_lr_factor: Annotated[PositiveReal, Affects.TRAINING]
+    early_stopping: Annotated[NonNegative, Affects.TRAINING]
     label_smooth: Annotated[bool, Affects.GRAPH]
     label_smooth_factor: Annotated[Share, Affects.GRAPH]
     label_smooth_over: Annotated[Literal["others", "all"], BeforeValidator(_lower), Affects.GRAPH]
 
     checkpoint_file_path: Annotated[str, Affects.PROCESS]
+    class_names: Annotated[str, Affects.PROCESS]
     allow_head_mismatch: Annotated[bool, Affects.RUN]
     run_eval: Annotated[bool, Affects.RUN]
     eval_interval: Annotated[Positive, Affects.RUN]
@@ -190,9 +197,11 @@ class Config(BaseModel):
     ckpt_interval_steps: Annotated[NonNegative, Affects.RUN]
     keep_checkpoint_max: Annotated[Positive, Affects.PROCESS]
     resume: Annotated[str, BeforeValidator(_resume), Affects.RUN]
-    deploy: Annotated[bool, Affects.RUN]
+    deploy: Annotated[Literal["best"] | bool, BeforeValidator(_lower), Affects.RUN]
     log_interval: Annotated[Positive, Affects.PROCESS]
     result_path: Annotated[str, Affects.PROCESS]
+    top_k: Annotated[Positive, Affects.PROCESS]
+    test_flip: Annotated[bool, Affects.RUN]
     file_format: Annotated[Literal["CKPT", "MINDIR", "ONNX", "SAFETENSORS"], BeforeValidator(_upper), Affects.RUN]
     fuse: Annotated[bool, Affects.RUN]
     save_figure: Annotated[str, Affects.PROCESS]
@@ -286,7 +295,8 @@ def parse_only_flags(arguments: Sequence[str]) -> dict[str, str]:
     return flags
 
 
-def load_config(flags: Mapping[str, Any], checkpoint_layer: Mapping[str, Any] | None = None) -> Config:
+def load_config(flags: Mapping[str, Any], checkpoint_layer: Mapping[str, Any] | None = None,
+                starts_from: Mapping[str, Any] | None = None) -> Config:
     """Resolve the configuration: default_config.yaml, what belongs to the network, what a checkpoint records, the recipe, the flags;
     the last wins.
 
@@ -296,6 +306,7 @@ def load_config(flags: Mapping[str, Any], checkpoint_layer: Mapping[str, Any] | 
     Args:
         flags: {key: value}, as from ``parse_flags``; "config_path" picks the recipe.
         checkpoint_layer: {key: value} recorded in a checkpoint.
+        starts_from: the same of weights that a training starts from; recipes are implied as without.
 
     Raises:
         UserError: for an unreadable file, an unknown key or a value out of range.
@@ -308,7 +319,7 @@ def load_config(flags: Mapping[str, Any], checkpoint_layer: Mapping[str, Any] | 
     if "per_batch_size" in flags and "global_batch_size" not in flags:
         # It decides, which a recipe's global_batch_size would not let it.
         flags["global_batch_size"] = 0
-    above = {**(checkpoint_layer or {}), **layer, **_empty_to_none(flags)}
+    above = {**(checkpoint_layer or {}), **(starts_from or {}), **layer, **_empty_to_none(flags)}
     return validated({**read_layer(DEFAULT_CONFIG), **network_layer(above.get("network")), **above})
 
 

@@ -10,8 +10,9 @@ import pytest
 from conftest import execute, make_config, mpirun
 from mindspore import Parameter, Tensor
 
+from src.dataset.image_set import ImageSet
 from src.dataset.sources import open_images
-from src.inference.evaluation import Evaluator, count_correct, count_nonfinite
+from src.inference.evaluation import Accuracy, Evaluator, class_table, count_classes, count_correct, count_nonfinite, cross_entropy_sum
 from src.kernels.library import KernelChoice
 from src.models.formats import read_weights, without_optimizer_state
 from src.parallel.communicator import Communicator
@@ -23,6 +24,25 @@ def test_hits_are_counted_by_hand():
                        [9, 1, 2, 3, 4, 5, 6]], np.float32)
     # ranks of the labels: 0, 4 (the last of the top five), 5, 0 (ties count for the lower index), padding
     assert count_correct(logits, np.array([0, 3, 2, 0, -1])).tolist() == [2, 3, 4]
+
+
+def test_loss_and_classes_are_counted_by_hand():
+    logits = np.array([[0, 0, 0], [2, 0, 0], [0, 1, 0], [np.nan, 0, 0], [5, 0, 0], [9, 9, 9]], np.float32)
+    labels = np.array([0, 0, 2, 2, -2, -1])  # two that are right, two wrong, one undecodable, one of padding
+    p = [1 / 3, np.exp(2) / (np.exp(2) + 2), 1 / (np.e + 2)]
+    assert cross_entropy_sum(logits, labels) == pytest.approx([-np.log(p).sum(), 3])
+    assert count_classes(logits, labels, 3).tolist() == [[2, 0, 0], [2, 0, 2]]
+    accuracy = Accuracy(50, 50, 4, 1, 0.5, (2, 0, 0), (2, 0, 2))
+    assert accuracy.class_top1 == [100.0, None, 0.0]
+
+
+def test_the_table_of_classes_has_the_worst_first():
+    few = ImageSet({"ant": 0, "bee": 1, "cat": 2}, np.zeros(0, np.int32))
+    assert class_table(Accuracy(0, 0, 4, 1, 0, (2, 0, 0), (2, 0, 3)), few) == [
+        "  cat    0.00 % of 3 images", "  ant  100.00 % of 2 images"]
+    many = ImageSet({str(label): label for label in range(100)}, np.zeros(0, np.int32))
+    lines = class_table(Accuracy(0, 0, 4, 1, 0, tuple(range(100)), (100,) * 100), many)
+    assert len(lines) == 13 and lines[0].endswith("0.00 % of 100 images") and lines[-1] == "  and 88 classes above 11.00 %"
 
 
 def test_nan_is_wrong():
@@ -54,7 +74,7 @@ def test_67_images_are_counted_once_on_any_number_of_ranks(trained_run, image_ro
     assert [entry["epoch"] for entry in results] == [1, 2]
     recorded = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()]
     assert [entry["top1"] for entry in results] == pytest.approx([line["top1"] for line in recorded], abs=1e-3)
-    assert set(results[0]) == {"checkpoint", "epoch", "step", "top1", "top5", "images", "images_per_second"}
+    assert set(results[0]) == {"checkpoint", "epoch", "step", "top1", "top5", "images", "images_per_second", "loss", "class_top1"}
     lines = run.out.splitlines()
     assert f"acc={results[0]['top1']:.2f}%(TOP1)" in lines[0] and f"acc={results[0]['top5']:.2f}%(TOP5)" in lines[0]
     best = max(results, key=lambda entry: entry["top1"])

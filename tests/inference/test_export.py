@@ -12,6 +12,7 @@ from src.inference.export import export_checkpoint, network_size
 from src.models.build import build_model
 from src.models.formats import read_weights
 from src.models.fusion import fuse
+from src.models.networks import NETWORKS
 from src.runs.checkpoint import save_checkpoint
 from src.utils.errors import UserError
 
@@ -84,7 +85,15 @@ def test_safetensors_have_torchvisions_names(tmp_path):
 # Giga multiply-adds that torchvision documents for its models at 224 x 224.
 @pytest.mark.parametrize("name,published", [("alexnet", 0.71), ("resnet18", 1.81), ("resnext50_32x4d", 4.23)])
 def test_multiply_adds_are_the_published_ones(name, published):
-    assert network_size(build_model(name, 1000), 224).multiply_adds / 1e9 == pytest.approx(published, abs=0.005)
+    size = network_size(build_model(name, 1000), 224)
+    assert size.multiply_adds / 1e9 == pytest.approx(published, abs=0.005) and size == NETWORKS[name].size
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_table_of_networks_says_what_they_cost(name):
+    side = NETWORKS[name].image_size
+    assert network_size(build_model(name, 10 if side == 32 else 1000), side) == NETWORKS[name].size
 
 
 def test_fusion_brings_parameters_and_work_back_to_the_plain_network():

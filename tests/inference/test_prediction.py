@@ -1,18 +1,15 @@
 """predict.py: any picture, probabilities, class names."""
 
+import csv
 import json
+import shutil
+import subprocess
 
+import cv2
 import numpy as np
 import pytest
-from conftest import execute
+from conftest import ROOT, execute, user_environment
 from PIL import Image
-
-from src.inference.prediction import softmax
-
-
-def test_softmax_is_stable():
-    found = softmax(np.array([[1000.0, 1000.0 + np.log(3)]]))
-    assert np.allclose(found, [[0.25, 0.75]])
 
 
 def test_predictions_as_json_and_sheet(trained_run, image_root, tmp_path):
@@ -42,3 +39,62 @@ def test_one_bad_file_does_not_silence_the_others(trained_run, image_root, tmp_p
     assert run.status == 1 and len(run.error_lines) == 1 and "1 of 3 images" in run.error_lines[0] and "bad.jpg" in run.error_lines[0], run
     results = json.loads((tmp_path / "p.json").read_text())
     assert [entry["image"].rpartition("val/")[2] for entry in results] == ["bee/003.jpg", "cat/003.jpg"]
+
+
+@pytest.fixture(scope="module")
+def predict(trained_run):
+    def run(*words, **options):
+        return execute(["python3", "predict.py", f"--checkpoint_file_path={trained_run}/best.ckpt", *words], **options)
+    return run
+
+
+def test_a_list_and_tables(predict, image_root, tmp_path):
+    (tmp_path / "list.txt").write_text(f"{image_root}/val/bee/003.jpg\n\nbeside.jpg\n")
+    shutil.copy(image_root / "val" / "cat" / "003.jpg", tmp_path / "beside.jpg")
+    run = predict(f"{tmp_path}/list.txt", "--top_k=2", f"--result_path={tmp_path}/p.csv")
+    assert run.status == 0, run
+    rows = list(csv.DictReader((tmp_path / "p.csv").open()))
+    assert [row["image"] for row in rows] == [f"{image_root}/val/bee/003.jpg"] * 2 + [f"{tmp_path}/beside.jpg"] * 2
+    assert [row["place"] for row in rows] == ["1", "2"] * 2 and (rows[0]["class"], rows[2]["class"]) == ("bee", "cat")
+    run = predict(f"{tmp_path}/list.txt", f"--result_path={tmp_path}/p.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert run.status == 0 and [line["predictions"][0]["class"] for line in lines] == ["bee", "cat"], run
+    assert [len(line["predictions"]) for line in lines] == [3, 3]
+
+
+def test_a_list_on_standard_input(trained_run, image_root):
+    names = sorted(map(str, (image_root / "val" / "ant").iterdir()))[:3]
+    finished = subprocess.run(["python3", "predict.py", f"--checkpoint_file_path={trained_run}/best.ckpt", "-"], cwd=ROOT, text=True,
+                              input="\n".join(names), capture_output=True, env=user_environment())
+    assert finished.returncode == 0 and [line.split()[0] for line in finished.stdout.splitlines()] == names, finished
+
+
+@pytest.mark.parametrize("text,word", [("", "names no image"), ("nowhere.jpg\n", "nowhere.jpg', which does not exist")])
+def test_a_wrong_list_is_one_line(predict, tmp_path, text, word):
+    (tmp_path / "list.txt").write_text(text)
+    run = predict(f"{tmp_path}/list.txt")
+    assert run.status == 2 and len(run.error_lines) == 1 and word in run.error_lines[0], run
+
+
+def test_the_mean_over_mirror_images(predict, image_root, tmp_path):
+    """An image and its mirror image are then the same to any network."""
+    image = cv2.imread(str(image_root / "val" / "bee" / "003.jpg"))
+    cv2.imwrite(str(tmp_path / "a.png"), image)
+    cv2.imwrite(str(tmp_path / "b.png"), image[:, ::-1])
+    found = {}
+    for flip in (0, 1):
+        run = predict(f"{tmp_path}/a.png", f"{tmp_path}/b.png", f"--test_flip={flip}", f"--result_path={tmp_path}/p.json")
+        assert run.status == 0, run
+        found[flip] = [[(entry["class"], entry["probability"]) for entry in one["predictions"]]
+                       for one in json.loads((tmp_path / "p.json").read_text())]
+    assert found[0][0] != found[0][1]
+    assert dict(found[1][0]) == pytest.approx(dict(found[1][1]), abs=2e-6)
+
+
+def test_names_from_a_file(predict, image_root, tmp_path):
+    (tmp_path / "names.txt").write_text("Ameise\nBiene\nKatze\n")
+    run = predict(f"{image_root}/val/bee/003.jpg", f"--class_names={tmp_path}/names.txt")
+    assert run.status == 0 and run.out.split()[1] == "Biene", run
+    (tmp_path / "names.txt").write_text("Ameise\n")
+    run = predict(f"{image_root}/val/bee/003.jpg", f"--class_names={tmp_path}/names.txt")
+    assert run.status == 2 and len(run.error_lines) == 1 and "has 1 names" in run.error_lines[0], run

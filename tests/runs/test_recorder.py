@@ -12,7 +12,7 @@ def test_curves_are_drawn_while_training_goes_on_but_not_all_the_time(tmp_path, 
     now = [1000.0]
     monkeypatch.setattr(recorder.time, "monotonic", lambda: now[0])
     folder = create_run_folder(dated_run_folder(str(tmp_path)))
-    recorded = RunRecorder(folder, make_config(), lambda text: None)
+    recorded = RunRecorder(folder, make_config(), lambda text: None, {})
     recorded.start({"ant": 0})
     drawn = []
     for epoch in range(1, 6):

@@ -15,15 +15,15 @@ from src.models.formats import read_weights, without_optimizer_state
 
 def test_run_folder_holds_what_the_readme_says(trained_run):
     assert {file.name for file in trained_run.iterdir()} == {
-        "best.ckpt", "ckpt_0", "class_indexing.json", "config.yaml", "curves.png", "latest.ckpt", "log.txt",
-        "metrics.jsonl"}
+        "best.ckpt", "ckpt_0", "class_indexing.json", "config.yaml", "curves.png", "environment.json", "latest.ckpt",
+        "log.txt", "metrics.jsonl"}
     assert {file.name for file in (trained_run / "ckpt_0").iterdir()} == {"cifar_quick-1_12.ckpt", "cifar_quick-2_12.ckpt"}
     assert json.loads((trained_run / "class_indexing.json").read_text()) == {"ant": 0, "bee": 1, "cat": 2}
     config = yaml.safe_load((trained_run / "config.yaml").read_text())
     assert config["lr"] == 0.02 and config["num_classes"] == 3 and config["block"] == "acb"
     lines = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2] and [line["step"] for line in lines] == [12, 24]
-    assert set(lines[0]) == {"epoch", "step", "loss", "lr", "images_per_second", "rank_seconds", "top1", "top5"}
+    assert set(lines[0]) == {"epoch", "step", "loss", "lr", "images_per_second", "rank_seconds", "top1", "top5", "val_loss", "class_top1"}
     assert (trained_run / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 

@@ -1,0 +1,233 @@
+"""One self-contained HTML page on one or several runs: no script, nothing from the network."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import Any
+
+from src.runs.charts import COLOURS, line_chart
+
+_CONFUSION_CLASSES = 25
+# Keys that name places of a machine or a process, not what was computed.
+_PLACES = ("output_path", "resume", "log_interval", "device_id")
+
+_STYLE = """
+:root { --back: #fdfdfc; --text: #1d2126; --dim: #68707a; --line: #dcdfe3; --panel: #f3f4f6; --good: 33, 120, 200;
+        --c0: #1f6fb5; --c1: #c4501b; --c2: #2a8a4a; --c3: #8a4bb0; --c4: #a98207; --c5: #b8336a; }
+@media (prefers-color-scheme: dark) {
+  :root { --back: #15181c; --text: #e4e7ea; --dim: #98a1ab; --line: #343a42; --panel: #1e2329; --good: 90, 165, 235;
+          --c0: #6db2ee; --c1: #f08b5b; --c2: #6ccb8b; --c3: #c79be6; --c4: #dcb94a; --c5: #ee7fac; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 66rem; padding: 1rem 1rem 4rem; background: var(--back); color: var(--text);
+       font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; margin: .5rem 0 0; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
+p, figcaption, .dim { color: var(--dim); } p { margin: .3rem 0; }
+code { font: .9em ui-monospace, monospace; overflow-wrap: anywhere; } td:first-child code { white-space: nowrap; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .7rem .25rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
+td.number, th.number { text-align: right; }
+.charts, .sheet { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }
+.sheet { gap: .7rem; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); }
+figure { margin: 0; } figure img { width: 100%; border-radius: 4px; background: var(--panel); display: block; }
+figcaption { font-size: .82rem; line-height: 1.3; margin-top: .25rem; overflow-wrap: anywhere; }
+.chart { width: 100%; height: auto; background: var(--panel); border-radius: 6px; }
+.chart text { fill: var(--dim); font-size: 12px; } .chart .title { fill: var(--text); font-size: 13px; }
+.chart .grid { stroke: var(--line); } .chart polyline { fill: none; stroke-width: 1.8; } .dashed { stroke-dasharray: 5 4; }
+.key::before { content: ""; display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .4em;
+               background: currentColor; }
+.confusion td { text-align: center; padding: .2rem .45rem; min-width: 2.1rem; border: 1px solid var(--line); }
+.confusion th { font-weight: normal; font-size: .82rem; padding: .2rem .5rem; }
+.confusion thead th { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left; vertical-align: bottom; }
+.bar { display: flex; height: 1rem; min-width: 9rem; border-radius: 3px; overflow: hidden; background: var(--panel); }
+details { margin: .6rem 0; } summary { cursor: pointer; }
+""" + "".join(f".c{n} {{ stroke: var(--c{n}); }} circle.c{n} {{ fill: var(--c{n}); stroke: none; }} .k{n} {{ color: var(--c{n}); }} "
+              f".b{n} {{ background: var(--c{n}); }}\n" for n in range(COLOURS))
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image as a data: URL, and the words below it."""
+
+    source: str
+    words: str
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What the page says of one run.
+
+    Attributes:
+        name: what to call it.
+        config, environment, metrics: the content of config.yaml, environment.json and metrics.jsonl.
+        classes: names in the order of labels.
+        confusion: images by label and likeliest class, (classes, classes), or None.
+        confused: (label, what it was taken for, how often), the most frequent first.
+        mistakes, samples: the worst mistakes, and images as the training sees them.
+        missing: why there are no pictures or no confusion, if there are none.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, Any]]
+    classes: Sequence[str] = ()
+    confusion: Sequence[Sequence[int]] | None = None
+    confused: Sequence[tuple[int, int, int]] = ()
+    mistakes: Sequence[Picture] = ()
+    samples: Sequence[Picture] = ()
+    missing: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+def render(runs: Sequence[RunReport]) -> str:
+    """The page."""
+    title = f"{runs[0].name}" + (f" and {len(runs) - 1} more" if len(runs) > 1 else "")
+    sections = [_summary(runs), _curves(runs), _configuration(runs), _time(runs)]
+    sections += [section for run in runs for section in (_classes(run, len(runs) > 1), _pictures(run, len(runs) > 1))]
+    sections += [_epochs(run) for run in runs]
+    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+            f"<style>{_STYLE}</style></head>\n<body><h1>{escape(title)}</h1>\n" + "\n".join(filter(None, sections)) + "\n</body></html>\n")
+
+
+def _summary(runs: Sequence[RunReport]) -> str:
+    rows = []
+    for number, run in enumerate(runs):
+        evaluated = [line for line in run.metrics if "top1" in line]
+        best = max(evaluated, key=lambda line: line["top1"], default=None)
+        last = run.metrics[-1]
+        rows.append([f'<span class="key k{number % COLOURS}"></span>{escape(run.name)}',
+                     f"{escape(run.config['network'])} {escape(run.config['block'])}", f"{last['epoch']} of {run.config['max_epoch']}",
+                     f"{best['top1']:.2f} %" if best else "", str(best["epoch"]) if best else "",
+                     f"{best['top5']:.2f} %" if best else "", f"{last['loss']:.4f}",
+                     f"{last['val_loss']:.4f}" if "val_loss" in last else "", f"{last['images_per_second']:.1f}"])
+    head = ("run", "network", "epochs", "best top-1", "in epoch", "top-5 then", "last loss", "on validation", "images/s")
+    return _table(head, rows, numbers=range(2, 9), name="summary")
+
+
+def _curves(runs: Sequence[RunReport]) -> str:
+    def lines(key: str, label: str = "") -> list[tuple[str, list[tuple[float, float]]]]:
+        return [(f"{run.name}{label}", [(line["epoch"], line[key]) for line in run.metrics if key in line]) for run in runs]
+    both = [line for pair in zip(lines("loss", " training"), lines("val_loss", " validation")) for line in pair]
+    charts = [line_chart("training loss", lines("loss")), line_chart("validation top-1 (%)", lines("top1")),
+              line_chart("validation loss", lines("val_loss")), line_chart("validation top-5 (%)", lines("top5")),
+              line_chart("learning rate", lines("lr")), line_chart("images/s", lines("images_per_second"))]
+    if len(runs) == 1:
+        charts[0] = line_chart("loss in training and, dashed, validation", both, dashed=[both[1][0]])
+        charts[2] = ""
+    return '<h2>Curves</h2><div class="charts">' + "".join(f"<div>{chart}</div>" for chart in charts if chart) + "</div>"
+
+
+def _configuration(runs: Sequence[RunReport]) -> str:
+    keys = [key for key in runs[0].config if key not in _PLACES]
+    values = {key: [_value(run.config.get(key)) for run in runs] for key in keys}
+    differing = [key for key in keys if len(set(values[key])) > 1]
+    parts = ["<h2>Configuration</h2>"]
+    if len(runs) > 1:
+        parts.append("<p>What differs between the runs:</p>" + _table(
+            ("key", *(run.name for run in runs)), [[_code(key), *map(_code, values[key])] for key in differing], name="differing")
+            if differing else "<p>The runs have the same configuration.</p>")
+    changed = [key for key in keys if key not in differing and values[key][0] != _value(runs[0].defaults.get(key))]
+    parts.append("<p>What is not as in default_config.yaml:</p>" + _table(
+        ("key", "value", "default"), [[_code(key), _code(values[key][0]), _code(_value(runs[0].defaults.get(key)))] for key in changed]))
+    rows = [[_code(key), *map(_code, values[key])] for key in keys]
+    parts.append("<details><summary>Every key</summary>" + _table(("key", *(run.name for run in runs)), rows) + "</details>")
+    return "".join(parts)
+
+
+def _time(runs: Sequence[RunReport]) -> str:
+    rows = []
+    for run in runs:
+        hosts = run.environment.get("hosts", [])
+        per_epoch = [line["rank_seconds"] for line in run.metrics if line.get("rank_seconds")]
+        for rank in range(min(map(len, per_epoch), default=0)):
+            parts = [sum(epoch[rank][part] for epoch in per_epoch) for part in range(3)]
+            whole = sum(parts) or 1.0
+            bar = "".join(f'<span class="b{number}" style="width:{100 * part / whole:.1f}%"></span>' for number, part in enumerate(parts))
+            rows.append([escape(run.name), str(rank), escape(hosts[rank]) if rank < len(hosts) else "",
+                         *(f"{part:.1f} s" for part in parts), f'<div class="bar">{bar}</div>'])
+    text = "<h2>Where the time went</h2><p>Seconds of each rank over the steps of all epochs: for the next batch, for computing, " \
+           "and for other ranks and the network.</p>"
+    keys = ('run', 'rank', 'host', '<span class="key k0"></span>input', '<span class="key k1"></span>computing',
+            '<span class="key k2"></span>waiting', "")
+    facts = ""
+    for run in runs:
+        versions = ", ".join(f"{key} {value}" for key, value in run.environment.items() if key != "hosts")
+        facts += f"<p>{escape(run.name)}: {escape(versions)}</p>" if versions else ""
+    return text + _table(keys, rows, numbers=(1, 3, 4, 5), name="time") + facts
+
+
+def _classes(run: RunReport, named: bool) -> str:
+    heading = "<h2>Classes" + (f" of {escape(run.name)}" if named else "") + "</h2>"
+    evaluated = [line for line in run.metrics if line.get("class_top1")]
+    if not evaluated and run.confusion is None:
+        return heading + f"<p>{escape(run.missing or 'The run was not evaluated.')}</p>"
+    parts = [heading]
+    if run.missing:
+        parts.append(f"<p>{escape(run.missing)}</p>")
+    if run.confusion is not None and len(run.confusion) <= _CONFUSION_CLASSES:
+        parts.append("<p>Images by class (lines) and what the best network takes them for (columns).</p>" + _confusion(run))
+    if run.confused:
+        rows = [[escape(run.classes[label]), escape(run.classes[other]), str(count)] for label, other, count in run.confused]
+        parts.append("<p>Most confused:</p>" + _table(("class", "taken for", "images"), rows, numbers=(2,), name="confused"))
+    if evaluated:
+        best = max(evaluated, key=lambda line: line["top1"])
+        rows = [[escape(_name(run, label)), f"{share:.2f} %"] for share, label in
+                sorted((share, label) for label, share in enumerate(best["class_top1"]) if share is not None)]
+        table = _table(("class", f"top-1 in epoch {best['epoch']}"), rows, numbers=(1,), name="classes")
+        many = len(rows) > _CONFUSION_CLASSES
+        parts.append(f"<details><summary>Every class, the worst first</summary>{table}</details>" if many else table)
+    return "".join(parts)
+
+
+def _confusion(run: RunReport) -> str:
+    head = "".join(f"<th>{escape(_name(run, label))}</th>" for label in range(len(run.confusion or ())))
+    lines = []
+    for label, counts in enumerate(run.confusion or ()):
+        whole = max(sum(counts), 1)
+        cells = "".join(f'<td style="background: rgba(var(--good), {0.75 * count / whole:.2f})">{count or ""}</td>' for count in counts)
+        lines.append(f"<tr><th>{escape(_name(run, label))}</th>{cells}</tr>")
+    body = "".join(lines)
+    return f'<div class="wide"><table class="confusion"><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _pictures(run: RunReport, named: bool) -> str:
+    of_run = f" of {escape(run.name)}" if named else ""
+    parts = []
+    for title, pictures in ((f"Mistakes{of_run} that the network was surest of", run.mistakes),
+                            (f"Images as the training{of_run} sees them", run.samples)):
+        if pictures:
+            parts.append(f"<h2>{title}</h2><div class=\"sheet\">" + "".join(
+                f'<figure><img src="{picture.source}" alt=""><figcaption>{escape(picture.words)}</figcaption></figure>'
+                for picture in pictures) + "</div>")
+    return "".join(parts)
+
+
+def _epochs(run: RunReport) -> str:
+    every = ("epoch", "loss", "val_loss", "top1", "top5", "lr", "images_per_second")
+    keys = [key for key in every if any(key in line for line in run.metrics)]
+    rows = [[str(line.get(key, "")) for key in keys] for line in run.metrics]
+    table = _table(keys, rows, numbers=range(len(keys)), name="epochs")
+    return f"<details><summary>Every epoch of {escape(run.name)}</summary>{table}</details>"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = (), name: str = "") -> str:
+    """A table of HTML texts; columns ``numbers`` are aligned to the right."""
+    if not rows:
+        return ""
+    kind = [' class="number"' if column in numbers else "" for column in range(len(head))]
+    titles = "".join(f"<th{kind[column]}>{text}</th>" for column, text in enumerate(head))
+    lines = "".join("<tr>" + "".join(f"<td{kind[column]}>{text}</td>" for column, text in enumerate(row)) + "</tr>" for row in rows)
+    return f'<div class="wide"><table id="{name}"><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>'
+
+
+def _name(run: RunReport, label: int) -> str:
+    return run.classes[label] if label < len(run.classes) else str(label)
+
+
+def _value(value: Any) -> str:
+    return f"{float(value):g}" if isinstance(value, (bool, int, float)) else str(value)
+
+
+def _code(text: str) -> str:
+    return f"<code>{escape(text)}</code>"

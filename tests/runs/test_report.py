@@ -1,0 +1,105 @@
+"""report.py: one page that opens from disk, and says what metrics.jsonl says."""
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from conftest import TINY, execute, only_run
+from PIL import Image
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def page(trained_run):
+    run = execute(["python3", "report.py", trained_run])
+    assert run.status == 0 and run.out == f"report in {trained_run}/report.html\n", run
+    yield trained_run / "report.html"
+    (trained_run / "report.html").unlink()
+
+
+def rows_of(text, name):
+    """The cells of a table of the page."""
+    body = re.search(rf'<table id="{name}">.*?<tbody>(.*?)</tbody>', text, re.S)[1]
+    return [[html.unescape(re.sub(r"<.*?>", "", cell)) for cell in re.findall(r"<td.*?>(.*?)</td>", row, re.S)]
+            for row in re.findall(r"<tr>(.*?)</tr>", body, re.S)]
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_figures_are_those_of_the_metrics(page, trained_run):
+    text, metrics = page.read_text(), metrics_of(trained_run)
+    best = max(metrics, key=lambda line: line["top1"])
+    (summary,) = rows_of(text, "summary")
+    assert summary[2:7] == ["2 of 2", f"{best['top1']:.2f} %", str(best["epoch"]), f"{best['top5']:.2f} %", f"{metrics[-1]['loss']:.4f}"]
+    assert [[float(cell) for cell in row] for row in rows_of(text, "epochs")] == [
+        [line[key] for key in ("epoch", "loss", "val_loss", "top1", "top5", "lr", "images_per_second")] for line in metrics]
+    assert {name: float(share.rstrip(" %")) for name, share in rows_of(text, "classes")} == dict(
+        zip(("ant", "bee", "cat"), best["class_top1"]))
+    # The confusion matrix is of the same network on the same images.
+    body = text.partition('class="confusion"')[2].partition("<tbody>")[2].partition("</tbody>")[0]
+    counts = np.array([[int(cell or 0) for cell in re.findall(r"<td.*?>(\d*)</td>", row)] for row in re.findall(r"<tr><th>.*?</tr>", body)])
+    assert counts.sum() == 67 and 100 * np.trace(counts) / 67 == pytest.approx(best["top1"], abs=1e-3)
+    assert f"program {json.loads((trained_run / 'environment.json').read_text())['program']}" in text
+    assert text.count("<img") == 24 + 67 - np.trace(counts) if 67 - np.trace(counts) < 24 else 48
+
+
+def test_it_is_one_file_without_script_and_network(page):
+    text = page.read_text()
+    assert "<script" not in text and "url(" not in text
+    assert all(source.startswith("data:") for source in re.findall(r"""(?:src|href)=["']?([^"' >]*)""", text))
+
+
+def test_runs_are_compared(trained_run, image_root, tmp_path):
+    run = execute(["python3", "train.py", f"--data_path={image_root}/train", f"--output_path={tmp_path}/other", *TINY, "--max_epoch=1",
+                   "--lr=0.03"])
+    assert run.status == 0, run
+    other = only_run(tmp_path / "other")
+    run = execute(["python3", "report.py", trained_run, other, f"--result_path={tmp_path}/both.html"])
+    assert run.status == 0, run
+    differing = {row[0]: row[1:] for row in rows_of((tmp_path / "both.html").read_text(), "differing")}
+    assert differing["lr"] == ["0.02", "0.03"] and differing["block"] == ["acb", "base"] and "image_size" not in differing
+
+
+def test_images_that_are_gone_are_said_to_be(image_root, tmp_path):
+    shutil.copytree(image_root, tmp_path / "images")
+    run = execute(["python3", "train.py", f"--data_path={tmp_path}/images/train", f"--output_path={tmp_path}/out", *TINY, "--max_epoch=1",
+                   "--run_eval=1"])
+    assert run.status == 0, run
+    shutil.rmtree(tmp_path / "images")
+    run = execute(["python3", "report.py", only_run(tmp_path / "out")])
+    text = (only_run(tmp_path / "out") / "report.html").read_text()
+    assert run.status == 0 and "does not exist" in run.out and "Not everything could be shown" in text, run
+    assert rows_of(text, "summary") and rows_of(text, "classes")
+
+
+@pytest.mark.parametrize("arguments,word", [([], "no run given"), (["README.md"], "no folder of a run"),
+                                            (["/nowhere"], "no folder of a run")])
+def test_wrong_folders_are_one_line(arguments, word):
+    run = execute(["python3", "report.py", *arguments])
+    assert run.status == 2 and len(run.error_lines) == 1 and word in run.error_lines[0], run
+
+
+@pytest.mark.extended
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width,dark", [(1200, False), (390, True)])
+def test_in_a_browser(page, trained_run, tmp_path, width, dark):
+    words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr", "--v=0",
+             f"--window-size={width},3000", f"--user-data-dir={tmp_path}/profile"]
+    words += ["--blink-settings=preferredColorScheme=0"] if dark else []
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    shown = subprocess.run([*words, "--dump-dom", f"file://{page}"], capture_output=True, text=True, timeout=120, env=environment)
+    assert shown.returncode == 0 and "CONSOLE" not in shown.stderr, shown.stderr
+    best = max(metrics_of(trained_run), key=lambda line: line["top1"])
+    assert rows_of(shown.stdout, "summary")[0][3] == f"{best['top1']:.2f} %"
+    picture = tmp_path / "page.png"
+    subprocess.run([*words, f"--screenshot={picture}", f"file://{page}"], capture_output=True, timeout=120, env=environment)
+    pixels = np.asarray(Image.open(picture).convert("L"), np.float32)
+    assert pixels.shape[1] == width and (np.median(pixels) < 60 if dark else np.median(pixels) > 200) and pixels.std() > 15
