@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make or update .venv: `bash scripts/setup.sh [--kernels] [--gpu] [--onnx] [--hdf5] [--test] [--parity] [--lint]`, the options being
+# Make or update .venv: `bash scripts/setup.sh [--kernels] [--gpu] [--onnx] [--hdf5] [--serve] [--test] [--parity] [--lint]`, the options being
 # extras of pyproject.toml. The fast kernels for CPU are built with the C++ compiler of the machine (or CXX=), with --kernels by one that
 # comes from the package index. Needs Linux and Python 3.10-3.12 with pip; PYTHON=FILE chooses one, VENV=FOLDER another place.
 # Versions and hashes are those of constraints/, by which pip checks every file (UNCHECKED=1: not); UPDATE=1 takes the newest that
@@ -13,8 +13,8 @@ venv=${VENV:-.venv}
 extras=()
 for argument in "$@"; do
     case $argument in
-        --kernels|--gpu|--onnx|--hdf5|--test|--parity|--lint) extras+=("${argument#--}") ;;
-        *) fail "unknown argument '$argument'; usage: bash scripts/setup.sh [--kernels] [--gpu] [--onnx] [--hdf5] [--test] [--parity] [--lint]" ;;
+        --kernels|--gpu|--onnx|--hdf5|--serve|--test|--parity|--lint) extras+=("${argument#--}") ;;
+        *) fail "unknown argument '$argument'; usage: bash scripts/setup.sh [--kernels] [--gpu] [--onnx] [--hdf5] [--serve] [--test] [--parity] [--lint]" ;;
     esac
 done
 

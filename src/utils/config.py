@@ -204,6 +204,8 @@ class Config(BaseModel):
     test_flip: Annotated[bool, Affects.RUN]
     file_format: Annotated[Literal["CKPT", "MINDIR", "ONNX", "SAFETENSORS"], BeforeValidator(_upper), Affects.RUN]
     fuse: Annotated[bool, Affects.RUN]
+    host: Annotated[str, Affects.PROCESS]
+    port: Annotated[int, Field(ge=0, le=65535), Affects.PROCESS]
     save_figure: Annotated[str, Affects.PROCESS]
 
     @model_validator(mode="after")

@@ -2,17 +2,14 @@
 
 import html
 import json
-import os
 import re
 import shutil
-import subprocess
 
 import numpy as np
 import pytest
+from browser import CHROMIUM, Browser
 from conftest import TINY, execute, only_run
 from PIL import Image
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -91,15 +88,14 @@ def test_wrong_folders_are_one_line(arguments, word):
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("width,dark", [(1200, False), (390, True)])
 def test_in_a_browser(page, trained_run, tmp_path, width, dark):
-    words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr", "--v=0",
-             f"--window-size={width},3000", f"--user-data-dir={tmp_path}/profile"]
-    words += ["--blink-settings=preferredColorScheme=0"] if dark else []
-    environment = {**os.environ, "HOME": str(tmp_path)}
-    shown = subprocess.run([*words, "--dump-dom", f"file://{page}"], capture_output=True, text=True, timeout=120, env=environment)
-    assert shown.returncode == 0 and "CONSOLE" not in shown.stderr, shown.stderr
-    best = max(metrics_of(trained_run), key=lambda line: line["top1"])
-    assert rows_of(shown.stdout, "summary")[0][3] == f"{best['top1']:.2f} %"
-    picture = tmp_path / "page.png"
-    subprocess.run([*words, f"--screenshot={picture}", f"file://{page}"], capture_output=True, timeout=120, env=environment)
-    pixels = np.asarray(Image.open(picture).convert("L"), np.float32)
+    with Browser(tmp_path, width, 900, dark) as browser:
+        browser.open(f"file://{page}")
+        best = max(metrics_of(trained_run), key=lambda line: line["top1"])
+        assert browser.run("document.querySelector('#summary tbody tr').cells[3].innerText") == f"{best['top1']:.2f} %"
+        # What is wider than the page scrolls within it.
+        assert browser.run("document.documentElement.scrollWidth") == width
+        assert browser.run("[...document.images].every(image => image.naturalWidth > 0)") and browser.run("document.images.length") >= 24
+        assert browser.complaints == []
+        browser.screenshot(tmp_path / "page.png")
+    pixels = np.asarray(Image.open(tmp_path / "page.png").convert("L"), np.float32)
     assert pixels.shape[1] == width and (np.median(pixels) < 60 if dark else np.median(pixels) > 200) and pixels.std() > 15

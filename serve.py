@@ -1,0 +1,34 @@
+"""Serve a network over HTTP: `python3 serve.py --checkpoint_file_path=FILE [--host=127.0.0.1] [--port=8000]`.
+
+A page to drop pictures on at /; `curl --data-binary @photo.jpg http://127.0.0.1:8000/predict` answers classes as JSON.
+SIGTERM ends it when what was accepted is answered.
+"""
+
+from src.command import begin, run_main
+from src.utils.signals import Signals
+
+
+def main(arguments: list[str], signals: Signals) -> None:
+    command = begin(arguments, distributed=False)
+    config = command.config
+    from src.inference.serving import import_server
+    from src.parallel.long_task import note
+    from src.runs.checkpoint import find_checkpoints
+    from src.utils.log import create_log
+
+    import_server()
+    path = find_checkpoints(config.checkpoint_file_path)[-1]
+    note(f"loading {path}")
+    from src.inference.engines import open_engine
+    from src.inference.serving import create_app, serve
+
+    command.select_device()
+    model, engine, _ = open_engine(path, command.flags)
+    log = create_log()
+    serve(create_app(model, engine), config.host, config.port, signals,
+          lambda address: log(f"serving {model.config.network} of {path} on {address}"))
+    log("stopped; every request that was accepted is answered")
+
+
+if __name__ == "__main__":
+    run_main(main, defers_signals=True, takes_keys=True)

@@ -1,0 +1,194 @@
+"""A small HTTP server that classifies photographs: requests are batched, sizes bounded, and what was accepted is answered before it ends.
+
+starlette and uvicorn are an optional extra.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.special import softmax
+
+from src.dataset.decoding import BadImage, decode_image
+from src.dataset.transforms import eval_transform
+from src.inference.engines import Engine, with_flip
+from src.inference.recorded_model import RecordedModel
+from src.utils.errors import UserError
+from src.utils.signals import Signals
+
+# A compiled graph each: a batch is filled up to the next.
+BATCH_SIZES = (1, 4, 16)
+LARGEST_BODY = 20 * 2 ** 20
+_QUEUED = 256
+_PAGE = Path(__file__).with_name("serving_page.html")
+
+
+class Busy(Exception):
+    """More requests are waiting than there is room for."""
+
+
+class Batcher:
+    """Images that arrive while others are computed make the next batch.
+
+    Args:
+        engine: (B, S, S, 3) uint8 images -> (B, C) logits, called in one thread.
+        image_size: S.
+    """
+
+    def __init__(self, engine: Engine, image_size: int, queued: int = _QUEUED) -> None:
+        self._engine, self._size = engine, image_size
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._waiting: asyncio.Queue[tuple[np.ndarray, asyncio.Future[np.ndarray]]] = asyncio.Queue(queued)
+        self.images = self.batches = 0
+
+    async def warm_up(self) -> None:
+        """Compile what later batches need."""
+        for size in BATCH_SIZES:
+            await self._compute(np.zeros((size, self._size, self._size, 3), np.uint8))
+
+    async def classify(self, image: np.ndarray) -> np.ndarray:
+        """Probabilities (C,) of an image (S, S, 3). Raises Busy."""
+        answer: asyncio.Future[np.ndarray] = asyncio.get_running_loop().create_future()
+        try:
+            self._waiting.put_nowait((image, answer))
+        except asyncio.QueueFull:
+            raise Busy from None
+        return await answer
+
+    async def run(self) -> None:
+        """Compute what is waiting, without end."""
+        while True:
+            batch = [await self._waiting.get()]
+            while len(batch) < BATCH_SIZES[-1] and not self._waiting.empty():
+                batch.append(self._waiting.get_nowait())
+            size = next(size for size in BATCH_SIZES if size >= len(batch))
+            images = np.zeros((size, self._size, self._size, 3), np.uint8)
+            images[:len(batch)] = [image for image, _ in batch]
+            self.batches, self.images = self.batches + 1, self.images + len(batch)
+            try:
+                found = softmax(await self._compute(images), axis=1)
+            except Exception as failure:  # the next batch may be better
+                for _, answer in batch:
+                    if not answer.done():
+                        answer.set_exception(failure)
+                continue
+            for (_, answer), probabilities in zip(batch, found):
+                # A client that has gone away has cancelled it.
+                if not answer.done():
+                    answer.set_result(probabilities)
+
+    async def _compute(self, images: np.ndarray) -> np.ndarray:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._engine, images)
+
+
+def create_app(model: RecordedModel, engine: Engine) -> Any:
+    """The ASGI application: a page at /, POST /predict, GET /health. Raises UserError where the packages are missing."""
+    _, starlette = import_server()
+    names = {label: name for name, label in (model.class_to_index or {}).items()}
+    batcher = Batcher(with_flip(engine) if model.config.test_flip else engine, model.config.image_size)
+
+    def prepared(body: bytes) -> np.ndarray:
+        return eval_transform(decode_image(np.frombuffer(body, np.uint8), "image"), model.config)
+
+    async def predict(request: Any) -> Any:
+        body = await _body(request)
+        if body is None:
+            return _error(413, f"the image has more than {LARGEST_BODY >> 20} MiB")
+        if not body:
+            return _error(400, "send an image as the body of the request, as curl --data-binary @photo.jpg does")
+        try:
+            image = await asyncio.get_running_loop().run_in_executor(None, prepared, body)
+            probabilities = await batcher.classify(image)
+        except BadImage as failure:
+            return _error(400, str(failure))
+        except Busy:
+            return _error(503, "too many requests are waiting; try again")
+        best = np.argsort(-probabilities, kind="stable")[:model.config.top_k]
+        return starlette.responses.JSONResponse({"predictions": [
+            {"class": names.get(int(label), str(label)), "probability": round(float(probabilities[label]), 6)} for label in best]})
+
+    async def health(request: Any) -> Any:
+        return starlette.responses.JSONResponse({"status": "ok", "network": model.config.network, "classes": model.config.num_classes,
+                                                 "images": batcher.images, "batches": batcher.batches})
+
+    async def page(request: Any) -> Any:
+        return starlette.responses.HTMLResponse(_PAGE.read_text(encoding="utf-8").replace("NETWORK", model.config.network))
+
+    def _error(status: int, text: str) -> Any:
+        return starlette.responses.JSONResponse({"error": text}, status)
+
+    @asynccontextmanager
+    async def lifespan(app: Any) -> AsyncIterator[None]:
+        await batcher.warm_up()
+        running = asyncio.create_task(batcher.run())
+        yield
+        running.cancel()
+
+    route = starlette.routing.Route
+    return starlette.applications.Starlette(lifespan=lifespan, routes=[
+        route("/", page), route("/predict", predict, methods=["POST"]), route("/health", health)])
+
+
+async def _body(request: Any) -> bytes | None:
+    """The body of a request; None if it is too large, of which no more is read then."""
+    declared = request.headers.get("content-length", "0")
+    if declared.isdigit() and int(declared) > LARGEST_BODY:
+        return None
+    parts: list[bytes] = []
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > LARGEST_BODY:
+            return None
+        parts.append(part)
+    return b"".join(parts)
+
+
+def serve(app: Any, host: str, port: int, signals: Signals, ready: Callable[[str], None]) -> None:
+    """Serve ``app`` until a signal comes; what was accepted is answered first.
+
+    Args:
+        port: 0 is a free one.
+        ready: called with the address when requests are taken.
+
+    Raises:
+        UserError: if the address cannot be had.
+    """
+    uvicorn, _ = import_server()
+
+    class Server(uvicorn.Server):  # type: ignore[name-defined]
+        # Signals arrive in a thread of ours.
+        capture_signals = staticmethod(nullcontext)
+
+        async def startup(self, sockets: Sequence[Any] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                place = self.servers[0].sockets[0].getsockname()
+                ready(f"http://{place[0]}:{place[1]}/")
+
+    server = Server(uvicorn.Config(app, host=host, port=port, log_level="critical", access_log=False, timeout_graceful_shutdown=30))
+
+    def stop(number: int) -> None:
+        server.should_exit = True
+    signals.defer_to(stop)
+    # uvicorn's end of a start that fails; what went wrong is said below.
+    with suppress(SystemExit):
+        server.run()
+    if not server.started:
+        raise UserError(f"cannot serve on {host}:{port}: the address is taken or not of this machine; --port=0 takes a free one")
+
+
+def import_server() -> tuple[Any, Any]:
+    """(uvicorn, starlette), an optional extra. Raises UserError that says what to install."""
+    try:
+        import starlette.applications
+        import starlette.responses
+        import starlette.routing
+        import uvicorn
+    except ImportError:
+        raise UserError("serving needs two more packages: run 'bash scripts/setup.sh --serve'") from None
+    return uvicorn, starlette

@@ -1,0 +1,184 @@
+"""serve.py: answers as predict.py's, bounds, batches, the end; its page in a browser."""
+
+import asyncio
+import http.client
+import json
+import re
+import signal
+import subprocess
+import threading
+
+import cv2
+import numpy as np
+import pytest
+from browser import CHROMIUM, Browser
+from conftest import ROOT, execute, user_environment
+
+pytest.importorskip("uvicorn")
+
+from src.inference.serving import BATCH_SIZES, LARGEST_BODY, Batcher, Busy  # noqa: E402
+
+
+class Server:
+    """A serve.py that takes requests; ``port`` is its own."""
+
+    def __init__(self, *flags):
+        self.process = subprocess.Popen(["python3", "serve.py", "--port=0", *map(str, flags)], cwd=ROOT, env=user_environment(), text=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        line = self.process.stdout.readline()
+        self.port = int(re.search(r"on http://127\.0\.0\.1:(\d+)/", line)[1])
+
+    def request(self, method, path, body=None, **headers):
+        """(status, JSON or text of the answer)."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request(method, path, body, headers)
+        answer = connection.getresponse()
+        text = answer.read().decode()
+        return answer.status, json.loads(text) if answer.headers["content-type"] == "application/json" else text
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        out, err = self.process.communicate(timeout=60)
+        return self.process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def server(trained_run):
+    found = Server(f"--checkpoint_file_path={trained_run}/best.ckpt")
+    yield found
+    if found.process.poll() is None:
+        assert found.stop()[0] == 0
+
+
+def test_answers_are_those_of_predict(server, trained_run, image_root, tmp_path):
+    names = sorted(map(str, (image_root / "val" / "bee").iterdir()))[:5]
+    run = execute(["python3", "predict.py", f"--checkpoint_file_path={trained_run}/best.ckpt", *names, f"--result_path={tmp_path}/p.json"])
+    assert run.status == 0, run
+    for name, expected in zip(names, json.loads((tmp_path / "p.json").read_text())):
+        with open(name, "rb") as file:
+            status, answer = server.request("POST", "/predict", file.read())
+        assert status == 200
+        found = {entry["class"]: entry["probability"] for entry in answer["predictions"]}
+        assert found == pytest.approx({entry["class"]: entry["probability"] for entry in expected["predictions"]}, abs=2e-6)
+
+
+def test_many_clients_at_once_have_their_own_answers(server, image_root):
+    names = [str(file) for name in ("ant", "bee", "cat") for file in sorted((image_root / "val" / name).iterdir())[:20]]
+    found = {}
+
+    def ask(name):
+        with open(name, "rb") as file:
+            found[name] = server.request("POST", "/predict", file.read())
+    before = server.request("GET", "/health")[1]
+    threads = [threading.Thread(target=ask, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(status == 200 for status, _ in found.values())
+    right = [answer["predictions"][0]["class"] in name for name, (_, answer) in found.items()]
+    assert np.mean(right) > 0.9
+    after = server.request("GET", "/health")[1]
+    assert after["images"] - before["images"] == 60 and after["batches"] - before["batches"] <= 60
+
+
+@pytest.mark.parametrize("body,status,word", [
+    (b"", 400, "--data-binary"), (b"text", 400, "can be decoded"), (b"\xff\xd8\xff" + bytes(1000), 400, ""),
+    (b"x" * (LARGEST_BODY + 1), 413, "20 MiB"),
+])
+def test_what_is_no_picture_is_refused_in_words(server, body, status, word):
+    found, answer = server.request("POST", "/predict", body)
+    assert found == status and word in answer["error"] and "\n" not in answer["error"]
+    assert server.request("GET", "/health")[0] == 200
+
+
+def test_other_methods_and_places(server):
+    assert server.request("GET", "/predict")[0] == 405 and server.request("GET", "/nowhere")[0] == 404
+    status, text = server.request("GET", "/")
+    assert status == 200 and "cifar_quick" in text and "NETWORK" not in text
+
+
+def test_what_waits_is_one_batch_and_there_is_a_bound():
+    sizes = []
+
+    def engine(images):
+        sizes.append(len(images))
+        return images.reshape(len(images), -1)[:, :2].astype(np.float32)
+
+    async def trial():
+        batcher = Batcher(engine, 8, queued=20)
+        images = [np.full((8, 8, 3), number, np.uint8) for number in range(21)]
+        asked = [asyncio.ensure_future(batcher.classify(image)) for image in images]
+        await asyncio.sleep(0)
+        running = asyncio.ensure_future(batcher.run())
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        running.cancel()
+        return found
+    found = asyncio.run(trial())
+    assert isinstance(found[20], Busy) and all(isinstance(answer, np.ndarray) for answer in found[:20])
+    assert sizes == [BATCH_SIZES[2], BATCH_SIZES[1]]
+
+
+def test_a_failing_engine_does_not_end_the_batcher():
+    def engine(images):
+        if images[0, 0, 0, 0] == 1:
+            raise RuntimeError("this one")
+        return np.zeros((len(images), 2), np.float32)
+
+    async def trial():
+        batcher = Batcher(engine, 8)
+        running = asyncio.ensure_future(batcher.run())
+        with pytest.raises(RuntimeError, match="this one"):
+            await batcher.classify(np.full((8, 8, 3), 1, np.uint8))
+        assert (await batcher.classify(np.zeros((8, 8, 3), np.uint8))).tolist() == [0.5, 0.5]
+        running.cancel()
+    asyncio.run(trial())
+
+
+def test_a_request_that_was_accepted_is_answered_before_the_end(trained_run, tmp_path):
+    # Large enough that its decoding lasts for a while.
+    cv2.imwrite(str(tmp_path / "large.png"), np.random.default_rng(0).integers(0, 255, (2000, 2200, 3), np.uint8))
+    server = Server(f"--checkpoint_file_path={trained_run}/best.ckpt")
+    answers = []
+    threads = [threading.Thread(target=lambda: answers.append(server.request("POST", "/predict", (tmp_path / "large.png").read_bytes())))
+               for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    while server.request("GET", "/health")[1]["images"] < 1:
+        pass
+    status, out, err = server.stop()
+    for thread in threads:
+        thread.join()
+    assert status == 0 and "stopped; every request" in out and "error" not in err, (out, err)
+    assert [code for code, _ in answers] == [200] * 4
+
+
+def test_an_address_that_is_taken_is_one_line(server, trained_run):
+    run = execute(["python3", "serve.py", f"--checkpoint_file_path={trained_run}/best.ckpt", f"--port={server.port}"])
+    assert run.status == 2 and len(run.error_lines) == 1 and f"cannot serve on 127.0.0.1:{server.port}" in run.error_lines[0], run
+
+
+@pytest.mark.extended
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_the_page_in_a_browser(server, image_root, tmp_path):
+    classes = "[...document.querySelectorAll('#classes li')].map(item => item.innerText)"
+    settled = "new Promise(done => { const look = () => / ms$/.test(message.textContent) ? done() : setTimeout(look, 20); look() })"
+    with Browser(tmp_path, 390, 800) as browser:
+        browser.open(f"http://127.0.0.1:{server.port}/")
+        browser.choose_file("input", image_root / "val" / "bee" / "003.jpg")
+        browser.run(settled)
+        found = browser.run(classes)
+        assert len(found) == 3 and found[0].startswith("bee"), found
+        browser.screenshot(tmp_path / "page.png")
+        # A picture that is dropped.
+        data = list((image_root / "val" / "cat" / "003.jpg").read_bytes())
+        browser.run(f"""(() => {{ message.textContent = ''; const transfer = new DataTransfer();
+            transfer.items.add(new File([new Uint8Array({data})], 'cat.jpg', {{type: 'image/jpeg'}}));
+            document.getElementById('place').dispatchEvent(new DragEvent('drop', {{dataTransfer: transfer, cancelable: true}})) }})()""")
+        browser.run(settled)
+        assert browser.run(classes)[0].startswith("cat")
+        assert browser.run("document.documentElement.scrollWidth") <= 390 and browser.complaints == []
+        (tmp_path / "text.jpg").write_text("text")
+        browser.choose_file("input", tmp_path / "text.jpg")
+        browser.run("new Promise(done => { const look = () => message.className === 'bad' ? done() : setTimeout(look, 20); look() })")
+        assert "can be decoded" in browser.run("message.textContent") and browser.run(classes) == []
