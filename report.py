@@ -46,7 +46,6 @@ def report_of(name: str, folder: "RunFolder", flags: "Mapping[str, str]", log: "
     """
     from dataclasses import replace
 
-    from src.dataset.sources import open_images
     from src.inference.engines import open_engine
     from src.inference.mistakes import augmented, class_names, judge, most_confused, thumbnail
     from src.runs.report import Picture, RunReport
@@ -70,9 +69,8 @@ def report_of(name: str, folder: "RunFolder", flags: "Mapping[str, str]", log: "
                             f"({100 * judgement.probability[at]:.0f} %, right one {100 * judgement.probability_of_label[at]:.0f} %)")
                     for at in judgement.worst(_PICTURES)]
         report = replace(report, confusion=confusion.tolist(), confused=most_confused(confusion, 10), mistakes=mistakes)
-        config = validated(report.config)
-        training = open_images(config.data_path, "train", config.dataset_format, model.class_to_index)
-        samples = [Picture(thumbnail(image), classes[label]) for image, label in augmented(training, config, _PICTURES)]
+        training = augmented(model.open_training_images(), validated(report.config), _PICTURES)
+        samples = [Picture(thumbnail(image), classes[label]) for image, label in training]
         return replace(report, samples=samples)
     except UserError as failure:
         log(f"{name}: without all pictures: {failure}")

@@ -74,9 +74,10 @@ class ImageSet:
             drawn += random.permutation(members)[:count].tolist()
         part = np.zeros(len(self), bool)
         part[drawn] = True
-        return self._at(np.flatnonzero(~part)), self._at(np.flatnonzero(part))
+        return self.at(np.flatnonzero(~part)), self.at(np.flatnonzero(part))
 
-    def _at(self, places: np.ndarray) -> "ImageSet":
+    def at(self, places: np.ndarray) -> "ImageSet":
+        """The images at ``places``, (M,) int."""
         if self.paths is not None:
             return replace(self, labels=self.labels[places], paths=[self.paths[place] for place in places])
         return replace(self, labels=self.labels[places], rows=places if self.rows is None else self.rows[places])

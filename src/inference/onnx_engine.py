@@ -33,7 +33,7 @@ class OnnxEngine:
             self._session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as failure:  # onnxruntime has its own kinds of exception, one per status code
             raise UserError(f"'{path}' is damaged or not an ONNX model: {str(failure).splitlines()[0]}") from None
-        self._input = self._session.get_inputs()[0].name
+        self.input_name = self._session.get_inputs()[0].name
         self._mean, self._std = (np.asarray(value, np.float32) for value in (config.mean, config.std))
 
     @classmethod
@@ -46,12 +46,16 @@ class OnnxEngine:
             return cls(path, config)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        normalised = (images.astype(np.float32) / np.float32(255) - self._mean) / self._std
-        return self.logits(np.ascontiguousarray(normalised.transpose(0, 3, 1, 2)))
+        return self.logits(self.normalised(images))
+
+    def normalised(self, images: np.ndarray) -> np.ndarray:
+        """(B, S, S, 3) uint8 RGB images as the network takes them, (B, 3, S, S) float32."""
+        scaled = (images.astype(np.float32) / np.float32(255) - self._mean) / self._std
+        return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
 
     def logits(self, inputs: np.ndarray) -> np.ndarray:
         """Logits of normalised (N, 3, S, S) float32 inputs."""
-        return self._session.run(None, {self._input: inputs})[0]
+        return self._session.run(None, {self.input_name: inputs})[0]
 
 
 def write_onnx(network: nn.Cell, target: Path, metadata: dict[str, Any], image_size: int) -> None:

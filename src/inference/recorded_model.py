@@ -73,6 +73,14 @@ class RecordedModel:
         """The network, its weights still to be loaded."""
         return create_network(self.config, self.fused, kernels)
 
+    def open_training_images(self) -> ImageSet:
+        """The images that it was trained on, or those of --data_path. Raises UserError if there are none."""
+        if not self.config.data_path:
+            raise UserError("no training images: pass --data_path=DIR")
+        images = open_images(self.config.data_path, "train", self.config.dataset_format, self.class_to_index)
+        share = split_share(self.config)
+        return images.split(share, self.config.seed)[0] if share else images
+
     def open_images(self) -> ImageSet:
         """The images to evaluate on: those of --data_path, or the validation images of the recorded run.
 

@@ -20,8 +20,8 @@ from src.inference.recorded_model import RecordedModel
 from src.utils.errors import UserError
 from src.utils.signals import Signals
 
-# A compiled graph each: a batch is filled up to the next.
-BATCH_SIZES = (1, 4, 16)
+# A compiled graph each: of what is waiting, as many images make a batch as the largest of these that is not more.
+BATCH_SIZES = (1, 2, 4, 8, 16)
 LARGEST_BODY = 20 * 2 ** 20
 _QUEUED = 256
 _PAGE = Path(__file__).with_name("serving_page.html")
@@ -63,11 +63,9 @@ class Batcher:
         """Compute what is waiting, without end."""
         while True:
             batch = [await self._waiting.get()]
-            while len(batch) < BATCH_SIZES[-1] and not self._waiting.empty():
-                batch.append(self._waiting.get_nowait())
-            size = next(size for size in BATCH_SIZES if size >= len(batch))
-            images = np.zeros((size, self._size, self._size, 3), np.uint8)
-            images[:len(batch)] = [image for image, _ in batch]
+            size = max(size for size in BATCH_SIZES if size <= 1 + self._waiting.qsize())
+            batch += [self._waiting.get_nowait() for _ in range(size - 1)]
+            images = np.stack([image for image, _ in batch])
             self.batches, self.images = self.batches + 1, self.images + len(batch)
             try:
                 found = softmax(await self._compute(images), axis=1)

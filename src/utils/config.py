@@ -203,6 +203,8 @@ class Config(BaseModel):
     top_k: Annotated[Positive, Affects.PROCESS]
     test_flip: Annotated[bool, Affects.RUN]
     file_format: Annotated[Literal["CKPT", "MINDIR", "ONNX", "SAFETENSORS"], BeforeValidator(_upper), Affects.RUN]
+    quantize: Annotated[Literal["none", "int8"], BeforeValidator(_lower), Affects.RUN]
+    calibration_images: Annotated[Positive, Affects.RUN]
     fuse: Annotated[bool, Affects.RUN]
     host: Annotated[str, Affects.PROCESS]
     port: Annotated[int, Field(ge=0, le=65535), Affects.PROCESS]

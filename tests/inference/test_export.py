@@ -1,6 +1,7 @@
 """export.py as a user starts it: every format, verified, and evaluated itself."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -143,3 +144,24 @@ def test_an_error_while_computing_an_exported_file_names_it():
         raise RuntimeError("\n- internal -\n")
     with pytest.raises(UserError, match="'a.onnx' cannot be computed; it is damaged"):
         guarded(broken, "a.onnx")(None)
+
+
+def test_eight_bits_are_as_good_and_smaller(trained_run, image_root, tmp_path):
+    pytest.importorskip("onnxruntime")
+    words = ["python3", "export.py", f"--checkpoint_file_path={trained_run}/best.ckpt", "--quantize=int8"]
+    run = execute([*words, "--file_format=ONNX", f"--result_path={tmp_path}/net.onnx"])
+    assert run.status == 0, run
+    found = {}
+    for line in run.out.splitlines()[-2:]:
+        line = re.fullmatch(r"(\w+): top1=([\d.]+),top5=[\d.]+, [\d.]+ images/s, ([\d.]+) MB, (\S+)", line)
+        kind, top1, size, file = line.groups()
+        found[kind] = float(top1), float(size), file
+    assert found["int8"][2] == f"{tmp_path}/net_int8.onnx" and found["int8"][1] < 0.5 * found["float32"][1]
+    assert abs(found["int8"][0] - found["float32"][0]) < 4
+    again = execute(["python3", "eval.py", f"--checkpoint_file_path={tmp_path}/net_int8.onnx", f"--data_path={image_root}/val"])
+    assert again.status == 0 and f"acc={found['int8'][0]:.2f}%(TOP1)" in again.out, again
+
+
+def test_quantize_needs_onnx(trained_run):
+    run = execute(["python3", "export.py", f"--checkpoint_file_path={trained_run}/best.ckpt", "--quantize=int8"])
+    assert run.status == 2 and len(run.error_lines) == 1 and "--file_format=ONNX" in run.error_lines[0], run

@@ -16,7 +16,7 @@ from conftest import ROOT, execute, user_environment
 
 pytest.importorskip("uvicorn")
 
-from src.inference.serving import BATCH_SIZES, LARGEST_BODY, Batcher, Busy  # noqa: E402
+from src.inference.serving import LARGEST_BODY, Batcher, Busy  # noqa: E402
 
 
 class Server:
@@ -116,7 +116,7 @@ def test_what_waits_is_one_batch_and_there_is_a_bound():
         return found
     found = asyncio.run(trial())
     assert isinstance(found[20], Busy) and all(isinstance(answer, np.ndarray) for answer in found[:20])
-    assert sizes == [BATCH_SIZES[2], BATCH_SIZES[1]]
+    assert sizes == [16, 4]
 
 
 def test_a_failing_engine_does_not_end_the_batcher():
