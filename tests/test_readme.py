@@ -1,15 +1,23 @@
-"""Every command that the README shows works, or is run by the test named beside it."""
+"""Every command that the README and the documents show works, or is run by the test named beside it."""
 
 import re
 import shlex
+import subprocess
+import urllib.request
 
+import cv2
+import numpy as np
 import pytest
-from conftest import ROOT, execute
+from conftest import ROOT, execute, user_environment
 
 from src.utils.config import load_config, parse_flags
 
+DOCUMENTS = ("README.md", *sorted(str(file.relative_to(ROOT)) for file in (ROOT / "docs").glob("*.md")))
+COMMANDS = ("train", "eval", "export", "predict", "report", "serve")
+
 
 def shown(document="README.md"):
+    """The commands of a document, in lines of their own and among words."""
     text = (ROOT / document).read_text()
     blocks = re.findall(r"(?m)^    (\S.*)$", text)
     inline = re.findall(r"`((?:python3|mpirun|bash|source) [^`]*)`", text)
@@ -17,24 +25,35 @@ def shown(document="README.md"):
     return [command for command in dict.fromkeys(commands) if command.startswith(("python3", "mpirun", "bash"))]
 
 
-def test_scripts_in_the_readme_exist():
-    for command in shown():
-        for word in shlex.split(command.replace("[", "").replace("]", "")):
+def lines_of(document):
+    """The lines of a document that are typed, in order."""
+    return re.findall(r"(?m)^    ((?:python3|mpirun|bash|curl|find) .*)$", (ROOT / document).read_text())
+
+
+# Lines of seeds.md are of other programs, and their own test runs them.
+@pytest.mark.parametrize("document", [document for document in DOCUMENTS if document != "docs/seeds.md"])
+def test_scripts_and_flags_that_are_shown_exist(document):
+    for command in shown(document):
+        words = shlex.split(command.replace("[", "").replace("]", "").replace("...", ""))
+        for word in words:
             if word.endswith((".py", ".sh")) and "/path" not in word:
                 assert word in ("acnet/do_acnet.py",) or (ROOT / word).is_file(), command
+        ours = [index for index, word in enumerate(words) if word in {f"{name}.py" for name in COMMANDS}]
+        if ours and "--help" not in words and "--list" not in words:
+            flags, _ = parse_flags(words[ours[-1] + 1:])
+            load_config({key: value for key, value in flags.items() if "/" not in value and value.isupper() is False or key in
+                         ("file_format", "device_target")})
 
 
-def test_flags_in_the_readme_are_keys():
-    for command in shown():
-        if "torch.distributed" in command or not re.search(r"(train|eval|export|predict)\.py", command):
-            continue
-        if "--help" in command or "--list" in command:
-            continue  # tests/test_help.py
-        words = shlex.split(command.replace("...", ""))
-        start = max(index for index, word in enumerate(words) if word.endswith(".py"))
-        flags, _ = parse_flags(words[start + 1:])
-        load_config({key: value for key, value in flags.items() if "/" not in value and value.isupper() is False or key in
-                     ("file_format", "device_target")})
+@pytest.mark.parametrize("document", (*DOCUMENTS, "CONTRIBUTING.md", "benchmarks/README.md"))
+def test_links_lead_somewhere(document):
+    text = (ROOT / document).read_text()
+    for target, _, anchor in (found.partition("#") for found in re.findall(r"\]\((?!https?:)([^)]*)\)", text)):
+        place = (ROOT / document).parent / target if target else ROOT / document
+        assert place.exists(), f"{document}: {target}"
+        headings = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"(?m)^#+ (.*)$", place.read_text())
+                    ] if anchor else []
+        assert not anchor or anchor in headings, f"{document}: {target}#{anchor}"
 
 
 def test_tests_that_the_list_of_seeds_names_exist():
@@ -44,7 +63,10 @@ def test_tests_that_the_list_of_seeds_names_exist():
 
 @pytest.mark.slow
 def test_short_training_commands_of_the_documents_run(tmp_path):
-    commands = [command for command in (*shown(), *shown("docs/recipes.md")) if "config_path=digits" in command and "..." not in command]
+    # tests/test_extending.py runs what extending.md adds.
+    every = {command for document in DOCUMENTS if document != "docs/extending.md" for command in shown(document)}
+    commands = sorted(command for command in every if re.search(r"python3 (scripts/launch.py .*)?train.py.*config_path=digits", command)
+                      and "..." not in command and "--dry_run" not in command)
     assert len(commands) >= 4
     for command in commands:
         run = execute([*shlex.split(command), "--max_steps=2", f"--output_path={tmp_path}/out"])
@@ -68,3 +90,60 @@ def test_quickstart(tmp_path):
                          run.out.splitlines()[-1])
     assert float(found[1]) >= 97 and found[1] == found[3] and 0 < float(found[4]) < 1e-4, run
     assert (copy / run.out.splitlines()[-2].partition(": ")[2]).is_file()
+
+
+@pytest.mark.slow
+def test_the_tutorial_word_for_word(tmp_path):
+    """In a folder with photos and weights; of the dates alone the real one is put in."""
+    from safetensors.numpy import save_file
+
+    from src.models.build import build_model
+    from src.models.networks import torch_name
+    for file in ("train.py", "report.py", "predict.py", "export.py", "serve.py", "scripts", "src"):
+        (tmp_path / file).symlink_to(ROOT / file)
+    random = np.random.default_rng(0)
+    for number in range(15):
+        for label, name in enumerate(("cat", "dog")):
+            image = random.integers(0, 120, (60, 80, 3), np.uint8)
+            image[:, :, label] += 120
+            for folder in (f"my_photos/{name}", "holiday_photos") if number < 2 else (f"my_photos/{name}",):
+                (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+                cv2.imwrite(str(tmp_path / folder / f"{name}{number}.jpg"), image)
+    save_file({torch_name(p.name, "resnet18"): p.asnumpy() for p in build_model("resnet18", 1000).get_parameters()},
+              tmp_path / "resnet18.safetensors")
+    lines = lines_of("docs/tutorial.md")
+    assert [re.search(r"(\w+)\.py", line)[1] for line in lines] == [
+        "preview_dataset", "train", "train", "report", "predict", "export", "serve"]
+    date = "2026-01-31_time_12_00_00"
+    for line in lines[:-1]:
+        words = shlex.split(line)
+        # What is shortened: the sides of images, and with them the epochs.
+        small = ["--image_size=64", "--max_epoch=3"] if "train.py" in line else []
+        run = execute([*words, *small], cwd=tmp_path)
+        assert run.status == 0, run
+        if "--ranks=auto" in words:
+            (made,) = (tmp_path / "outputs").iterdir()
+            made.rename(made.with_name(date))
+            assert "of each class:" in run.out and "next: python3 predict.py" in run.out, run
+    assert (tmp_path / "preview.png").is_file() and (tmp_path / "outputs" / date / "report.html").is_file()
+    assert len((tmp_path / "found.csv").read_text().splitlines()) == 1 + 4 * 2
+    assert (tmp_path / "outputs" / date / "best_int8.onnx").is_file()
+    with _started(lines[-1], tmp_path):
+        body = (tmp_path / "holiday_photos" / "dog0.jpg").read_bytes()
+        assert b"predictions" in urllib.request.urlopen("http://127.0.0.1:8000/predict", body).read()
+
+
+class _started:
+    """A command that runs until the end of the block."""
+
+    def __init__(self, line, folder):
+        self._line, self._folder = line, folder
+
+    def __enter__(self):
+        self._process = subprocess.Popen(shlex.split(self._line), cwd=self._folder, env=user_environment(), text=True,
+                                         stdout=subprocess.PIPE)
+        assert "serving" in self._process.stdout.readline()
+
+    def __exit__(self, *exception):
+        self._process.terminate()
+        assert self._process.wait(60) == 0

@@ -4,7 +4,7 @@
 
 Each file is loaded by a process of its own, so that a crash is seen and counted. Prints per format how many were refused in one
 line, loaded all the same, ended in another kind of error (a defect of ours), crashed (theirs), or did not end. The exit status is 1
-after a defect of ours; README's SECURITY says what follows from crashes.
+after a defect of ours; docs/troubleshooting.md says what follows from crashes.
 """
 
 import argparse

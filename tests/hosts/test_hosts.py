@@ -1,4 +1,5 @@
-"""Ranks on several hosts, each with its own name, address, /dev/shm and ssh server: README's lines, word for word but for the names."""
+"""Ranks on several hosts, each with its own name, address, /dev/shm and ssh server: the lines of docs/distributed.md, word for
+word but for the names."""
 
 import json
 import os
@@ -24,8 +25,8 @@ def rig(tmp_path_factory):
 
 
 def shown(beginning):
-    """The line of the README that begins so."""
-    (line,) = re.findall(rf"(?m)^    ({re.escape(beginning)}.*)$", (ROOT / "README.md").read_text())
+    """The line of docs/distributed.md that begins so."""
+    (line,) = re.findall(rf"(?m)^    ({re.escape(beginning)}.*)$", (ROOT / "docs" / "distributed.md").read_text())
     return line
 
 
@@ -197,7 +198,7 @@ def test_a_host_that_is_lost_ends_the_job_and_is_named(own_rig, image_root, tmp_
         own_rig.link("h2", up=False)
     else:
         own_rig.power_off("h2")
-    # The minute that the README promises for noticing, asking, and ending what waits for the lost daemon.
+    # The minute that docs/distributed.md promises for noticing, asking, and ending what waits for the lost daemon.
     run, _ = started.finish(STALL_S + 60)
     assert run.status != 0 and len(run.error_lines) == 1 and " on h2) gives no sign of life" in run.error_lines[0], run
     eventually(lambda: not own_rig.processes("h1"))
