@@ -10,6 +10,9 @@ from src.parallel.environment import launched_rank
 def main(arguments: list[str]) -> None:
     command = begin(arguments)
     config, communicator = command.config, command.communicator
+    from src.parallel.long_task import note
+    if communicator.is_root and config.checkpoint_file_path:
+        note(f"loading {config.checkpoint_file_path}")
     from src.inference.engines import faster_engine_hint
     from src.inference.evaluation import evaluate_checkpoints, report_line, seeds_line, write_results
     from src.runs.checkpoint import find_checkpoints

@@ -10,15 +10,18 @@ from src.command import begin, run_main
 def main(arguments: list[str]) -> None:
     command = begin(arguments, distributed=False)
     config = command.config
-    from src.runs.checkpoint import find_checkpoints
+    from src.parallel.long_task import note
     from src.utils.errors import UserError
     from src.utils.log import create_log
 
     if config.quantize != "none" and config.file_format != "ONNX":
         raise UserError(f"quantize={config.quantize} writes ONNX: add --file_format=ONNX")
-    path = find_checkpoints(config.checkpoint_file_path)[-1]
+    if config.checkpoint_file_path:
+        note(f"loading {config.checkpoint_file_path}")
     from src.inference.export import export_checkpoint
+    from src.runs.checkpoint import find_checkpoints
 
+    path = find_checkpoints(config.checkpoint_file_path)[-1]
     command.select_device()
     exported = export_checkpoint(path, command.flags, config.file_format, config.fuse, config.result_path)
     log = create_log()

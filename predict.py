@@ -10,6 +10,9 @@ from src.command import begin, run_main
 def main(arguments: list[str]) -> None:
     command = begin(arguments, names="--checkpoint_file_path=FILE IMAGE_OR_FOLDER", distributed=False)
     config = command.config
+    from src.parallel.long_task import note
+    if config.checkpoint_file_path:
+        note(f"loading {config.checkpoint_file_path}")
     from src.inference.engines import open_engine
     from src.inference.prediction import as_table, contact_sheet, find_images, predict, write_predictions
     from src.runs.checkpoint import find_checkpoints

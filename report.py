@@ -34,7 +34,8 @@ def main(arguments: list[str]) -> None:
     names = short if len(set(short)) == len(short) else list(command.names)
     page = render([report_of(name, folder, command.flags, log) for name, folder in zip(names, folders)])
     target = command.config.result_path or str(folders[0].report)
-    write_whole(target, partial(Path.write_text, data=page, encoding="utf-8"))
+    # Names may have bytes that are no text.
+    write_whole(target, partial(Path.write_bytes, data=page.encode("utf-8", "backslashreplace")))
     log(f"report in {target}")
 
 

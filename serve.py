@@ -11,17 +11,16 @@ from src.utils.signals import Signals
 def main(arguments: list[str], signals: Signals) -> None:
     command = begin(arguments, distributed=False)
     config = command.config
-    from src.inference.serving import import_server
     from src.parallel.long_task import note
+    if config.checkpoint_file_path:
+        note(f"loading {config.checkpoint_file_path}")
+    from src.inference.engines import open_engine
+    from src.inference.serving import create_app, import_server, serve
     from src.runs.checkpoint import find_checkpoints
     from src.utils.log import create_log
 
     import_server()
     path = find_checkpoints(config.checkpoint_file_path)[-1]
-    note(f"loading {path}")
-    from src.inference.engines import open_engine
-    from src.inference.serving import create_app, serve
-
     command.select_device()
     model, engine, _ = open_engine(path, command.flags)
     log = create_log()

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Make or update .venv: `bash scripts/setup.sh [--kernels] [--gpu] [--onnx] [--hdf5] [--serve] [--test] [--parity] [--lint]`, the options being
-# extras of pyproject.toml. The fast kernels for CPU are built with the C++ compiler of the machine (or CXX=), with --kernels by one that
-# comes from the package index. Needs Linux and Python 3.10-3.12 with pip; PYTHON=FILE chooses one, VENV=FOLDER another place.
-# Versions and hashes are those of constraints/, by which pip checks every file (UNCHECKED=1: not); UPDATE=1 takes the newest that
+# Make or update .venv: `bash scripts/setup.sh [--kernels] [--gpu] [--onnx] [--hdf5] [--serve] [--tensorboard] [--test] [--parity] [--lint]
+# [--docs]`, the options being extras of pyproject.toml. The fast kernels for CPU are built with the C++ compiler of the machine (or CXX=),
+# with --kernels by one that comes from the package index. Needs Linux and Python 3.10-3.12 with pip; PYTHON=FILE chooses one,
+# VENV=FOLDER another place. Versions and hashes are those of constraints/, by which pip checks every file (UNCHECKED=1: not); UPDATE=1 takes the newest that
 # pyproject.toml allows and writes them there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,8 +13,8 @@ venv=${VENV:-.venv}
 extras=()
 for argument in "$@"; do
     case $argument in
-        --kernels|--gpu|--onnx|--hdf5|--serve|--test|--parity|--lint) extras+=("${argument#--}") ;;
-        *) fail "unknown argument '$argument'; usage: bash scripts/setup.sh [--kernels] [--gpu] [--onnx] [--hdf5] [--serve] [--test] [--parity] [--lint]" ;;
+        --kernels|--gpu|--onnx|--hdf5|--serve|--tensorboard|--test|--parity|--lint|--docs) extras+=("${argument#--}") ;;
+        *) fail "unknown argument '$argument'; usage: bash scripts/setup.sh [--kernels] [--gpu] [--onnx] [--hdf5] [--serve] [--tensorboard] [--test] [--parity] [--lint] [--docs]" ;;
     esac
 done
 
@@ -54,6 +54,9 @@ build_kernels() {
     rm -rf "$work"
 }
 
+# TAB completes keys and their values behind python3 train.py and the other commands.
+write_completion() { "$venv/bin/python" -m src.completion > "$venv/completion.bash"; }
+
 # What is installed: interpreter and declared dependencies on the first line, then a line for each extra.
 state=$venv/installed
 wanted() { echo "$("$python" --version) $({ cat pyproject.toml scripts/setup.sh scripts/dependencies.py; cat constraints/*.txt 2>/dev/null || true; } | sha256sum)"; }
@@ -66,6 +69,7 @@ pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 constraints_of() { echo "constraints/python$("$venv/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt"; }
 if [ -e $state ] && [ ${#missing[@]} -eq 0 ] && [ -z "${UPDATE:-}" ]; then
     constraints=$(constraints_of)
+    write_completion
     build_kernels
     exit 0
 fi
@@ -109,10 +113,14 @@ settings=$venv/etc/prte-mca-params.conf
 touch "$settings"
 sed -i '/^rmaps_default_mapping_policy/d' "$settings"
 echo 'rmaps_default_mapping_policy = slot:oversubscribe' >> "$settings"
+grep -q completion.bash "$venv/bin/activate" \
+    || echo 'if [ -n "${BASH_VERSION:-}" ] && [ -e "$VIRTUAL_ENV/completion.bash" ]; then . "$VIRTUAL_ENV/completion.bash"; fi' \
+        >> "$venv/bin/activate"
 grep -q OMPI_ALLOW_RUN_AS_ROOT "$venv/bin/activate" \
     || echo 'export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1' >> "$venv/bin/activate"
 { wanted; tail -n +2 $state 2>/dev/null || true
   [ ${#extras[@]} -eq 0 ] || printf '%s\n' "${extras[@]}"; } > $state.new
 mv $state.new $state
+write_completion
 build_kernels
 echo "set up; 'source $venv/bin/activate' gives this shell python3 and mpirun"

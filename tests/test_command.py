@@ -69,10 +69,17 @@ def test_files_and_classes_may_have_any_name(tmp_path):
     assert set(json.loads((folder / "class_indexing.json").read_text())) == set(STRANGE)
     weights = f"--checkpoint_file_path={folder}/latest.ckpt"
     evaluated = execute(["python3", "eval.py", *common, weights, f"--result_path={tmp_path}/e.json"], **ascii_only)
-    assert evaluated.status == 0 and not evaluated.err and "21 images" in evaluated.out, evaluated
+    assert evaluated.status == 0 and evaluated.err == f"loading {folder}/latest.ckpt\n" and "21 images" in evaluated.out, evaluated
     shown = execute(["python3", "predict.py", weights, f"{tmp_path}/data", f"--save_figure={tmp_path}/s.png"], **ascii_only)
-    assert shown.status == 0 and not shown.err and "two\\nlines" in shown.out and "\\u202e" in shown.out, shown
+    assert shown.status == 0 and shown.err == evaluated.err and "two\\nlines" in shown.out and "\\u202e" in shown.out, shown
     assert len([line for line in shown.out.splitlines() if ".png  " in line]) == 21
+    for form in ("csv", "jsonl"):
+        written = execute(["python3", "predict.py", weights, f"{tmp_path}/data", f"--result_path={tmp_path}/p.{form}"], **ascii_only)
+        assert written.status == 0, written
+    reported = execute(["python3", "report.py", folder, f"--data_path={tmp_path}/data"], **ascii_only)
+    assert reported.status == 0 and "na\\udcffme" in (folder / "report.html").read_text(), reported
+    previewed = execute(["python3", "scripts/preview_dataset.py", *common, f"--result_path={tmp_path}/v.png"], **ascii_only)
+    assert previewed.status == 0 and (tmp_path / "v.png").is_file(), previewed
     execute(["python3", "predict.py", weights, f"{tmp_path}/data", f"--result_path={tmp_path}/p.json"], **ascii_only)
     results = json.loads((tmp_path / "p.json").read_text())
     assert {os.path.basename(os.path.dirname(entry["image"])) for entry in results} == set(STRANGE)

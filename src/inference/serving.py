@@ -86,7 +86,8 @@ class Batcher:
 def create_app(model: RecordedModel, engine: Engine) -> Any:
     """The ASGI application: a page at /, POST /predict, GET /health. Raises UserError where the packages are missing."""
     _, starlette = import_server()
-    names = {label: name for name, label in (model.class_to_index or {}).items()}
+    # Names may have bytes that are no text.
+    names = {label: name.encode("utf-8", "backslashreplace").decode() for name, label in (model.class_to_index or {}).items()}
     batcher = Batcher(with_flip(engine) if model.config.test_flip else engine, model.config.image_size)
 
     def prepared(body: bytes) -> np.ndarray:

@@ -8,11 +8,12 @@ from tqdm import tqdm
 
 from src.parallel.environment import started_by_mpirun
 from src.utils.log import LINE_S
+from src.utils.text import escaped_lines
 
 
 def note(text: str) -> None:
-    """Say at once, beside what a command puts out, what it is about to do."""
-    print(text, file=sys.stderr, flush=True)
+    """Say at once, beside what a command puts out, what it is about to do; loading MindSpore alone takes seconds."""
+    print(escaped_lines(text), file=sys.stderr, flush=True)
 
 
 class LongTask:

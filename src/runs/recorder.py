@@ -9,6 +9,7 @@ from typing import Any
 from mindspore import Parameter, nn
 
 from src.runs.curves import plot_curves
+from src.runs.events import EventWriter
 from src.runs.run_folder import RunFolder
 from src.runs.training_state import TrainingState
 from src.utils.config import Config
@@ -86,18 +87,19 @@ class RunRecorder(Recorder):
         self.folder, self._config, self._log, self._environment = folder, config, log, environment
         self._lock = folder.lock()
         self._drawn = time.monotonic()
+        self._events: EventWriter | None = None
 
     def log(self, text: str) -> None:
         self._log(text)
 
     def start(self, class_to_index: dict[str, int]) -> None:
-        self.folder.write_start(self._config, class_to_index, self._environment)
+        self._begin(class_to_index, 0)
 
     def go_on_from(self, state: TrainingState, class_to_index: dict[str, int]) -> None:
         self.folder.remove_leftovers()
         # An epoch that is not finished is reported anew when it is.
         self.folder.keep_metrics(lambda line: line["step"] <= state.step and (state.finished_epoch or line["epoch"] < state.epoch))
-        self.start(class_to_index)
+        self._begin(class_to_index, state.epoch + state.finished_epoch)
 
     def add_epoch(self, metrics: dict[str, Any]) -> None:
         text = (f"epoch {metrics['epoch']}/{self._config.max_epoch} loss {metrics['loss']:.4f} "
@@ -106,6 +108,8 @@ class RunRecorder(Recorder):
             text += f" acc={metrics['top1']:.2f}%(TOP1) acc={metrics['top5']:.2f}%(TOP5)"
         self._log(text + "".join(f", {metrics[name]} {name.replace('_', ' ')}" for name in COUNTS.values() if name in metrics))
         self.folder.add_metrics(**metrics)
+        if self._events is not None:
+            self._events.add_epoch(metrics)
         if time.monotonic() - self._drawn >= DRAW_S:
             # A picture is not worth the training; the last one, in ``finish``, must be there.
             with suppress(UserError):
@@ -136,6 +140,11 @@ class RunRecorder(Recorder):
 
     def best_checkpoint(self) -> str | None:
         return str(self.folder.best) if self.folder.best.exists() else None
+
+    def _begin(self, class_to_index: dict[str, int], epoch: int) -> None:
+        self.folder.write_start(self._config, class_to_index, self._environment)
+        if self._config.tensorboard:
+            self._events = EventWriter(self.folder.path / "tensorboard", epoch)
 
     def _draw(self) -> None:
         plot_curves(self.folder.read_metrics(), self.folder.curves)

@@ -26,16 +26,18 @@ def fit_batch(config: Config, images: int, communicator: Communicator) -> Config
 
     Every rank calls it. The result has neither key any more: what is recorded is what was computed with.
     """
-    batch = global_batch(config, communicator.size)
+    forward = communicator.size * config.accumulation_steps
     if config.fit_batch:
-        forward = communicator.size * config.accumulation_steps
-        share = max(batch // forward, 1)
+        # Ranks that do not divide the batch take a little less each.
+        share = max((config.global_batch_size or config.per_batch_size * forward) // forward, 1)
         held = min(communicator.gather(_images_that_memory_holds(config, communicator.local_size)))
         while share > 1 and (share > held or (share > _LEAST_IMAGES and images // (share * forward) < _STEPS_PER_EPOCH)):
             share //= 2
         while share > 1 and images < share * forward:
             share //= 2
         batch = share * forward
+    else:
+        batch = global_batch(config, communicator.size)
     scale = batch / config.lr_batch_size if config.lr_batch_size else 1.0
     return config.model_copy(update={"fit_batch": False, "lr_batch_size": 0, "lr": config.lr * scale, "eta_min": config.eta_min * scale,
                                      **({"global_batch_size": batch} if config.fit_batch else {})})

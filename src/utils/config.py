@@ -198,6 +198,7 @@ class Config(BaseModel):
     keep_checkpoint_max: Annotated[Positive, Affects.PROCESS]
     resume: Annotated[str, BeforeValidator(_resume), Affects.RUN]
     deploy: Annotated[Literal["best"] | bool, BeforeValidator(_lower), Affects.RUN]
+    tensorboard: Annotated[bool, Affects.PROCESS]
     log_interval: Annotated[Positive, Affects.PROCESS]
     result_path: Annotated[str, Affects.PROCESS]
     top_k: Annotated[Positive, Affects.PROCESS]

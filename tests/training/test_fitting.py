@@ -28,6 +28,7 @@ class Ranks(Communicator):
     (320, 2, 64, 32),                           # ten steps of 32
     (60, 1, 64, 8), (60, 2, 64, 16),            # ten steps would leave a rank fewer than eight images
     (5, 1, 64, 4), (3, 2, 64, 2),               # there are not more
+    (10_000, 3, 64, 63),                        # ranks that do not divide it
 ])
 def test_batch_makes_ten_steps_of_at_least_eight_images_a_rank(images, ranks, asked, found, monkeypatch):
     monkeypatch.setattr(fitting, "available_bytes", lambda: 1e15)

@@ -7,7 +7,7 @@ import sys
 from conftest import ROOT
 
 LAYERS = {"utils": 0, "kernels": 1, "models": 2, "dataset": 2, "parallel": 2, "runs": 3, "inference": 4, "training": 5, "help": 6,
-          "command": 7}
+          "completion": 6, "command": 7}
 
 
 def test_imports_point_one_way():
