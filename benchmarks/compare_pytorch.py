@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import re
-import resource
 import socket
 import sys
 from pathlib import Path
@@ -199,7 +198,8 @@ def our_eval(options):
 
 
 def peak_rss_mib():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    from src.utils.memory import peak_bytes
+    return peak_bytes() / 2 ** 20
 
 
 WORKERS = {"pytorch_train": pytorch_train, "pytorch_eval": pytorch_eval, "our_eval": our_eval}

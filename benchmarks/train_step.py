@@ -4,7 +4,6 @@ Random images, no input pipeline; medians over the steps after two of warm-up. T
 rank 0's machine sends to others in a step.
 """
 
-import resource
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ def main(arguments):
     from src.parallel.communicator import connect
     from src.utils.config import load_config, parse_flags
     from src.utils.device import select_device
+    from src.utils.memory import peak_bytes
 
     steps = int(next((word.partition("=")[2] for word in arguments if word.startswith("--steps=")), 10))
     flags, _ = parse_flags([word for word in arguments if not word.startswith("--steps=")])
@@ -57,7 +57,7 @@ def main(arguments):
               f"amp_level={config.precision} kernels={kernels.name.replace(', ', ':')} "
               f"images_per_second={rate:.2f} forward_backward_s={median['forward_backward']:.4f} "
               f"allreduce_s={median['allreduce']:.4f} optimizer_s={median['optimizer']:.4f} "
-              f"sent_mib={sent / len(times) / 2 ** 20:.1f} peak_rss_mib={resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f}")
+              f"sent_mib={sent / len(times) / 2 ** 20:.1f} peak_rss_mib={peak_bytes() / 2 ** 20:.0f}")
 
 
 def sent_bytes():

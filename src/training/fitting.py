@@ -1,12 +1,10 @@
 """The batch that fits a machine and a data set, and the learning rate that fits the batch."""
 
-import os
-from pathlib import Path
-
 from src.dataset.batches import global_batch
 from src.models.networks import NETWORKS, network_name
 from src.parallel.communicator import Communicator
 from src.utils.config import Config
+from src.utils.memory import available_bytes
 
 _STEPS_PER_EPOCH = 10
 # Of fewer images on a rank batch norm sees too little, whatever the number of steps.
@@ -55,19 +53,6 @@ def training_bytes(config: Config, batch: int) -> float:
             + _BYTES_PER_ACTIVATION * blocks * pixels * network.size.activations * batch)
 
 
-def available_bytes() -> float:
-    """Memory that processes on this machine may still take; infinite where the system does not say."""
-    limits = [float("inf")]
-    for line in _lines(Path("/proc/meminfo")):
-        if line.startswith("MemAvailable:"):
-            limits.append(1024.0 * int(line.split()[1]))
-    for folder, most, used in (("", "memory.max", "memory.current"), ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes")):
-        values = [line for name in (most, used) for line in _lines(Path("/sys/fs/cgroup", folder, name))]
-        if len(values) == 2 and all(value.isdigit() for value in values):
-            limits.append(float(int(values[0]) - int(values[1])))
-    return max(min(limits), 0.0)
-
-
 def _images_that_memory_holds(config: Config, ranks: int) -> float:
     """Images of one forward pass of each of the ``ranks`` of this machine. A device's memory is not asked: no limit there."""
     fixed = training_bytes(config, 0)
@@ -75,10 +60,3 @@ def _images_that_memory_holds(config: Config, ranks: int) -> float:
     if config.device_target != "CPU" or not of_image:
         return float("inf")
     return (_MEMORY_SHARE * available_bytes() / ranks - fixed) / of_image
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines() if os.path.isfile(path) else []
-    except OSError:
-        return []

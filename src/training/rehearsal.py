@@ -1,14 +1,13 @@
 """A training tried for three steps, to say what the whole of it would take."""
 
-import resource
 import time
 from collections.abc import Sequence
 
 from src.inference.evaluation import Evaluator
 from src.parallel.communicator import Communicator
-from src.training.fitting import available_bytes
 from src.training.trainer import Trainer
 from src.utils.config import Config
+from src.utils.memory import available_bytes, peak_bytes
 
 _STEPS = 3
 
@@ -21,7 +20,7 @@ def rehearse(trainer: Trainer, config: Config, communicator: Communicator) -> li
     seconds = [_seconds_of_step(trainer, number, config, communicator) for number in range(min(_STEPS, trainer.last_step))]
     first, later = seconds[0], min(seconds[1:], default=seconds[0])
     evaluation = _seconds_of_evaluation(trainer.evaluator, trainer, communicator) if trainer.evaluator else 0.0
-    peaks = communicator.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
+    peaks = communicator.gather(peak_bytes() / 2 ** 30)
     free = communicator.gather(available_bytes() / 2 ** 30)
     epochs = -(-trainer.last_step // trainer.steps_per_epoch)
     evaluations = -(-epochs // config.eval_interval) if trainer.evaluator else 0

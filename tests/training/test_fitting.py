@@ -9,7 +9,8 @@ from conftest import ROOT, make_config
 from src.models.networks import NETWORKS
 from src.parallel.communicator import Communicator
 from src.training import fitting
-from src.training.fitting import available_bytes, fit_batch, training_bytes
+from src.training.fitting import fit_batch, training_bytes
+from src.utils.memory import available_bytes, peak_bytes
 
 
 class Ranks(Communicator):
@@ -55,6 +56,13 @@ def test_learning_rate_is_in_proportion_and_the_result_is_not_fitted_again():
 
 def test_available_memory_is_what_the_system_says():
     assert 1e8 < available_bytes() < 1e15
+
+
+def test_peak_is_of_this_process_alone():
+    held = bytearray(300_000_000)
+    child = subprocess.run([sys.executable, "-c", "from src.utils.memory import peak_bytes; print(peak_bytes())"], cwd=ROOT,
+                           capture_output=True, text=True)
+    assert peak_bytes() > len(held) > 10 * int(child.stdout) > 0
 
 
 @pytest.mark.slow
