@@ -6,7 +6,7 @@ Without arguments the bundled digits are trained. `mpirun -n N python3 train.py 
 import os
 from typing import TYPE_CHECKING
 
-from src.command import begin, run_main
+from src.command import begin, ranks_hint, run_main
 from src.parallel.environment import launched_rank
 from src.utils.signals import Signals
 
@@ -62,8 +62,9 @@ def main(arguments: list[str], signals: Signals) -> None:
     graph_cache = None if config.dry_run else user_graph_cache(config)
     trainer = Trainer(network, config, communicator, train_images, eval_images, recorder, resumed, graph_cache, kernels.name)
 
-    if kernels.hint:
-        recorder.log(kernels.hint)
+    for hint in (kernels.hint, ranks_hint(config, communicator.size)):
+        if hint:
+            recorder.log(hint)
     if config.data_path == DIGITS:
         recorder.log("training on the bundled handwritten digits; --data_path=DIR trains on your own images")
     for line in (left_out_line(train_images, "training"), left_out_line(eval_images, "validation") if eval_images else None, starting):

@@ -115,6 +115,16 @@ def start_ranks(config: Any) -> None:
         hand_over(ranks, [*sys.argv, "--run_distribute=1", f"--global_batch_size={batch}"])
 
 
+def ranks_hint(config: Any, size: int) -> str | None:
+    """What to say to a user who could train faster on ranks of this machine, or None."""
+    from src.utils.device import available_cores
+
+    cores = available_cores()
+    if config.device_target != "CPU" or size > 1 or cores < 2 or config.threads or started_by_mpirun() or config.run_distribute is False:
+        return None
+    return f"one process computes on {cores} cores; --ranks=auto trains with a rank on each, GAIN"
+
+
 def prepare_rank(communicator: Any, device_target: str = "CPU", threads: int = 0) -> None:
     """Place this rank on its cores and set what MindSpore and other libraries read when they are imported.
 

@@ -61,7 +61,7 @@ def test_tests_that_the_list_of_seeds_names_exist():
     assert len(named) >= 9 and named <= set(re.findall(r"def (test_\w+)", (ROOT / "tests/test_seeds.py").read_text()))
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_short_training_commands_of_the_documents_run(tmp_path):
     # tests/test_extending.py runs what extending.md adds.
     every = {command for document in DOCUMENTS if document != "docs/extending.md" for command in shown(document)}
@@ -92,7 +92,7 @@ def test_quickstart(tmp_path):
     assert (copy / run.out.splitlines()[-2].partition(": ")[2]).is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_the_tutorial_word_for_word(tmp_path):
     """In a folder with photos and weights; of the dates alone the real one is put in."""
     from safetensors.numpy import save_file

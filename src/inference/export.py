@@ -66,6 +66,9 @@ def export_checkpoint(path: Path, flags: Mapping[str, Any], file_format: str, fu
     written = Path(target) if target else _default_target(path, file_format, fuses)
     if written.resolve() == path.resolve():
         raise UserError(f"'{written}' is the checkpoint itself; choose another --result_path")
+    # MindSpore adds it where it is missing, and writes another file than was asked for.
+    if file_format != "SAFETENSORS" and written.suffix.lower() != f".{file_format.lower()}":
+        raise UserError(f"--result_path={target} must end in .{file_format.lower()}, by which the file is known later")
     size = model.config.image_size
     _WRITERS[file_format](plain, written, metadata, size)
     try:

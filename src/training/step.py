@@ -51,17 +51,23 @@ class NetworkWithLoss(nn.Cell):
     def __init__(self, network: nn.Cell, normalizer: nn.Cell, smoothing: float) -> None:
         super().__init__(auto_prefix=False)
         self.network, self.normalizer, self.smoothing = network, normalizer, smoothing
+        # nn.CrossEntropyLoss takes the logarithm apart, whose last bit on CPU depends on where its memory lies; the gradient of
+        # log_softmax is reference code of oneDNN's.
+        self.cross_entropy = ops.SparseSoftmaxCrossEntropyWithLogits()
 
     def construct(self, images: Tensor, labels: Tensor, kept: Tensor | None = None) -> Tensor:
         images = self.normalizer(images)
         logits = ops.cast(self.network(images) if kept is None else self.network(images, kept), mindspore.float32)
-        # nn.CrossEntropyLoss takes the logarithm apart, whose last bit on CPU depends on where its memory lies.
-        log_probabilities = ops.log_softmax(logits, 1)
+        classes = logits.shape[1]
         if labels.ndim == 1:
-            loss = ops.nll_loss(log_probabilities, labels)
-            return (1 - self.smoothing) * loss - self.smoothing * log_probabilities.mean() if self.smoothing else loss
-        targets = (1 - self.smoothing) * labels + self.smoothing / labels.shape[1]
-        return -(targets * log_probabilities).sum(1).mean()
+            labels = self._one_hot(labels, classes)
+        targets = (1 - self.smoothing) * labels + self.smoothing / classes
+        # -log p[c] is that of the likeliest class, which no exponential underflows for, and the difference of the two logits.
+        likeliest = logits.argmax(1).astype(mindspore.int32)
+        return self.cross_entropy(logits, likeliest) + ((self._one_hot(likeliest, classes) - targets) * logits).sum(1).mean()
+
+    def _one_hot(self, labels: Tensor, classes: int) -> Tensor:
+        return ops.one_hot(labels, classes, Tensor(1.0, mindspore.float32), Tensor(0.0, mindspore.float32))
 
 
 class ForwardBackward(nn.Cell):

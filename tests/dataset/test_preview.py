@@ -23,6 +23,7 @@ def test_a_sound_set_has_nothing_to_look_at(image_root, tmp_path):
     assert picture.shape[0] > 1000 and picture.std() > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage,words", [
     ("imbalance", ("the class 'ant' has 176 images and 'bee' 16", "prefer")),
     ("few", ("1 of 3 classes have fewer than 10 training images: cat",)),
@@ -30,7 +31,7 @@ def test_a_sound_set_has_nothing_to_look_at(image_root, tmp_path):
     ("twice", ("1 training images are there twice", "copy.jpg")),
     ("both", ("2 validation images are training images too", "val/bee/a.jpg")),
     ("tiny", ("1 images have a side below 16 pixels", "tiny.png")),
-    ("huge", ("1 images have more than 24 megapixels", "huge.png", "pack_dataset.py")),
+    pytest.param("huge", ("1 images have more than 24 megapixels", "huge.png", "pack_dataset.py"), marks=pytest.mark.extended),
     ("unreadable", ("1 images cannot be read", "bad.jpg", "check_dataset.py")),
 ])
 def test_what_is_wrong_is_said(image_root, tmp_path, damage, words):
@@ -62,6 +63,7 @@ def test_what_is_wrong_is_said(image_root, tmp_path, damage, words):
     assert run.status == 0 and all(word in line for word in words), run
 
 
+@pytest.mark.slow
 def test_a_split_is_previewed_as_it_is_trained(image_root):
     run = preview(image_root, "--val_split=0.25")
     assert run.status == 0 and "train: 36 images" in run.out and "val: 12 images" in run.out, run

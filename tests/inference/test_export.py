@@ -146,6 +146,7 @@ def test_an_error_while_computing_an_exported_file_names_it():
         guarded(broken, "a.onnx")(None)
 
 
+@pytest.mark.slow
 def test_eight_bits_are_as_good_and_smaller(trained_run, image_root, tmp_path):
     pytest.importorskip("onnxruntime")
     words = ["python3", "export.py", f"--checkpoint_file_path={trained_run}/best.ckpt", "--quantize=int8"]
@@ -160,6 +161,15 @@ def test_eight_bits_are_as_good_and_smaller(trained_run, image_root, tmp_path):
     assert abs(found["int8"][0] - found["float32"][0]) < 4
     again = execute(["python3", "eval.py", f"--checkpoint_file_path={tmp_path}/net_int8.onnx", f"--data_path={image_root}/val"])
     assert again.status == 0 and f"acc={found['int8'][0]:.2f}%(TOP1)" in again.out, again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file_format", ["CKPT", "MINDIR", "ONNX"])
+def test_a_name_without_its_ending_is_one_line(trained_run, tmp_path, file_format):
+    run = execute(["python3", "export.py", f"--checkpoint_file_path={trained_run}/best.ckpt", f"--file_format={file_format}",
+                   f"--result_path={tmp_path}/net"])
+    assert run.status == 2 and len(run.error_lines) == 1 and f".{file_format.lower()}" in run.error_lines[0], run
+    assert not list(tmp_path.iterdir())
 
 
 def test_quantize_needs_onnx(trained_run):

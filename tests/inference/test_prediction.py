@@ -48,6 +48,7 @@ def predict(trained_run):
     return run
 
 
+@pytest.mark.slow
 def test_a_list_and_tables(predict, image_root, tmp_path):
     (tmp_path / "list.txt").write_text(f"{image_root}/val/bee/003.jpg\n\nbeside.jpg\n")
     shutil.copy(image_root / "val" / "cat" / "003.jpg", tmp_path / "beside.jpg")
@@ -69,6 +70,7 @@ def test_a_list_on_standard_input(trained_run, image_root):
     assert finished.returncode == 0 and [line.split()[0] for line in finished.stdout.splitlines()] == names, finished
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text,word", [("", "names no image"), ("nowhere.jpg\n", "nowhere.jpg', which does not exist")])
 def test_a_wrong_list_is_one_line(predict, tmp_path, text, word):
     (tmp_path / "list.txt").write_text(text)
@@ -76,6 +78,7 @@ def test_a_wrong_list_is_one_line(predict, tmp_path, text, word):
     assert run.status == 2 and len(run.error_lines) == 1 and word in run.error_lines[0], run
 
 
+@pytest.mark.slow
 def test_the_mean_over_mirror_images(predict, image_root, tmp_path):
     """An image and its mirror image are then the same to any network."""
     image = cv2.imread(str(image_root / "val" / "bee" / "003.jpg"))
@@ -91,6 +94,7 @@ def test_the_mean_over_mirror_images(predict, image_root, tmp_path):
     assert dict(found[1][0]) == pytest.approx(dict(found[1][1]), abs=2e-6)
 
 
+@pytest.mark.slow
 def test_names_from_a_file(predict, image_root, tmp_path):
     (tmp_path / "names.txt").write_text("Ameise\nBiene\nKatze\n")
     run = predict(f"{image_root}/val/bee/003.jpg", f"--class_names={tmp_path}/names.txt")

@@ -50,6 +50,7 @@ def server(trained_run):
         assert found.stop()[0] == 0
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_predict(server, trained_run, image_root, tmp_path):
     names = sorted(map(str, (image_root / "val" / "bee").iterdir()))[:5]
     run = execute(["python3", "predict.py", f"--checkpoint_file_path={trained_run}/best.ckpt", *names, f"--result_path={tmp_path}/p.json"])
@@ -135,6 +136,7 @@ def test_a_failing_engine_does_not_end_the_batcher():
     asyncio.run(trial())
 
 
+@pytest.mark.slow
 def test_a_request_that_was_accepted_is_answered_before_the_end(trained_run, tmp_path):
     # Large enough that its decoding lasts for a while.
     cv2.imwrite(str(tmp_path / "large.png"), np.random.default_rng(0).integers(0, 255, (2000, 2200, 3), np.uint8))
@@ -153,6 +155,7 @@ def test_a_request_that_was_accepted_is_answered_before_the_end(trained_run, tmp
     assert [code for code, _ in answers] == [200] * 4
 
 
+@pytest.mark.slow
 def test_an_address_that_is_taken_is_one_line(server, trained_run):
     run = execute(["python3", "serve.py", f"--checkpoint_file_path={trained_run}/best.ckpt", f"--port={server.port}"])
     assert run.status == 2 and len(run.error_lines) == 1 and f"cannot serve on 127.0.0.1:{server.port}" in run.error_lines[0], run

@@ -23,7 +23,7 @@ def scalars(folder):
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_event_files_say_what_the_metrics_say(image_root, tmp_path):
     words = ["python3", "train.py", f"--data_path={image_root}/train", f"--output_path={tmp_path}", *TINY, "--run_eval=1",
              "--tensorboard=1", "--lr_scheduler=step"]

@@ -54,6 +54,7 @@ def test_it_is_one_file_without_script_and_network(page):
     assert all(source.startswith("data:") for source in re.findall(r"""(?:src|href)=["']?([^"' >]*)""", text))
 
 
+@pytest.mark.slow
 def test_runs_are_compared(trained_run, image_root, tmp_path):
     run = execute(["python3", "train.py", f"--data_path={image_root}/train", f"--output_path={tmp_path}/other", *TINY, "--max_epoch=1",
                    "--lr=0.03"])
@@ -65,6 +66,7 @@ def test_runs_are_compared(trained_run, image_root, tmp_path):
     assert differing["lr"] == ["0.02", "0.03"] and differing["block"] == ["acb", "base"] and "image_size" not in differing
 
 
+@pytest.mark.slow
 def test_images_that_are_gone_are_said_to_be(image_root, tmp_path):
     shutil.copytree(image_root, tmp_path / "images")
     run = execute(["python3", "train.py", f"--data_path={tmp_path}/images/train", f"--output_path={tmp_path}/out", *TINY, "--max_epoch=1",

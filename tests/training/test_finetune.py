@@ -31,6 +31,7 @@ def finetuned(trained_run, photos, tmp_path_factory):
     return run, only_run(output)
 
 
+@pytest.mark.slow
 def test_one_line_does_all_of_it(finetuned, trained_run):
     run, folder = finetuned
     assert (f"starting from {trained_run}/best.ckpt without classifier.bias, classifier.weight: the classifier begins anew, "
@@ -48,12 +49,14 @@ def test_one_line_does_all_of_it(finetuned, trained_run):
     assert all(line.endswith("of 4 images") for line in last[start + 2:start + 5]), run
 
 
+@pytest.mark.slow
 def test_the_next_command_works(finetuned, photos):
     _, folder = finetuned
     run = execute(["python3", "predict.py", f"--checkpoint_file_path={folder}/fused.ckpt", f"{photos}/dog"])
     assert run.status == 0 and len(run.out.splitlines()) == 20, run
 
 
+@pytest.mark.slow
 def test_the_same_part_is_evaluated_later(finetuned):
     _, folder = finetuned
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -85,7 +88,7 @@ def test_the_rest_learns_at_its_own_rate():
         assert np.allclose(before[p.name] - p.asnumpy(), step, atol=1e-6), p.name
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_early_stopping_ends_with_the_best_and_stays_ended(trained_run, photos, tmp_path):
     words = [*FINETUNE, f"--data_path={photos}", f"--pretrained={trained_run}/best.ckpt", f"--output_path={tmp_path}", "--max_epoch=40",
              "--early_stopping=2", "--lr=0.000001", "--deploy=0"]
@@ -108,6 +111,7 @@ def test_what_is_missing_is_said(photos, tmp_path, flags, words):
     assert run.status == 2 and len(run.error_lines) == 1 and all(word in run.error_lines[0] for word in words), run
 
 
+@pytest.mark.slow
 def test_a_fused_network_is_not_trained_on(finetuned, photos, tmp_path):
     _, folder = finetuned
     run = execute(["python3", "train.py", *FINETUNE, f"--data_path={photos}", f"--pretrained={folder}/fused.ckpt",

@@ -65,7 +65,7 @@ def test_peak_is_of_this_process_alone():
     assert peak_bytes() > len(held) > 10 * int(child.stdout) > 0
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_estimated_memory_is_enough_for_what_a_training_takes():
     command = [sys.executable, "benchmarks/train_step.py", "--network=resnet18", "--per_batch_size=16", "--steps=2"]
     for kernels in ("onednn", "mindspore"):
