@@ -62,7 +62,7 @@ def main(arguments: list[str], signals: Signals) -> None:
     graph_cache = None if config.dry_run else user_graph_cache(config)
     trainer = Trainer(network, config, communicator, train_images, eval_images, recorder, resumed, graph_cache, kernels.name)
 
-    for hint in (kernels.hint, ranks_hint(config, communicator.size)):
+    for hint in (kernels.hint, ranks_hint(config, communicator.size, kernels.name)):
         if hint:
             recorder.log(hint)
     if config.data_path == DIGITS:

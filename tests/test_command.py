@@ -47,6 +47,13 @@ def test_a_closed_stream_changes_no_status(closed):
     assert execute(["bash", "-c", f"exec python3 train.py --lr=-1 {closed}"]).status == 2
 
 
+def test_ranks_are_recommended_where_they_are_faster(image_root, tmp_path):
+    words = ["python3", "train.py", f"--data_path={image_root}/train", f"--output_path={tmp_path}", *TINY, "--max_steps=1"]
+    for flags, said in (("--kernels=mindspore", True), ("--kernels=auto", False), ("--kernels=mindspore --run_distribute=0", False)):
+        run = execute([*words, *flags.split()])
+        assert run.status == 0 and ("--ranks=auto, a rank on each" in run.out) is (said and len(os.sched_getaffinity(0)) > 1), run
+
+
 STRANGE = ("$x^{", "two\nlines", "\u202etfel", "na\udcffme", "d\u00e9j\u00e0", "%s {0}", "-lr")
 
 
