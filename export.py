@@ -19,9 +19,9 @@ def main(arguments: list[str]) -> None:
     if config.checkpoint_file_path:
         note(f"loading {config.checkpoint_file_path}")
     from src.inference.export import export_checkpoint
-    from src.runs.checkpoint import find_checkpoints
+    from src.runs.checkpoint import choose_checkpoint
 
-    path = find_checkpoints(config.checkpoint_file_path)[-1]
+    path = choose_checkpoint(config.checkpoint_file_path, note)
     command.select_device()
     exported = export_checkpoint(path, command.flags, config.file_format, config.fuse, config.result_path)
     log = create_log()

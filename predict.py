@@ -15,13 +15,16 @@ def main(arguments: list[str]) -> None:
         note(f"loading {config.checkpoint_file_path}")
     from src.inference.engines import open_engine
     from src.inference.prediction import as_table, contact_sheet, find_images, predict, write_predictions
-    from src.runs.checkpoint import find_checkpoints
+    from src.runs.checkpoint import choose_checkpoint
     from src.utils.errors import Incomplete
+    from src.utils.files import check_ending
     from src.utils.log import create_log
 
+    check_ending("result_path", config.result_path, (".json", ".jsonl", ".csv"))
+    check_ending("save_figure", config.save_figure, (".png",))
     paths = find_images(command.names)
     command.select_device()
-    model, engine, _ = open_engine(find_checkpoints(config.checkpoint_file_path)[-1], command.flags)
+    model, engine, _ = open_engine(choose_checkpoint(config.checkpoint_file_path, note), command.flags)
     predictions, bad = predict(paths, model, engine)
     log = create_log()
     for message in bad:

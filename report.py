@@ -24,9 +24,10 @@ def main(arguments: list[str]) -> None:
 
     from src.runs.report import render
     from src.runs.run_folder import RunFolder
-    from src.utils.files import write_whole
+    from src.utils.files import check_ending, write_whole
     from src.utils.log import create_log
 
+    check_ending("result_path", command.config.result_path, (".html", ".htm"))
     log = create_log()
     folders = [RunFolder(Path(name)) for name in command.names]
     command.select_device()
@@ -47,15 +48,22 @@ def report_of(name: str, folder: "RunFolder", flags: "Mapping[str, str]", log: "
     """
     from dataclasses import replace
 
+    from src.dataset.sources import validation_path
     from src.inference.engines import open_engine
     from src.inference.mistakes import augmented, class_names, judge, most_confused, thumbnail
     from src.runs.report import Picture, RunReport
     from src.utils.config import DEFAULT_CONFIG, read_layer, validated
     from src.utils.errors import UserError
 
+    if not folder.path.is_dir():
+        raise UserError(f"the folder '{folder.path}' does not exist")
     metrics = folder.read_metrics()
     if not metrics:
         raise UserError(f"'{folder.path}' is no folder of a run that has finished an epoch: it has no lines in metrics.jsonl")
+    if "data_path" in flags:
+        # Where the training images lie now, the validation images as they were beside or among them.
+        beside = validation_path(flags["data_path"]) or ""
+        flags = {"val_split": folder.read_config()["val_split"], "eval_data_path": beside, **flags}
     report = RunReport(name, folder.read_config(), folder.read_environment(), metrics,
                        defaults=validated(read_layer(DEFAULT_CONFIG)).model_dump(mode="json"))
     try:

@@ -16,11 +16,11 @@ def main(arguments: list[str], signals: Signals) -> None:
         note(f"loading {config.checkpoint_file_path}")
     from src.inference.engines import open_engine
     from src.inference.serving import create_app, import_server, serve
-    from src.runs.checkpoint import find_checkpoints
+    from src.runs.checkpoint import choose_checkpoint
     from src.utils.log import create_log
 
     import_server()
-    path = find_checkpoints(config.checkpoint_file_path)[-1]
+    path = choose_checkpoint(config.checkpoint_file_path, note)
     command.select_device()
     model, engine, _ = open_engine(path, command.flags)
     log = create_log()

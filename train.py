@@ -67,7 +67,9 @@ def main(arguments: list[str], signals: Signals) -> None:
             recorder.log(hint)
     if config.data_path == DIGITS:
         recorder.log("training on the bundled handwritten digits; --data_path=DIR trains on your own images")
-    for line in (left_out_line(train_images, "training"), left_out_line(eval_images, "validation") if eval_images else None, starting):
+    one_class = "there is one class of images only; nothing can be told apart" if config.num_classes == 1 else None
+    for line in (left_out_line(train_images, "training"), left_out_line(eval_images, "validation") if eval_images else None, one_class,
+                 starting):
         if line:
             recorder.log(line)
     if resumed:

@@ -1,6 +1,6 @@
 """See a data set as the network will, and what seems wrong with it:
 
-    python3 scripts/preview_dataset.py --data_path=DIR [--config_path=RECIPE] [--result_path=preview.png] [--num_parallel_workers=N]
+    python3 scripts/preview_dataset.py --data_path=DIR [--config_path=RECIPE] [--result_path=outputs/preview.png] [--num_parallel_workers=N]
 
 DIR as in train.py. Draws training images with their augmented forms, validation images with their crops and a histogram of the classes;
 prints what looks wrong: classes of very different size, the same image twice or in both parts, tiny, huge and unreadable ones.
@@ -17,8 +17,10 @@ from src.command import run_main  # noqa: E402
 def main(arguments):
     from src.utils.config import load_config, parse_only_flags
     from src.utils.device import available_cores, prepare_process
+    from src.utils.files import check_ending
 
     config = load_config(parse_only_flags(arguments))
+    check_ending("result_path", config.result_path, (".png",))
     prepare_process()
     from src.dataset.checking import summary
     from src.dataset.preview import draw, look_at, suspicions
@@ -39,9 +41,9 @@ def main(arguments):
     found = suspicions(sets, looks, config)
     for line in found:
         print(f"look: {line}")
-    target = config.result_path or "preview.png"
+    target = config.result_path or "outputs/preview.png"
     draw(sets, config, target)
-    print(f"preview_dataset: {len(found)} things to look at, pictures in {target}", flush=True)
+    print(f"preview_dataset: to look at: {len(found)}, pictures in {target}", flush=True)
 
 
 if __name__ == "__main__":

@@ -100,6 +100,11 @@ def start_ranks(config: Any) -> None:
     from src.parallel.launcher import hand_over
     from src.utils.device import available_cores
 
+    # Before there are ranks, around whose errors mpirun has words of its own.
+    if config.checkpoint_file_path and not os.path.exists(config.checkpoint_file_path):
+        raise UserError(f"checkpoint '{config.checkpoint_file_path}' does not exist")
+    if config.data_path not in ("", "digits") and not os.path.exists(config.data_path):
+        raise UserError(f"data_path '{config.data_path}' does not exist; pass --data_path=DIR, or link your data to that name")
     if config.run_distribute is False:
         raise UserError(f"ranks={config.ranks} and run_distribute=0 contradict each other")
     if config.ranks == "auto" and config.device_target != "CPU":

@@ -78,7 +78,7 @@ def list_text() -> str:
     lines += ["", "Blocks (--block=NAME), in place of square convolutions", "  " + ", ".join(BLOCKS)]
     lines += ["", "Recipes (--config_path=NAME)"]
     for file in sorted(RECIPES.glob("*.yaml")):
-        first = re.match(r"# (.*?)([.;:,] |\.?$)", file.read_text(encoding="utf-8"), re.M)
+        first = re.match(r"# (.*?)([.;:] |\.?$)", file.read_text(encoding="utf-8"), re.M)
         if file.name != "network_recipes.yaml":
             lines.append(f"  {file.stem:28} {first[1] if first else ''}".rstrip())
     return "\n".join(lines)

@@ -1,7 +1,6 @@
 """Evaluation: every image counted exactly once, whatever the number of ranks."""
 
 import json
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from src.inference.engines import Engine, open_engine, with_flip
 from src.parallel.agreement import agree
 from src.parallel.communicator import Communicator
 from src.parallel.long_task import LongTask
+from src.runs.checkpoint import in_order
 from src.utils.config import Config
 from src.utils.errors import UserError
 from src.utils.files import checksum, write_whole
@@ -160,7 +160,7 @@ def evaluate_checkpoints(paths: Sequence[Path], flags: Mapping[str, Any], commun
     """
     if communicator.size > 1:
         agree(communicator, {"number of checkpoints": len(paths)})
-        agree(communicator, {f"checksum of {path.name}": checksum(path) for path in _in_order(paths)})
+        agree(communicator, {f"checksum of {path.name}": checksum(path) for path in in_order(paths)})
     results: list[dict[str, Any]] = []
     failures: list[str] = []
     opened = evaluated = evaluator = None
@@ -171,7 +171,7 @@ def evaluate_checkpoints(paths: Sequence[Path], flags: Mapping[str, Any], commun
         failures.append(str(path))
         log(f"{path} is left out: {failure}")
 
-    for path in _in_order(paths):
+    for path in in_order(paths):
         try:
             opened = open_engine(path, flags, opened)
         except UserError as failure:
@@ -216,14 +216,6 @@ def class_table(accuracy: Accuracy, images: ImageSet) -> list[str]:
     width = max(len(escaped(name)) for _, name, _ in shown)
     lines = [f"  {escaped(name):<{width}}  {share:6.2f} % of {count} images" for share, name, count in shown]
     return lines if shown is found else [*lines, f"  and {len(found) - len(shown)} classes above {shown[-1][0]:.2f} %"]
-
-
-def _in_order(paths: Sequence[Path]) -> list[Path]:
-    """Checkpoints by epoch and step as their names, NETWORK-EPOCH_STEPS.ckpt, have them; others first."""
-    def key(path: Path) -> tuple[list[int], str]:
-        numbers = re.search(r"-(\d+)_(\d+)", path.stem)
-        return [int(number) for number in numbers.groups()] if numbers else [0, 0], str(path)
-    return sorted(paths, key=key)
 
 
 def report_line(result: Mapping[str, Any]) -> str:

@@ -47,7 +47,9 @@ class RecordedModel:
                     if key in keys_affecting(Affects.IMAGES, Affects.BATCH) | {"seed"}}
         if "data_path" in flags:
             recorded.pop("eval_data_path", None)
-            recorded.pop("val_split", None)
+            # In the folder that was trained on, the part that was not.
+            if flags["data_path"] != recorded.get("data_path"):
+                recorded.pop("val_split", None)
         elif recorded.get("data_path") and not recorded.get("eval_data_path") and not recorded.get("val_split"):
             recorded["eval_data_path"] = validation_path(recorded["data_path"]) or ""
         recorded |= recorded_model(arrays, metadata, path)

@@ -91,7 +91,7 @@ def create_app(model: RecordedModel, engine: Engine) -> Any:
     batcher = Batcher(with_flip(engine) if model.config.test_flip else engine, model.config.image_size)
 
     def prepared(body: bytes) -> np.ndarray:
-        return eval_transform(decode_image(np.frombuffer(body, np.uint8), "image"), model.config)
+        return eval_transform(decode_image(np.frombuffer(body, np.uint8), "the body"), model.config)
 
     async def predict(request: Any) -> Any:
         body = await _body(request)
@@ -169,7 +169,7 @@ def serve(app: Any, host: str, port: int, signals: Signals, ready: Callable[[str
                 place = self.servers[0].sockets[0].getsockname()
                 ready(f"http://{place[0]}:{place[1]}/")
 
-    server = Server(uvicorn.Config(app, host=host, port=port, log_level="critical", access_log=False, timeout_graceful_shutdown=30))
+    server = Server(uvicorn.Config(app, host=host, port=port, log_level="critical", access_log=False, timeout_graceful_shutdown=10))
 
     def stop(number: int) -> None:
         server.should_exit = True

@@ -41,6 +41,8 @@ def read_weights(path: Path) -> tuple[Arrays, dict[str, Any]]:
     Raises:
         UserError: if the file is missing, truncated, of another format, or its pickle wants to run code.
     """
+    if os.path.isdir(path):
+        raise UserError(f"'{path}' is a folder; name a file of weights in it")
     if not os.path.isfile(path):
         raise UserError(f"checkpoint '{path}' does not exist")
     try:

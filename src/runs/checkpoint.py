@@ -1,7 +1,8 @@
 """Checkpoint files: complete or absent on disk."""
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +45,25 @@ def find_checkpoints(path: str) -> list[Path]:
     if not place.exists():
         raise UserError(f"checkpoint '{path}' does not exist")
     return [place]
+
+
+def choose_checkpoint(path: str, note: Callable[[str], None]) -> Path:
+    """The one checkpoint that ``path`` stands for: a file; of a folder best.ckpt, or the one with the most epochs and steps, which is said.
+
+    Raises:
+        UserError: if there is none.
+    """
+    found = find_checkpoints(path)
+    if not Path(path).is_dir():
+        return found[0]
+    chosen = next((file for file in found if file.name == "best.ckpt"), in_order(found)[-1])
+    note(f"of {len(found)} checkpoints there: {chosen}")
+    return chosen
+
+
+def in_order(paths: Sequence[Path]) -> list[Path]:
+    """Checkpoints by epoch and step as their names, NETWORK-EPOCH_STEPS.ckpt, have them; others first."""
+    def key(path: Path) -> tuple[list[int], str]:
+        numbers = re.search(r"-(\d+)_(\d+)", path.stem)
+        return [int(number) for number in numbers.groups()] if numbers else [0, 0], str(path)
+    return sorted(paths, key=key)

@@ -94,7 +94,7 @@ def _summary(runs: Sequence[RunReport]) -> str:
     rows = []
     for number, run in enumerate(runs):
         evaluated = [line for line in run.metrics if "top1" in line]
-        best = max(evaluated, key=lambda line: line["top1"], default=None)
+        best = max(evaluated, key=_goodness, default=None)
         last = run.metrics[-1]
         rows.append([f'<span class="key k{number % COLOURS}"></span>{escape(run.name)}',
                      f"{escape(run.config['network'])} {escape(run.config['block'])}", f"{last['epoch']} of {run.config['max_epoch']}",
@@ -171,7 +171,7 @@ def _classes(run: RunReport, named: bool) -> str:
         rows = [[escape(run.classes[label]), escape(run.classes[other]), str(count)] for label, other, count in run.confused]
         parts.append("<p>Most confused:</p>" + _table(("class", "taken for", "images"), rows, numbers=(2,), name="confused"))
     if evaluated:
-        best = max(evaluated, key=lambda line: line["top1"])
+        best = max(evaluated, key=_goodness)
         rows = [[escape(_name(run, label)), f"{share:.2f} %"] for share, label in
                 sorted((share, label) for label, share in enumerate(best["class_top1"]) if share is not None)]
         table = _table(("class", f"top-1 in epoch {best['epoch']}"), rows, numbers=(1,), name="classes")
@@ -219,6 +219,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence
     titles = "".join(f"<th{kind[column]}>{text}</th>" for column, text in enumerate(head))
     lines = "".join("<tr>" + "".join(f"<td{kind[column]}>{text}</td>" for column, text in enumerate(row)) + "</tr>" for row in rows)
     return f'<div class="wide"><table id="{name}"><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>'
+
+
+def _goodness(line: Mapping[str, Any]) -> tuple[float, float]:
+    """By which the best epoch is chosen: top-1, and of equal ones the loss."""
+    return line["top1"], -line.get("val_loss", 0.0)
 
 
 def _name(run: RunReport, label: int) -> str:

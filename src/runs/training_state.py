@@ -1,5 +1,6 @@
 """All that a training needs to go on. This module alone knows what a training's checkpoint holds: writer and reader side by side."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -27,7 +28,8 @@ class TrainingState:
         finished_epoch: whether that epoch was evaluated and recorded.
         epoch_sums: what the epoch, if it is not finished, has summed up over its steps.
         best_top1: best accuracy on the validation images so far, in percent; -1 for none.
-        since_best: evaluations in a row that did not better it.
+        best_loss: the loss on the validation images then, by which equal accuracies differ.
+        since_best: evaluations in a row that were no better.
         steps_per_epoch, world_size, labels: steps in an epoch, number of ranks, checksum of the training images' labels.
         threads: number of cores of each rank, which decides how sums are rounded.
         kernels: what computed, which decides it too.
@@ -51,6 +53,7 @@ class TrainingState:
     loss_scale: dict[str, Any]
     # What checkpoints did not record before there was such a thing.
     kernels: str = "mindspore"
+    best_loss: float = math.inf
     since_best: int = 0
 
     def write(self, path: Path, network: nn.Cell, optimizer_state: Sequence[Parameter]) -> None:

@@ -59,8 +59,8 @@ class Trainer:
         self.class_to_index, self._labels = train_images.class_to_index, zlib.crc32(train_images.labels.data)
         self.threads = communicator.gather(available_cores())
         self.first_step, self.best_top1, self._finished_epoch, self._is_unsaved = 0, -1.0, True, False
-        # Evaluations in a row that did not better it.
-        self._since_best = 0
+        # The loss on the validation images then, by which equal accuracies differ, and evaluations in a row that were no better.
+        self._best_loss, self._since_best = math.inf, 0
         # Over the steps of the epoch: losses (means over ranks), steps skipped for overflow, images replaced.
         self._sums = _no_sums()
         if resumed is None:
@@ -109,7 +109,7 @@ class Trainer:
                     progress.end_epoch()
                     self._finish_epoch(step + 1)
                     if self._stops_early:
-                        self.recorder.log(f"no better top-1 in {self._since_best} evaluations: the training ends here")
+                        self.recorder.log(f"nothing better in {self._since_best} evaluations: the training ends here")
                         break
                 elif self._saves_at(step + 1):
                     self.recorder.save(*self._state(step + 1))
@@ -139,7 +139,7 @@ class Trainer:
     def _stop(self, step: int, number: int) -> None:
         self.recorder.save(*self._state(step))
         text = (f"stopped by {signal.Signals(number).name} after step {step}, which is saved; go on with "
-                f"--resume=auto --output_path={self.config.output_path}")
+                f"the same command and --resume=auto --output_path={self.config.output_path}")
         self.recorder.log(text)
         self.communicator.barrier()
         raise Stopped(number, text)
@@ -168,8 +168,8 @@ class Trainer:
         self.recorder.add_epoch(metrics)
         if slow := slowest_line(times, self.communicator.hosts):
             self.recorder.log(slow)
-        if metrics.get("top1", -1.0) > self.best_top1:
-            self.best_top1, self._since_best = metrics["top1"], 0
+        if "top1" in metrics and (metrics["top1"], -metrics["val_loss"]) > (self.best_top1, -self._best_loss):
+            self.best_top1, self._best_loss, self._since_best = metrics["top1"], metrics["val_loss"], 0
             self.recorder.save_best(*self._state(step))
         elif "top1" in metrics:
             self._since_best += 1
@@ -184,7 +184,8 @@ class Trainer:
         """What the recorder saves."""
         state = TrainingState(
             step=step, epoch=self._epoch_of(step), finished_epoch=self._finished_epoch, epoch_sums=self._sums,
-            best_top1=self.best_top1, since_best=self._since_best, steps_per_epoch=self.steps_per_epoch, world_size=self.communicator.size,
+            best_top1=self.best_top1, best_loss=self._best_loss, since_best=self._since_best,
+            steps_per_epoch=self.steps_per_epoch, world_size=self.communicator.size,
             threads=self.threads, kernels=self.kernels, labels=self._labels, class_to_index=self.class_to_index,
             config=self.config.model_dump(mode="json"),
             optimizer=self.step.optimizer.counters(), loss_scale=self.step.loss_scale.state())
@@ -196,7 +197,8 @@ class Trainer:
         restore_arrays(resumed.arrays, resumed.path, self.network, self.step.optimizer.state_parameters)
         self.step.optimizer.restore_counters(state.optimizer)
         self.step.loss_scale.restore(state.loss_scale)
-        self.first_step, self.best_top1, self._since_best = state.step, state.best_top1, state.since_best
+        self.first_step, self.best_top1 = state.step, state.best_top1
+        self._best_loss, self._since_best = state.best_loss, state.since_best
         if self._stops_early:
             self.last_step = self.first_step
         self._sums, self._finished_epoch = dict(state.epoch_sums), state.finished_epoch

@@ -2,7 +2,7 @@
 
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,12 @@ def write_whole(target: str | Path, write: Callable[[Path], Any]) -> None:
     finally:
         # A writer may have one of its own behind it: MindSpore writes NAME.tmp first.
         _remove(target.parent, partial.stem)
+
+
+def check_ending(key: str, path: str, endings: Sequence[str]) -> None:
+    """Raise UserError if the file that ``key`` names, if any, would not be known later for what it is."""
+    if path and not path.lower().endswith(tuple(endings)):
+        raise UserError(f"{key}={path}: the file is written as {' or '.join(endings)}, as which its name must end")
 
 
 def checksum(path: Path) -> int:

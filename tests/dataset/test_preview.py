@@ -18,7 +18,7 @@ def test_a_sound_set_has_nothing_to_look_at(image_root, tmp_path):
     shutil.copytree(image_root, tmp_path / "copy")
     run = preview(tmp_path / "copy")
     assert run.status == 0 and "train: 48 images, 3 classes of 16 to 16 images" in run.out and "look:" not in run.out, run
-    assert run.out.splitlines()[-1] == f"preview_dataset: 0 things to look at, pictures in {tmp_path}/copy/preview.png"
+    assert run.out.splitlines()[-1] == f"preview_dataset: to look at: 0, pictures in {tmp_path}/copy/preview.png"
     picture = np.asarray(Image.open(tmp_path / "copy" / "preview.png").convert("RGB"))
     assert picture.shape[0] > 1000 and picture.std() > 20
 

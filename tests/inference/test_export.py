@@ -124,7 +124,7 @@ def test_wrong_checkpoint_or_folder_leaves_no_file(tmp_path, trained_run):
     run = export(f"--checkpoint_file_path={tmp_path}/text.ckpt", f"--result_path={tmp_path}/out.ckpt")
     assert run.status == 2 and len(run.error_lines) == 1 and "not a MindSpore checkpoint" in run.error_lines[0], run
     for file_format in ("CKPT", "ONNX", "MINDIR", "SAFETENSORS"):
-        run = export(f"--checkpoint_file_path={trained_run}/best.ckpt", f"--result_path={tmp_path}/text.ckpt/out",
+        run = export(f"--checkpoint_file_path={trained_run}/best.ckpt", f"--result_path={tmp_path}/text.ckpt/out.{file_format.lower()}",
                      f"--file_format={file_format}")
         assert run.status == 2 and len(run.error_lines) == 1 and "cannot write" in run.error_lines[0], run
     assert [file.name for file in tmp_path.iterdir()] == ["text.ckpt"]

@@ -72,11 +72,11 @@ def test_told_to_stop_it_finishes_the_step_and_saves(training, tmp_path, number,
     assert run.status == status and not run.error_lines, run
     folder = only_run(tmp_path / "run")
     log = (folder / "log.txt").read_text()
-    assert "which is saved; go on with --resume=auto" in log
+    assert "which is saved; go on with the same command and --resume=auto" in log
     # The signal that was sent, as far as mpirun lets a rank know it.
     assert f"stopped by {number.name} after step" in log
     if launcher != ["python3"]:
-        assert "told to stop (" in run.out and "which is saved; go on with --resume=auto" in run.out, run
+        assert "told to stop (" in run.out and "which is saved; go on with the same command and --resume=auto" in run.out, run
     assert read_weights(folder / "latest.ckpt")[1]["step"] >= 3
 
 

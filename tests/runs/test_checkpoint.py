@@ -12,7 +12,7 @@ from conftest import TINY, execute, only_run
 
 from src.models.build import build_model
 from src.models.formats import read_weights
-from src.runs.checkpoint import find_checkpoints, save_checkpoint
+from src.runs.checkpoint import choose_checkpoint, find_checkpoints, save_checkpoint
 from src.runs.run_folder import RunFolder, create_run_folder, dated_run_folder
 from src.utils.errors import UserError
 from src.utils.files import remove_partials
@@ -122,3 +122,14 @@ def test_half_a_line_of_metrics_is_passed_over(tmp_path):
     with open(folder.metrics, "a") as file:
         file.write('{"epoch": 2, "st')
     assert RunFolder(folder.path).read_metrics() == [{"epoch": 1, "step": 12}]
+
+
+def test_of_a_folder_the_best_or_the_newest_is_taken_and_said(tmp_path):
+    for name in ("net-9_5.ckpt", "net-10_5.ckpt", "net-10_3.ckpt"):
+        (tmp_path / name).write_text("")
+    said = []
+    assert choose_checkpoint(str(tmp_path), said.append).name == "net-10_5.ckpt"
+    (tmp_path / "best.ckpt").write_text("")
+    assert choose_checkpoint(str(tmp_path), said.append).name == "best.ckpt"
+    assert [line.rpartition("/")[2] for line in said] == ["net-10_5.ckpt", "best.ckpt"]
+    assert choose_checkpoint(str(tmp_path / "net-9_5.ckpt"), said.append).name == "net-9_5.ckpt" and len(said) == 2

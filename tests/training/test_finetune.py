@@ -1,14 +1,19 @@
 """The recipe finetune: trained weights on other classes."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 from conftest import execute, make_config, mpirun, only_run, write_image_folder
 
+from src.inference.evaluation import Accuracy
 from src.models.build import build_model
 from src.models.formats import read_weights, without_optimizer_state
+from src.parallel.communicator import Communicator
 from src.training.optimizers import HostOptimizer
+from src.training.rank_times import RankTimes
+from src.training.trainer import _Rates
 from src.training.update_rules import make_rule
 
 FINETUNE = ("--config_path=finetune", "--max_epoch=3", "--freeze_epochs=1", "--lr=0.02")
@@ -75,6 +80,23 @@ def test_only_the_classifier_learns_at_first(trained_run, photos, tmp_path):
     assert {name for name in moved if "moving" not in name} == {"classifier.weight", "classifier.bias"}
 
 
+def test_of_equal_accuracies_the_one_with_less_loss_is_the_best():
+    from src.runs.recorder import Recorder
+    from src.training.trainer import Trainer
+    trainer = Trainer.__new__(Trainer)
+    trainer.config, trainer.communicator, trainer.steps_per_epoch, trainer.last_step = make_config(ckpt_interval=100), Communicator(), 1, 9
+    trainer.best_top1, trainer._best_loss, trainer._since_best = -1.0, math.inf, 0
+    trainer.engine, trainer._sums, trainer._rates, trainer._times = None, {"loss": 0.0, "skipped": 0, "replaced": 0}, _Rates(1), RankTimes()
+    saved = []
+    trainer.recorder = Recorder()
+    trainer.recorder.save_best = lambda *state: saved.append(state)
+    trainer._state = lambda step: (step,)
+    for step, (top1, loss) in enumerate([(75, 2.5), (75, 0.9), (50, 0.1), (75, 0.9), (80, 3.0)], 1):
+        trainer.evaluator = lambda engine, top1=top1, loss=loss: Accuracy(top1, 100, 4, 1, loss, (3, 0), (3, 1))
+        trainer._finish_epoch(step)
+    assert saved == [(1,), (2,), (5,)] and (trainer.best_top1, trainer._best_loss, trainer._since_best) == (80, 3.0, 0)
+
+
 def test_the_rest_learns_at_its_own_rate():
     network = build_model("cifar_quick", 3)
     parameters = network.trainable_params()
@@ -91,11 +113,11 @@ def test_the_rest_learns_at_its_own_rate():
 @pytest.mark.extended
 def test_early_stopping_ends_with_the_best_and_stays_ended(trained_run, photos, tmp_path):
     words = [*FINETUNE, f"--data_path={photos}", f"--pretrained={trained_run}/best.ckpt", f"--output_path={tmp_path}", "--max_epoch=40",
-             "--early_stopping=2", "--lr=0.000001", "--deploy=0"]
+             "--early_stopping=2", "--lr=0.1", "--deploy=0"]
     run = mpirun(2, "train.py", *words)
-    assert run.status == 0 and "no better top-1 in 2 evaluations: the training ends here" in run.out, run
+    assert run.status == 0 and "nothing better in 2 evaluations: the training ends here" in run.out, run
     lines = [json.loads(line) for line in (only_run(tmp_path) / "metrics.jsonl").read_text().splitlines()]
-    best = max(range(len(lines)), key=lambda epoch: lines[epoch]["top1"])
+    best = max(range(len(lines)), key=lambda epoch: (lines[epoch]["top1"], -lines[epoch]["val_loss"]))
     assert len(lines) == best + 3 < 40
     again = mpirun(2, "train.py", *words, "--resume=auto")
     assert again.status == 0 and "\nepoch " not in again.out, again
