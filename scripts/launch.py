@@ -64,7 +64,8 @@ def run_with_restarts(options, script, environment, sent_signal_file):
             status = 1
         if status in (0, USER_ERROR) or received or not restarts_left:
             if options.max_restarts and status not in (0, USER_ERROR) and not received:
-                sys.stderr.write(f"error: the job ended with status {status} and no restarts are left; go on with the same command and --resume=auto\n")
+                sys.stderr.write(f"error: the job ended with status {status} and no restarts are left; go on with the same command and "
+                                 "--resume=auto\n")
             return status
         prepare_restart(options, script, Path(environment[FACTS_FILE]), status, restarts_left)
         restarts_left -= 1
