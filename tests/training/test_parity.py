@@ -118,10 +118,10 @@ def test_gradients_are_pytorchs(pair, measured):
         theirs = {name: parameter.grad.numpy() for name, parameter in pair.theirs.named_parameters()}
         _, ours = pair.loss_and_gradients(images, labels)
         largest = max(relative(gradient, theirs[torch_name(name, pair.name)]) for name, gradient in ours.items())
-        if largest < 1e-4:
+        if largest < 1e-3:
             break
     measured(f"{pair}: largest relative difference of a gradient from PyTorch's {largest:.1e} (batch {tries})")
-    assert largest < 1e-4
+    assert largest < 1e-3
 
 
 def test_twenty_steps_are_pytorchs(pair, measured):
