@@ -15,7 +15,8 @@ def test_lines_with_the_time_left(monkeypatch):
             now[0] += 4
             task.advance()
     # Every 32 s, the first multiple of 4 beyond 30.
-    assert lines == [f"packed {share} % of the images, {left} s left" for share, left in ((20, 128), (40, 96), (60, 64), (80, 32), (100, 0))]
+    told = ((20, 128), (40, 96), (60, 64), (80, 32), (100, 0))
+    assert lines == [f"packed {share} % of the images, {left} s left" for share, left in told]
 
 
 def test_a_short_task_says_nothing():
