@@ -48,9 +48,10 @@ def report_of(name: str, folder: "RunFolder", flags: "Mapping[str, str]", log: "
     """
     from dataclasses import replace
 
+    from src.dataset.image_set import class_names
     from src.dataset.sources import validation_path
     from src.inference.engines import open_engine
-    from src.inference.mistakes import augmented, class_names, judge, most_confused, thumbnail
+    from src.inference.mistakes import augmented, judge, most_confused, thumbnail
     from src.runs.report import Picture, RunReport
     from src.utils.config import DEFAULT_CONFIG, read_layer, validated
     from src.utils.errors import UserError

@@ -1,6 +1,7 @@
 """Labelled images, wherever they come from."""
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,3 +85,9 @@ class ImageSet:
 
     def _row(self, index: int) -> int:
         return index if self.rows is None else int(self.rows[index])
+
+
+def class_names(class_to_index: Mapping[str, int] | None, classes: int) -> list[str]:
+    """Names in the order of labels; numbers for classes without one."""
+    names = {label: name for name, label in (class_to_index or {}).items()}
+    return [names.get(label, str(label)) for label in range(classes)]

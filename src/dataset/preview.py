@@ -1,16 +1,16 @@
 """A look at a data set before a training: what seems wrong with it, and pictures of what the network will see."""
 
 import hashlib
+import io
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from src.dataset.augmentations import Augmenter
-from src.dataset.decoding import BadImage
+from src.dataset.decoding import BadImage, open_regular
 from src.dataset.image_set import ImageSet
 from src.dataset.transforms import eval_transform
 from src.utils.config import Config
@@ -103,12 +103,19 @@ def _grid(figure: Any, images: ImageSet, names: Mapping[int, str], row: Callable
 def _look(images: ImageSet, index: int) -> Look:
     if images.paths is not None:
         try:
-            content = Path(images.paths[index]).read_bytes()
-            with Image.open(images.paths[index]) as picture:
-                return Look(_hash(content), *picture.size)
-        except Exception:  # Pillow has many kinds; check_dataset.py names such files
+            with open_regular(images.paths[index]) as file:
+                content = file.read()
+        except OSError:
             return Look(b"", 0, 0)
-    pixels = images.load(index)
+        try:
+            picture = Image.open(io.BytesIO(content))
+        except Exception:  # many kinds, one for each format's way of being damaged; such images are counted and named
+            return Look(b"", 0, 0)
+        return Look(_hash(content), *picture.size)
+    try:
+        pixels = images.load(index)
+    except BadImage:
+        return Look(b"", 0, 0)
     return Look(_hash(np.ascontiguousarray(pixels)), pixels.shape[1], pixels.shape[0])
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.special import log_softmax
 
 from src.dataset.batches import PADDING_LABEL, UNDECODABLE_LABEL, EvalBatches, prefetch
-from src.dataset.image_set import ImageSet
+from src.dataset.image_set import ImageSet, class_names
 from src.dataset.sources import left_out_line
 from src.inference.engines import Engine, open_engine, with_flip
 from src.parallel.agreement import agree
@@ -191,7 +191,7 @@ def evaluate_checkpoints(paths: Sequence[Path], flags: Mapping[str, Any], commun
         results.append({"checkpoint": str(path), "epoch": metadata.get("epoch"), "step": metadata.get("step"),
                         "top1": accuracy.top1, "top5": accuracy.top5, "images": accuracy.images,
                         "images_per_second": accuracy.images_per_second, "loss": accuracy.loss,
-                        "class_top1": dict(zip(_names_by_label(images), accuracy.class_top1))})
+                        "class_top1": dict(zip(class_names(images.class_to_index, images.num_classes), accuracy.class_top1))})
         if accuracy.undecodable:
             results[-1]["undecodable"] = len(accuracy.undecodable)
             log(undecodable_line(accuracy))
@@ -201,15 +201,10 @@ def evaluate_checkpoints(paths: Sequence[Path], flags: Mapping[str, Any], commun
     return results, failures
 
 
-def _names_by_label(images: ImageSet) -> list[str]:
-    """Class names in the order of labels."""
-    names = {label: name for name, label in images.class_to_index.items()}
-    return [names.get(label, str(label)) for label in range(images.num_classes)]
-
-
 def class_table(accuracy: Accuracy, images: ImageSet) -> list[str]:
     """Lines of the classes with their images and top-1 accuracy, the worst first; of many classes the worst ones."""
-    found = [(share, name, count) for share, name, count in zip(accuracy.class_top1, _names_by_label(images), accuracy.class_images)
+    names = class_names(images.class_to_index, images.num_classes)
+    found = [(share, name, count) for share, name, count in zip(accuracy.class_top1, names, accuracy.class_images)
              if share is not None]
     found.sort(key=lambda line: line[:2])
     shown = found if len(found) <= _CLASSES_SHOWN else found[:_CLASSES_SHOWN // 2]

@@ -1,7 +1,7 @@
 """What a network says of each image of a set, and where it is wrong."""
 
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cv2
@@ -82,9 +82,3 @@ def thumbnail(image: np.ndarray) -> str:
     small = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else image
     _, encoded = cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 85])
     return "data:image/jpeg;base64," + base64.b64encode(encoded.tobytes()).decode()
-
-
-def class_names(class_to_index: dict[str, int] | None, classes: int) -> Sequence[str]:
-    """Names in the order of labels; numbers for classes without one."""
-    names = {label: name for name, label in (class_to_index or {}).items()}
-    return [names.get(label, str(label)) for label in range(classes)]

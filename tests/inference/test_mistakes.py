@@ -3,8 +3,8 @@
 import numpy as np
 from conftest import make_config
 
-from src.dataset.image_set import ImageSet
-from src.inference.mistakes import augmented, class_names, judge, most_confused
+from src.dataset.image_set import ImageSet, class_names
+from src.inference.mistakes import augmented, judge, most_confused
 
 
 def test_judgement_by_hand(tmp_path):
