@@ -19,18 +19,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.timing import median_seconds  # noqa: E402
 from src.command import run_main  # noqa: E402
-from src.utils.errors import UserError  # noqa: E402
 
 
 def main(arguments):
     options = parse(arguments)
     if options.worker:
+        from src.utils.device import prepare_process
+        prepare_process(options.device_target)
         print(json.dumps(WORKERS[options.worker](options)))
         return
     if options.device_target == "GPU":
-        from src.utils.gpu import check_device, prepare_gpu
+        from src.command import compile_gpu_kernels
+        from src.utils.gpu import prepare_gpu
         prepare_gpu()
-        check_device(0)
+        compile_gpu_kernels(0)
     for network in options.networks.split(","):
         report(network, options)
 
@@ -52,9 +54,10 @@ def parse(arguments):
 def report(network, options):
     """Print the lines of one network."""
     device, cpu = (measured("gradients", options, network, device_target=target) for target in (options.device_target, "CPU"))
-    norms = [abs(device["norms"][name] / norm - 1) for name, norm in cpu["norms"].items() if norm > 1e-6]
-    print(f"gpu_check network={network} compared_with=CPU loss_difference={abs(device['loss'] / cpu['loss'] - 1):.2e} "
-          f"largest_gradient_norm_difference={max(norms):.2e}", flush=True)
+    if device and cpu:
+        norms = [abs(device["norms"][name] / norm - 1) for name, norm in cpu["norms"].items() if norm > 1e-6]
+        print(f"gpu_check network={network} compared_with=CPU loss_difference={abs(device['loss'] / cpu['loss'] - 1):.2e} "
+              f"largest_gradient_norm_difference={max(norms):.2e}", flush=True)
     levels = ("O0", "O2", "O3") if options.device_target == "GPU" else ("O0",)
     ours = {level: fastest("training", options, network, amp_level=level) for level in levels}
     theirs = {level: fastest("pytorch", options, network, amp_level=level) for level in levels[:2]}
@@ -67,34 +70,32 @@ def report(network, options):
 
 
 def measured(worker, options, network, **changes):
-    """What a worker process reports."""
+    """What a worker process reports; None, and a line, if it failed."""
     values = {**vars(options), **changes, "worker": worker, "network": network}
     words = [f"--{name}={value}" for name, value in values.items() if value is not None]
     finished = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True)
     if finished.returncode:
-        raise UserError(f"{worker} of {network} with {changes} ended with status {finished.returncode}; its error is above")
+        print(f"gpu_check network={network} {worker} {changes} failed: status {finished.returncode}; its error is above", flush=True)
+        return None
     return json.loads(finished.stdout.splitlines()[-1])
 
 
 def fastest(worker, options, network, **changes):
     """(images/s, batch) at the best of the batches; (0, 0) if the worker cannot run."""
-    rates = {}
-    for batch in map(int, options.batches.split(",")):
-        rates[batch] = measured(worker, options, network, batch=batch, **changes)["images_per_second"]
-    best = max(rates, key=rates.get)
-    return (rates[best], best) if rates[best] else (0.0, 0)
+    batches = map(int, options.batches.split(","))
+    reports = ((measured(worker, options, network, batch=batch, **changes), batch) for batch in batches)
+    return max(((report["images_per_second"], batch) for report, batch in reports if report), default=(0.0, 0))
 
 
 def set_up(options):
     """(network, configuration, batch) on the chosen device."""
     from src.utils.config import load_config
-    from src.utils.device import prepare_process, select_device
+    from src.utils.device import select_device
 
     name, _, block = options.network.partition("+")
     config = load_config({"data_path": "none", "network": name, "block": block or "base", "num_classes": "1000",
                           "image_size": str(options.image_size), "per_batch_size": str(options.batch), "dropout": "0",
                           "amp_level": options.amp_level, "device_target": options.device_target})
-    prepare_process(options.device_target)
     import numpy as np
 
     from src.dataset.batches import Batch

@@ -7,8 +7,9 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from src.parallel.ending import PATIENCE_S, end_process
@@ -40,7 +41,32 @@ class Command:
         """Choose the device of this rank: ``device_id``, or the rank's number on its machine. Imports MindSpore."""
         from src.utils.device import select_device
         device = self.config.device_id if self.config.device_id is not None else self.communicator.local_rank
+        if self.config.device_target == "GPU":
+            compile_gpu_kernels(device)
         select_device(self.config.device_target, device, collectives)
+
+
+def compile_gpu_kernels(device_id: int) -> None:
+    """Compile MindSpore's kernels for a GPU that is newer than they are, once for a machine. Raises UserError if there is no such GPU."""
+    from contextlib import contextmanager
+    from importlib.util import find_spec
+
+    from src.parallel.long_task import LongTask, note
+    from src.utils.device import available_cores
+    from src.utils.gpu import check_device
+    from src.utils.gpu_kernels import compile_kernels
+
+    @contextmanager
+    def watch(count: int) -> Iterator[LongTask]:
+        note("this GPU is newer than MindSpore's kernels: they are compiled for it, once for this machine (10 minutes of one core)")
+        with LongTask("compiled", count, "kernel module") as task:
+            yield task
+
+    check_device(device_id)
+    mindspore = find_spec("mindspore")
+    if mindspore is not None and mindspore.origin:
+        library = Path(mindspore.origin).parent / "lib" / "plugin" / "gpu" / "libcuda_ops.so.11"
+        compile_kernels(library, device_id, available_cores(), watch)
 
 
 def begin(arguments: Sequence[str], names: str = "", distributed: bool = True) -> Command:

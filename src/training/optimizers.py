@@ -131,14 +131,14 @@ class DeviceOptimizer(Optimizer):
 
     def __call__(self, lr: float, gradients: Sequence[Tensor], loss_scale: float = 1.0,
                  arrivals: Iterable[int] | None = None) -> int | None:
-        finite, norms = (found.asnumpy() for found in self._survey(tuple(gradients)))
+        finite, norms = (found.asnumpy() for found in self._survey(*gradients))
         if not finite.all():
             return int(finite.argmin())
         self._updates += 1
         scaled = [(float(weight), float(gradient) / loss_scale) for weight, gradient in norms.T] if self._uses_norms else None
         rates = [self._rate(lr, index, scaled[index] if scaled else None) for index in range(len(self.parameters))]
         self._graph(Tensor(rates, mindspore.float32),
-                    Tensor((*self.rule.constants(self._updates), 1 / loss_scale), mindspore.float32), tuple(gradients))
+                    Tensor((*self.rule.constants(self._updates), 1 / loss_scale), mindspore.float32), *gradients)
         return None
 
 
@@ -148,44 +148,48 @@ class _Survey(nn.Cell):
     def __init__(self, parameters: Sequence[Parameter], norms: bool) -> None:
         super().__init__(auto_prefix=False)
         self.parameters, self.norms = ParameterTuple(parameters), norms
+        # In place of a loop, each turn of which is a function call to the compiler, which allows 1000 inside one another.
+        self.map = ops.Map()
 
-    def construct(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        finite: tuple[Tensor, ...] = ()
-        weights: tuple[Tensor, ...] = ()
-        sizes: tuple[Tensor, ...] = ()
-        for index in range(len(self.parameters)):
-            gradient = ops.cast(gradients[index], mindspore.float32)
-            finite += (ops.isfinite(gradient).all(),)
-            if self.norms:
-                weights += (ops.sqrt(ops.square(self.parameters[index]).sum()),)
-                sizes += (ops.sqrt(ops.square(gradient).sum()),)
+    def construct(self, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        finite = ops.stack(self.map(_all_finite, gradients))
         if self.norms:
-            return ops.stack(finite), ops.stack((ops.stack(weights), ops.stack(sizes)))
-        return ops.stack(finite), ops.zeros((2, 1), mindspore.float32)
+            return finite, ops.stack((ops.stack(self.map(_norm, self.parameters)), ops.stack(self.map(_norm, gradients))))
+        return finite, ops.zeros((2, 1), mindspore.float32)
 
 
 class _UpdateGraph(nn.Cell):
-    """(rates (n,), the rule's constants and 1 / loss scale, gradients) -> nothing of use; updates weights and states."""
+    """(rates (n,), the rule's constants and 1 / loss scale, gradients) -> nothing of use; updates weights and states.
+
+    The gradients are arguments of their own: a graph is compiled again for every new tuple of tensors.
+    """
 
     def __init__(self, parameters: Sequence[Parameter], states: Sequence[tuple[Parameter, ...]], rule: UpdateRule,
                  decays: Sequence[float]) -> None:
         super().__init__(auto_prefix=False)
         self.parameters, self.decays = ParameterTuple(parameters), tuple(decays)
-        self.per_parameter = len(rule.states)
-        self.states = ParameterTuple([state for of_parameter in states for state in of_parameter])
-        self.rule_update = rule.update
+        self.states = [ParameterTuple(slot) for slot in zip(*states)]
+        self.map, self.rule_update = ops.Map(), rule.update
 
-    def construct(self, rates: Tensor, constants: Tensor, gradients: tuple[Tensor, ...]) -> Tensor:
-        for index in range(len(self.parameters)):
-            gradient = ops.cast(gradients[index], mindspore.float32) * constants[-1]
-            states: tuple[Tensor, ...] = ()
-            for slot in range(self.per_parameter):
-                states += (self.states[index * self.per_parameter + slot],)
-            weight, changed = self.rule_update(self.parameters[index], gradient, states, rates[index], self.decays[index], constants)
-            ops.assign(self.parameters[index], weight)
-            for slot in range(self.per_parameter):
-                ops.assign(states[slot], changed[slot])
+    def construct(self, rates: Tensor, constants: Tensor, *gradients: Tensor) -> Tensor:
+        self.map(ops.partial(self._update, constants), ops.unstack(rates), self.decays, self.parameters, gradients, *self.states)
         return rates
+
+    def _update(self, constants: Tensor, rate: Tensor, decay: float, parameter: Parameter, gradient: Tensor, *states: Parameter) -> bool:
+        gradient = ops.cast(gradient, mindspore.float32) * constants[-1]
+        weight, changed = self.rule_update(parameter, gradient, states, rate, decay, constants)
+        ops.assign(parameter, weight)
+        for slot in range(len(states)):
+            ops.assign(states[slot], changed[slot])
+        return True
+
+
+def _all_finite(gradient: Tensor) -> Tensor:
+    return ops.isfinite(ops.cast(gradient, mindspore.float32)).all()
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    return ops.sqrt(ops.square(ops.cast(tensor, mindspore.float32)).sum())
 
 
 def create_optimizer(config: Config, parameters: Sequence[Parameter]) -> Optimizer:

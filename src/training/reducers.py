@@ -106,6 +106,8 @@ class DeviceReducer(StagedReducer):
     """The device's own collective operations (NCCL, HCCL), called between graphs. Rank 0's parameters travel by MPI."""
 
     def mean(self, total: list[Tensor], parts: int, statistics: Sequence[Parameter]) -> tuple[list[Tensor], Arrivals | None]:
+        if self._communicator.size == 1 and parts == 1:
+            return total, None
         gradients = [self._sum(tensor) / (self._communicator.size * parts) for tensor in total]
         for parameter in statistics:
             parameter.set_data(self._sum(parameter) / self._communicator.size)

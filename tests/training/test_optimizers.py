@@ -98,6 +98,18 @@ def test_loss_scale_does_not_change_the_update(kind, optimizer, problem):
     assert all(np.allclose(plain[name], scaled[name], atol=1e-6) for name in plain)
 
 
+@pytest.mark.parametrize("optimizer", ["momentum", "lars"])
+def test_a_devices_update_is_compiled_once_for_any_number_of_parameters(optimizer):
+    """Compiled at every step it made a step on a GPU 5 s long, and as a loop it was too deep for large networks."""
+    config = make_config(optimizer=optimizer, **KEYS)
+    parameters = [Parameter(Tensor(np.ones((2, 2), np.float32)), name=f"layer{index}.weight") for index in range(200)]
+    instance = DeviceOptimizer(parameters, make_rule(config), config)
+    for step in range(3):
+        assert instance(0.1, [Tensor(np.full((2, 2), 1.0 + step, np.float32)) for _ in parameters]) is None
+    assert [len(cell.compile_cache) for cell in (instance._survey, instance._graph)] == [1, 1]
+    assert all(np.array_equal(p.asnumpy(), parameters[0].asnumpy()) and (p.asnumpy() < 1).all() for p in parameters)
+
+
 def test_states_are_named_after_their_parameters(problem):
     _, optimizer = trained(HostOptimizer, "adamw", problem)
     assert [p.name for p in optimizer.state_parameters] == [
