@@ -38,8 +38,8 @@ def main(arguments):
         from src.dataset.packing import pack
         from src.dataset.sources import open_images
         images = open_images(f"{folder}/train", "train")
-        pack(images, f"{folder}/train.mindrecord", 256, 90, options.workers, lambda count: None)
-        packed = open_images(f"{folder}/train.mindrecord", "train")
+        pack(images, f"{folder}/train.safetensors", 256, 90, options.workers, lambda count: None)
+        packed = open_images(f"{folder}/train.safetensors", "train")
         for part in ("train", "eval"):
             print_rates(part, images, packed, options)
         print_operations(images)

@@ -1,10 +1,10 @@
-"""Pack a data set into a MindRecord file to train from: `--data_path=FILE.mindrecord`.
+"""Pack a data set into a few large files to train from: `--data_path=FILE.safetensors`.
 
-    python3 scripts/pack_dataset.py --data_path=DIR --result_path=train.mindrecord [--split=train|val] [--short_side=256] [--quality=90]
+    python3 scripts/pack_dataset.py --data_path=DIR --result_path=train.safetensors [--split=train|val] [--short_side=256] [--quality=90]
                                     [--num_parallel_workers=N]
 
 DIR as in train.py. --short_side=0 (the default) keeps every file's bytes. Started again after an interruption, it goes on.
-train.mindrecord and val.mindrecord side by side are found as training and validation images.
+train.safetensors and val.safetensors side by side are found as training and validation images.
 """
 
 import argparse
@@ -23,10 +23,13 @@ def main(arguments):
 
     options = parse(arguments)
     prepare_process()
+    from src.dataset.packed import ENDING
     from src.dataset.packing import pack
     from src.dataset.sources import open_images
     from src.parallel.long_task import LongTask
+    from src.utils.files import check_ending
 
+    check_ending("result_path", options.result_path, [ENDING])
     classes = None
     if options.split == "val" and has_both(options.data_path):
         classes = open_images(options.data_path, "train").class_to_index

@@ -1,34 +1,40 @@
-"""Data sets packed into MindRecord files: one large file in place of a million small ones, images resized once.
+"""Data sets packed into a few large files in place of a million small ones, images resized once.
 
-A set is ``NAME.mindrecord`` and, beyond 20,000 images, further parts ``NAME.mindrecord.1`` ...; each part is a MindRecord file
-of its own (columns image, label, name) with its index ``.db`` beside it, readable by mindspore.dataset.MindDataset too.
+A set is ``NAME.safetensors`` and, beyond 5,000 images, further parts ``NAME.safetensors.1`` ...; each part is a safetensors file
+with the encoded images one behind another, the place where each ends, and their labels.
 """
 
 import json
-import mmap
-import sqlite3
-from contextlib import closing
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
+import safetensors
+import safetensors.numpy
 
 from src.utils.errors import UserError
 
-# Each image is stored behind its length, 8 bytes.
-_LENGTH_BYTES = 8
-_LARGEST_HEADER = 1 << 28
+ENDING = ".safetensors"
+# What packed sets of version 0.2 ended with; they are no longer read, which is said.
+_EARLIER_ENDING = ".mindrecord"
 
 
 @dataclass(frozen=True)
 class PackedFile:
-    """The images of one part: where each lies in the file, which is mapped into memory."""
+    """The images of one part, which stay in the file until they are asked for.
+
+    Attributes:
+        slices: bytes ``start:end`` of all encoded images together, (end - start,) uint8.
+        ends: (N + 1,) int64, 0 and then where each image ends.
+        labels: (N,) int32.
+        names: N file names, for messages.
+        description: class_to_index, parts, images of the whole set, source, and the options it was packed with.
+    """
 
     path: str
-    content: mmap.mmap
-    starts: np.ndarray
+    slices: Callable[[slice], np.ndarray]
     ends: np.ndarray
     labels: np.ndarray
     names: list[str]
@@ -36,8 +42,7 @@ class PackedFile:
 
     def encoded(self, index: int) -> np.ndarray:
         """The bytes of an image file, (N,) uint8."""
-        start, end = int(self.starts[index]), int(self.ends[index])
-        return np.frombuffer(self.content, np.uint8, end - start, start)
+        return self.slices(slice(int(self.ends[index]), int(self.ends[index + 1])))
 
 
 class PackedImages:
@@ -76,39 +81,38 @@ def part_name(path: str | Path, number: int) -> str:
 
 
 def is_packed(path: str | Path) -> bool:
-    """Whether ``path`` is the first part of a packed set, by its index beside it."""
-    return Path(f"{path}.db").is_file()
+    """Whether ``path`` is the first part of a packed set, by its name."""
+    return str(path).endswith((ENDING, _EARLIER_ENDING))
+
+
+def save_part(path: str | Path, encoded: list[bytes], labels: np.ndarray, names: list[str], description: dict[str, Any]) -> None:
+    """Write what ``open_part`` reads. Raises OSError."""
+    tensors = {"images": np.frombuffer(b"".join(encoded), np.uint8), "labels": labels.astype(np.int32),
+               "ends": np.cumsum([0, *map(len, encoded)], dtype=np.int64)}
+    try:
+        safetensors.numpy.save_file(tensors, path, {"names": json.dumps(names), "description": json.dumps(description)})
+    except safetensors.SafetensorError as failure:
+        raise OSError(str(failure)) from None
 
 
 def open_part(path: str | Path) -> PackedFile:
-    """A PackedFile. Its layout is MindRecord 3.0's: a header in JSON, then pages; the index says page and offset of each row.
+    """A PackedFile.
 
     Raises:
-        UserError: if the file or its index is missing or damaged.
+        UserError: if the file is missing or damaged.
     """
     try:
-        with open(path, "rb") as file:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        header = _header(content)
-        with closing(sqlite3.connect(f"file:{quote(str(path))}.db?mode=ro", uri=True)) as index:
-            rows = index.execute("SELECT PAGE_ID_BLOB, PAGE_OFFSET_BLOB, PAGE_OFFSET_BLOB_END, label_0, name_0 FROM INDEXES "
-                                 "ORDER BY ROW_ID").fetchall()
-        description = json.loads(header["schema"][0]["desc"])
-        numbers = np.array([row[:4] for row in rows], np.int64).reshape(-1, 4)
-        pages = header["header_size"] + numbers[:, 0] * header["page_size"]
-        starts, ends = pages + numbers[:, 1] + _LENGTH_BYTES, pages + numbers[:, 2]
-        whole = {"class_to_index", "parts", "images", "source"} <= set(description) and len(rows) and (
-            starts <= ends).all() and starts.min() > 0 and ends.max() <= len(content)
-    except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError, sqlite3.Error) as failure:
+        file = safetensors.safe_open(path, "numpy")
+        images, ends, labels = file.get_slice("images"), file.get_tensor("ends"), file.get_tensor("labels")
+        names, description = (json.loads(file.metadata()[key]) for key in ("names", "description"))
+        whole = (images.get_dtype() == "U8" and images.get_shape() == [int(ends[-1])] and ends[0] == 0 and (np.diff(ends) >= 0).all()
+                 and len(ends) - 1 == len(labels) == len(names) > 0 and labels.dtype == np.int32
+                 and set(labels.tolist()) <= set(description["class_to_index"].values())
+                 and {"parts", "images", "source"} <= set(description))
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError,
+            safetensors.SafetensorError) as failure:
         raise UserError(f"'{path}' is missing, damaged or not a packed data set of ours ({failure}); pack it again with "
                         "scripts/pack_dataset.py") from None
     if not whole:
         raise UserError(f"'{path}' is damaged: its index does not fit; pack it again with scripts/pack_dataset.py")
-    return PackedFile(str(path), content, starts, ends, numbers[:, 3].astype(np.int32), [row[4] for row in rows], description)
-
-
-def _header(content: mmap.mmap) -> dict[str, Any]:
-    size = int.from_bytes(content[:8], "little")
-    if not 0 < size < min(len(content), _LARGEST_HEADER):
-        raise ValueError("it has no header")
-    return json.loads(content[8:8 + size])
+    return PackedFile(str(path), images.__getitem__, ends, labels, names, description)

@@ -10,6 +10,7 @@ import numpy as np
 from src.dataset.cifar import CIFAR10, CIFAR100, Cifar
 from src.dataset.decoding import BadImage, open_regular, read_image
 from src.dataset.image_set import ImageSet
+from src.dataset.packed import ENDING as PACKED
 from src.dataset.packed import PackedImages, is_packed
 from src.utils.config import Config
 from src.utils.errors import UserError, suggestion
@@ -100,8 +101,8 @@ def validation_path(data_path: str) -> str | None:
     holds_cifar = any(cifar.find(path) for cifar in (CIFAR10, CIFAR100))
     if data_path == "digits" or holds_cifar or (path / "val").is_dir() or (path / "val_list.txt").is_file():
         return data_path
-    for sibling in ("val", "val_list.txt", "val.mindrecord", "validation", "test"):
-        if path.name in ("train", "train_list.txt", "train.mindrecord") and (path.parent / sibling).exists():
+    for sibling in ("val", "val_list.txt", f"val{PACKED}", "validation", "test"):
+        if path.name in ("train", "train_list.txt", f"train{PACKED}") and (path.parent / sibling).exists():
             return str(path.parent / sibling)
     return None
 

@@ -101,7 +101,7 @@ def test_every_command_and_packed_sets_see_the_same_picture(tmp_path):
     assert np.array_equal(seen["upright"], photograph()) and np.array_equal(seen["turned"], photograph())
     assert (seen["transparent"][:, :30] == 255).all() and np.array_equal(seen["transparent"][:, 30:], photograph()[:, 30:])
     for side in (0, 30):
-        target = str(tmp_path / f"{side}.mindrecord")
+        target = str(tmp_path / f"{side}.safetensors")
         pack(folder, target, side, 95, 1, lambda count: None)
         packed = open_images(target, "train")
         for index in range(3):

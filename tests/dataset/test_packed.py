@@ -1,10 +1,11 @@
-"""Packed data sets: the same images as the folder's, complete or refused, readable by MindSpore."""
+"""Packed data sets: the same images as the folder's, complete or refused."""
 
 import os
 
 import cv2
 import numpy as np
 import pytest
+import safetensors.numpy
 from conftest import TINY, execute, make_config, write_image_folder
 
 from src.dataset.batches import TrainBatches
@@ -29,9 +30,8 @@ def packed_into(path, images, short_side=0, part_images=20):
 def test_packed_batches_are_those_of_the_folder(images, tmp_path):
     folder = tmp_path / "a folder, 50 % #1?"
     folder.mkdir()
-    packed = packed_into(folder / "train.mindrecord", images)
-    assert {name for name in os.listdir(folder) if not name.endswith(".db")} == {
-        "train.mindrecord", "train.mindrecord.1", "train.mindrecord.2"}
+    packed = packed_into(folder / "train.safetensors", images)
+    assert set(os.listdir(folder)) == {"train.safetensors", "train.safetensors.1", "train.safetensors.2"}
     config = make_config(image_size=32, per_batch_size=7, max_epoch=2)
     ours, theirs = TrainBatches(packed, config, 0, 1), TrainBatches(images, config, 0, 1)
     assert len(ours) == len(theirs) and packed.class_to_index == images.class_to_index
@@ -39,20 +39,19 @@ def test_packed_batches_are_those_of_the_folder(images, tmp_path):
         assert np.array_equal(ours[item].images, theirs[item].images) and np.array_equal(ours[item].labels, theirs[item].labels)
 
 
-def test_mindspores_own_reader_finds_the_same(images, tmp_path):
-    import mindspore.dataset
-    packed_into(tmp_path / "a.mindrecord", images, part_images=100)
-    rows = list(mindspore.dataset.MindDataset(str(tmp_path / "a.mindrecord"), shuffle=False).create_dict_iterator(
-        num_epochs=1, output_numpy=True))
-    assert [int(row["label"]) for row in rows] == images.labels.tolist()
-    assert all(row["image"].tobytes() == open(path, "rb").read() for row, path in zip(rows, images.paths))
+def test_the_safetensors_library_reads_the_same(images, tmp_path):
+    packed_into(tmp_path / "a.safetensors", images, part_images=100)
+    tensors = safetensors.numpy.load_file(tmp_path / "a.safetensors")
+    assert tensors["labels"].tolist() == images.labels.tolist()
+    for index, path in enumerate(images.paths):
+        assert tensors["images"][tensors["ends"][index]:tensors["ends"][index + 1]].tobytes() == open(path, "rb").read()
 
 
 def test_long_images_are_resized_and_short_ones_keep_their_bytes(tmp_path):
     write_image_folder(tmp_path, "train", ("a",), 2, size=(80, 50))
     cv2.imwrite(str(tmp_path / "train" / "a" / "small.png"), np.zeros((20, 30, 3), np.uint8))
     images = open_images(str(tmp_path / "train"), "train")
-    packed = packed_into(tmp_path / "a.mindrecord", images, short_side=25)
+    packed = packed_into(tmp_path / "a.safetensors", images, short_side=25)
     assert [packed.load(index).shape for index in range(3)] == [(25, 40, 3), (25, 40, 3), (20, 30, 3)]
     assert packed.packed.encoded(2).tobytes() == open(images.paths[2], "rb").read()
     # Resizing keeps the picture: mean colours agree to a grey level or two.
@@ -60,12 +59,11 @@ def test_long_images_are_resized_and_short_ones_keep_their_bytes(tmp_path):
 
 
 def test_interrupted_packing_keeps_whole_parts(images, tmp_path):
-    path = tmp_path / "train.mindrecord"
+    path = tmp_path / "train.safetensors"
     packed_into(path, images)
     times = {number: os.stat(part_name(path, number)).st_mtime_ns for number in range(3)}
-    for suffix in ("", ".db"):
-        os.unlink(part_name(path, 1) + suffix)
-    with pytest.raises(UserError, match=r"train.mindrecord.1' is missing"):
+    os.unlink(part_name(path, 1))
+    with pytest.raises(UserError, match=r"train.safetensors.1' is missing"):
         PackedImages(path)
     packed_into(path, images)
     after = {number: os.stat(part_name(path, number)).st_mtime_ns for number in range(3)}
@@ -74,24 +72,39 @@ def test_interrupted_packing_keeps_whole_parts(images, tmp_path):
         packed_into(path, images, short_side=25)
 
 
-def test_damaged_files_are_refused(images, tmp_path):
-    path = tmp_path / "train.mindrecord"
+def test_damaged_and_foreign_files_are_refused(images, tmp_path):
+    path = tmp_path / "train.safetensors"
     packed_into(path, images, part_images=100)
     content = path.read_bytes()
-    for damaged in (b"", b"text", content[:100], content[:17 << 20 >> 1], b"\xff" * 8 + content[8:]):
+    tensors, about = safetensors.numpy.load_file(path), safetensors.safe_open(path, "numpy").metadata()
+    foreign = (({}, about), (tensors, {}), ({**tensors, "ends": tensors["ends"] - 1}, about),
+               ({**tensors, "ends": tensors["ends"][::-1].copy()}, about),
+               ({**tensors, "labels": tensors["labels"] + 9}, about), ({**tensors, "labels": tensors["labels"][1:]}, about),
+               (tensors, {**about, "names": "[" * 5000}), (tensors, {**about, "description": "[]"}))
+    for damaged in (b"", b"text", content[:100], content[:-1], b"\xff" * 8 + content[8:],
+                    *(safetensors.numpy.save(*written) for written in foreign)):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match="train.mindrecord"):
+        with pytest.raises(UserError, match=r"train.safetensors' is .*damaged.*pack_dataset"):
             open_images(str(path), "train")
+        with pytest.raises(UserError, match="is there already"):
+            packed_into(path, images, part_images=100)
+        assert path.read_bytes() == damaged
+
+
+def test_a_set_of_the_earlier_format_says_what_to_do(tmp_path):
+    (tmp_path / "train.mindrecord").write_bytes(b"\x20" + bytes(100))
+    with pytest.raises(UserError, match="pack it again with scripts/pack_dataset.py"):
+        open_images(str(tmp_path / "train.mindrecord"), "train")
 
 
 @pytest.mark.slow
 def test_training_from_packed_files_is_training_from_the_folder(image_root, tmp_path):
     for split in ("train", "val"):
         run = execute(["python3", "scripts/pack_dataset.py", f"--data_path={image_root}", f"--split={split}",
-                       f"--result_path={tmp_path}/{split}.mindrecord"])
+                       f"--result_path={tmp_path}/{split}.safetensors"])
         assert run.status == 0 and "verified" in run.out, run
     metrics = []
-    for number, data in enumerate((f"{image_root}/train", f"{tmp_path}/train.mindrecord")):
+    for number, data in enumerate((f"{image_root}/train", f"{tmp_path}/train.safetensors")):
         run = execute(["python3", "train.py", f"--data_path={data}", f"--output_path={tmp_path}/{number}", *TINY, "--max_epoch=2",
                        "--lr=0.02", "--run_eval=1"])
         assert run.status == 0, run
@@ -101,10 +114,11 @@ def test_training_from_packed_files_is_training_from_the_folder(image_root, tmp_
 
 
 @pytest.mark.parametrize("flags,words", [
-    (["--data_path=/nowhere", "--result_path=a.mindrecord"], "/nowhere"),
+    (["--data_path=/nowhere", "--result_path=a.safetensors"], "/nowhere"),
     (["--data_path=digits"], "--result_path"),
-    (["--data_path=digits", "--result_path=/proc/none/a.mindrecord"], "cannot write"),
-    (["--data_path=digits", "--result_path=a.mindrecord", "--quality=101"], "--quality"),
+    (["--data_path=digits", "--result_path=a.mindrecord"], "must end"),
+    (["--data_path=digits", "--result_path=/proc/none/a.safetensors"], "cannot write"),
+    (["--data_path=digits", "--result_path=a.safetensors", "--quality=101"], "--quality"),
 ])
 def test_wrong_packing_commands_are_one_line(tmp_path, flags, words):
     from conftest import ROOT

@@ -112,7 +112,7 @@ def files(draw: random.Random, folder: Path, good: dict[str, Path]) -> World:
         words("python3", "eval.py", f"--data_path={data}", f"--checkpoint_file_path={good['checkpoint']}", f"--result_path={result}"),
         words("python3", "predict.py", f"--checkpoint_file_path={good['checkpoint']}", data, f"--result_path={result}"),
         words("python3", "scripts/check_dataset.py", f"--data_path={data}", f"--result_path={result}"),
-        words("python3", "scripts/pack_dataset.py", f"--data_path={data}", f"--result_path={folder}/p.mindrecord")])
+        words("python3", "scripts/pack_dataset.py", f"--data_path={data}", f"--result_path={folder}/p.safetensors")])
     return World("files", folder, command, [result])
 
 
