@@ -83,8 +83,10 @@ def main(arguments: list[str], signals: Signals) -> None:
         return
     with StopRequest(signals, communicator) as stop_request:
         rate = trainer.run(stop_request)
-    recorder.log(f"FPS: {rate:.2f} img/s in total, {rate / communicator.size:.2f} img/s per device, "
-                 f"{rate / trainer.batches.global_batch:.2f} it/s")
+    # A run that was resumed at its end has none.
+    if rate:
+        recorder.log(f"FPS: {rate:.2f} img/s in total, {rate / communicator.size:.2f} img/s per device, "
+                     f"{rate / trainer.batches.global_batch:.2f} it/s")
     if config.deploy and eval_images:
         deploy(network, config, communicator, eval_images, recorder)
     recorder.log_place()
@@ -95,7 +97,7 @@ def log_first_line(config: "Config", communicator: "Communicator", folder: "RunF
     from src.utils.log import create_log
 
     places = ", ".join(f"{host}: {communicator.hosts.count(host)}" for host in dict.fromkeys(communicator.hosts))
-    where = ("a dry run" if config.dry_run else f"goes on under {config.output_path}" if config.resume else f"the log is {folder.log}")
+    where = ("a dry run" if config.dry_run else f"goes on under {config.output_path}" if config.resume else f"the log will be {folder.log}")
     name = os.path.basename(config.checkpoint_file_path) or config.network
     create_log(shown=communicator.is_root)(f"{name} on {communicator.size} x {config.device_target}"
                                            + (f" ({places})" if places.count(":") > 1 else "") + f": loading; {where}")

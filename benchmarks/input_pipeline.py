@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.timing import medians_in_turn  # noqa: E402
 from src.command import run_main  # noqa: E402
 
 _SIZE, _RESIZED = 224, 256
@@ -42,6 +43,7 @@ def main(arguments):
         packed = open_images(f"{folder}/train.safetensors", "train")
         for part in ("train", "eval"):
             print_rates(part, images, packed, options)
+        print_readers(images, f"{folder}/same_bytes", options)
         print_operations(images)
 
 
@@ -128,6 +130,34 @@ def timed(batches, batch):
     for _ in batches:
         count += 1
     return count * batch / (time.perf_counter() - started)
+
+
+def print_readers(images, target, options):
+    """Images a second of reading alone, in random order: a packed set here, MindSpore's MindRecord, and files of their own."""
+    import mindspore.dataset
+    import numpy as np
+    from mindspore.mindrecord import FileWriter
+
+    from src.dataset.packing import pack
+    from src.dataset.sources import open_images
+    pack(images, f"{target}.safetensors", 0, 90, options.workers, lambda count: None)
+    packed = open_images(f"{target}.safetensors", "train").packed
+    writer = FileWriter(f"{target}.mindrecord")
+    writer.add_schema({"image": {"type": "bytes"}, "label": {"type": "int32"}})
+    writer.write_raw_data([{"image": Path(path).read_bytes(), "label": int(label)} for path, label in zip(images.paths, images.labels)])
+    writer.commit()
+    order = np.random.default_rng(0).permutation(len(images)).tolist()
+
+    def mindrecord():
+        rows = mindspore.dataset.MindDataset(f"{target}.mindrecord", ["image", "label"], num_parallel_workers=options.workers,
+                                             sampler=mindspore.dataset.SubsetSampler(order))
+        return [row["image"] for row in rows.create_dict_iterator(num_epochs=1, output_numpy=True)]
+
+    sides = {"packed": lambda: [packed.encoded(index) for index in order], "mindrecord": mindrecord,
+             "files": lambda: [np.fromfile(images.paths[index], np.uint8) for index in order]}
+    seconds = medians_in_turn(sides, options.rounds)
+    print("input_pipeline reading_alone_images_per_second "
+          + " ".join(f"{side}={len(order) / taken:.0f}" for side, taken in seconds.items()), flush=True)
 
 
 def print_operations(images):

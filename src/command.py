@@ -245,7 +245,7 @@ def _with_help(main: Callable[..., object], about: str, rank: int) -> Callable[.
         following = arguments[asked + 1:asked + 2]
         if not key and following and not following[0].startswith("-"):
             key = following[0]
-        return print(help_text(about, key))
+        return print(help_text(about, key, os.path.splitext(os.path.basename(sys.argv[0]))[0]))
     return helpful
 
 

@@ -8,11 +8,14 @@ from typing import Annotated, Literal, get_args, get_origin
 
 from src.models.blocks import BLOCKS
 from src.models.networks import NETWORKS
-from src.utils.config import ALIASES, DEFAULT_CONFIG, RECIPES, Config, suggest_key
+from src.utils.config import ALIASES, DEFAULT_CONFIG, RECIPES, Affects, Config, suggest_key
 from src.utils.errors import UserError
 
 _LINE = re.compile(r"(?P<key>\w+): *(?P<default>'[^']*'|\[[^\]]*\]|[^#]*?) *(?:# (?P<text>.*))?$")
 _WIDTH = 100
+# The commands that a text begins with, as in "eval, predict: ...", all the same for "train: ...; eval: ...".
+_COMMANDS = re.compile(r"(?:(?:train|eval|predict|export|serve|report)(?:, |: ))+")
+_AUGMENTATION = "Augmentation in training"
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,8 @@ def keys_help() -> list[KeyHelp]:
     return found
 
 
-def help_text(about: str, key: str = "") -> str:
-    """What ``--help`` prints: what the command is ``about``, then every key in groups; with ``key`` that key alone.
+def help_text(about: str, key: str = "", command: str = "train") -> str:
+    """What ``--help`` prints: what ``command`` is ``about``, then its keys in groups; with ``key`` that key alone.
 
     Raises:
         UserError: for a key that there is not.
@@ -58,15 +61,27 @@ def help_text(about: str, key: str = "") -> str:
         others = ", ".join(f"--{alias}" for alias, meant in ALIASES.items() if meant == name)
         lines = [f"--{name}={found.kind}", *_wrapped(found.text, _WIDTH), f"    default: {found.default}"]
         return "\n".join([*lines, f"    also: {others}"] if others else lines)
+    of_command = [of_key for of_key in keys_help() if _concerns(of_key, command)]
     width = min(max(shutil.get_terminal_size().columns, 60), 140)
     lines, group = [about.strip(), "", "Every key is a flag (--lr=0.1); --config_path=RECIPE picks a recipe, and flags win over it.",
                     "--help KEY shows one key, --list the networks and recipes."], ""
-    for of_key in keys_help():
+    if command != "train":
+        lines.append("Keys of training are not listed: python3 train.py --help does.")
+    for of_key in of_command:
         if of_key.group != group:
             group = of_key.group
             lines += ["", group]
         lines += [f"  --{of_key.key}={of_key.kind}  [{of_key.default}]", *_wrapped(of_key.text, width)]
     return "\n".join(lines)
+
+
+def _concerns(of_key: KeyHelp, command: str) -> bool:
+    """By what it affects, and by the commands that its text begins with, if it names any."""
+    if of_key.group == _AUGMENTATION:
+        return command in ("train", "preview_dataset")
+    of_training = {Affects.TRAINING, Affects.GRAPH} & set(Config.model_fields[of_key.key].metadata)
+    named = _COMMANDS.match(of_key.text)
+    return command == "train" or not of_training and (named is None or command in re.findall(r"\w+", named[0]))
 
 
 def list_text() -> str:

@@ -121,7 +121,7 @@ def test_resnext50_by_mpirun_shows_its_progress_and_where_the_log_is(image_root,
     assert run.status == 0, run
     folder = only_run(tmp_path / "out")
     lines = run.out.splitlines()
-    assert lines[0].endswith(f"the log is {folder / 'log.txt'}") and re.match(r"epoch 1/1 step 1/\d+ loss", lines[2]), run
+    assert lines[0].endswith(f"the log will be {folder / 'log.txt'}") and re.match(r"epoch 1/1 step 1/\d+ loss", lines[2]), run
     assert re.search(r"^FPS: [\d.]+ img/s in total, [\d.]+ img/s per device, [\d.]+ it/s$", run.out, re.M), run
     (of_mpirun,) = tmp_path.glob("log_output*0.out")
     assert of_mpirun.read_text().splitlines() == lines

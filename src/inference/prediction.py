@@ -80,9 +80,9 @@ def _listed(lines: TextIO, beside: Path, what: str) -> list[str]:
     found = [name if os.path.exists(name) else str(beside / name) for name in names if name.strip()]
     if not found:
         raise UserError(f"{what} names no image; it needs a file a line")
-    missing = next((name for name in found if not os.path.isfile(name)), None)
-    if missing is not None:
-        raise UserError(f"{what} names '{escaped(missing)}', which does not exist")
+    # Of some that are missing each is named in the end, and the others are classified.
+    if not any(map(os.path.isfile, found)):
+        raise UserError(f"{what} names '{escaped(found[0])}', which does not exist" + (", nor do the others" if len(found) > 1 else ""))
     return found
 
 

@@ -120,6 +120,9 @@ def _curves(runs: Sequence[RunReport]) -> str:
 
 def _configuration(runs: Sequence[RunReport]) -> str:
     keys = [key for key in runs[0].config if key not in _PLACES]
+    if all(run.config.get("global_batch_size") for run in runs):
+        # It decides in place of this.
+        keys.remove("per_batch_size")
     values = {key: [_value(run.config.get(key)) for run in runs] for key in keys}
     differing = [key for key in keys if len(set(values[key])) > 1]
     parts = ["<h2>Configuration</h2>"]
@@ -231,7 +234,12 @@ def _name(run: RunReport, label: int) -> str:
 
 
 def _value(value: Any) -> str:
-    return f"{float(value):g}" if isinstance(value, (bool, int, float)) else str(value)
+    """As default_config.yaml writes it."""
+    if isinstance(value, (bool, int, float)):
+        return f"{float(value):g}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_value, value))}]"
+    return "null" if value is None else str(value)
 
 
 def _code(text: str) -> str:

@@ -58,7 +58,8 @@ def open_image_sets(config: Config, communicator: Communicator) -> tuple[ImageSe
             raise UserError("val_split takes validation images from the training images and eval_data_path names others; give one of them")
         images, validation = images.split(share, config.seed)
         if not len(validation):
-            raise UserError(f"val_split={share:g} finds no class with two images or more in '{config.data_path}'")
+            raise UserError(f"val_split={share:g} finds no class with two images or more in '{config.data_path}'; add images, or train "
+                            "without validation: --val_split=0 --run_eval=0")
     else:
         validation = _open_eval_images(config, images) if config.run_eval or config.val_split else None
     if not config.fit_batch:

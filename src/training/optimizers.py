@@ -31,7 +31,7 @@ class Optimizer:
 
     Attributes:
         state_parameters: what it keeps, Parameters named ``optimizer.STATE.NAME``.
-        freezes_backbone: while True the learning rate of all but the classifier is 0.
+        freezes_backbone: while True all but the classifier stays as it is, in what is kept for it too.
     """
 
     def __init__(self, parameters: Sequence[Parameter], rule: UpdateRule, config: Config) -> None:
@@ -65,11 +65,12 @@ class Optimizer:
         """Take back what ``counters`` gave."""
         self._updates = counters["updates"]
 
+    def _is_frozen(self, index: int) -> bool:
+        return self.freezes_backbone and not self.treatments[index].of_classifier
+
     def _rate(self, lr: float, index: int, norms: tuple[float, float] | None) -> float:
         """Learning rate of parameter ``index``, by the norms of weight and gradient if the rule looks at them."""
         treatment = self.treatments[index]
-        if self.freezes_backbone and not treatment.of_classifier:
-            return 0.0
         rate = lr * treatment.lr_factor
         if norms is None or self.parameters[index].ndim < 2:
             return rate
@@ -100,6 +101,10 @@ class HostOptimizer(Optimizer):
         found: list[int] = []
         for index in arrivals:
             weight, gradient = weights[index], gradients[index]
+            if self._is_frozen(index):
+                if not _is_finite(gradient):
+                    found.append(index)
+                continue
             norms = (float(np.linalg.norm(weight)), float(np.linalg.norm(gradient))) if self._uses_norms else None
             states = [state.asnumpy().reshape(-1) for state in self.states[index]]
             if not self._update(weight.reshape(-1), gradient.reshape(-1), states, np.float32(self._rate(lr, index, norms)),
@@ -137,7 +142,8 @@ class DeviceOptimizer(Optimizer):
         self._updates += 1
         scaled = [(float(weight), float(gradient) / loss_scale) for weight, gradient in norms.T] if self._uses_norms else None
         rates = [self._rate(lr, index, scaled[index] if scaled else None) for index in range(len(self.parameters))]
-        self._graph(Tensor(rates, mindspore.float32),
+        trained = [not self._is_frozen(index) for index in range(len(self.parameters))]
+        self._graph(Tensor(rates, mindspore.float32), Tensor(trained, mindspore.bool_),
                     Tensor((*self.rule.constants(self._updates), 1 / loss_scale), mindspore.float32), *gradients)
         return None
 
@@ -159,7 +165,8 @@ class _Survey(nn.Cell):
 
 
 class _UpdateGraph(nn.Cell):
-    """(rates (n,), the rule's constants and 1 / loss scale, gradients) -> nothing of use; updates weights and states.
+    """(rates (n,), which are trained (n,) bool, the rule's constants and 1 / loss scale, gradients) -> nothing of use; updates weights and
+    states.
 
     The gradients are arguments of their own: a graph is compiled again for every new tuple of tensors.
     """
@@ -171,16 +178,18 @@ class _UpdateGraph(nn.Cell):
         self.states = [ParameterTuple(slot) for slot in zip(*states)]
         self.map, self.rule_update = ops.Map(), rule.update
 
-    def construct(self, rates: Tensor, constants: Tensor, *gradients: Tensor) -> Tensor:
-        self.map(ops.partial(self._update, constants), ops.unstack(rates), self.decays, self.parameters, gradients, *self.states)
+    def construct(self, rates: Tensor, trained: Tensor, constants: Tensor, *gradients: Tensor) -> Tensor:
+        self.map(ops.partial(self._update, constants), ops.unstack(rates), ops.unstack(trained), self.decays, self.parameters, gradients,
+                 *self.states)
         return rates
 
-    def _update(self, constants: Tensor, rate: Tensor, decay: float, parameter: Parameter, gradient: Tensor, *states: Parameter) -> bool:
+    def _update(self, constants: Tensor, rate: Tensor, trained: Tensor, decay: float, parameter: Parameter, gradient: Tensor,
+                *states: Parameter) -> bool:
         gradient = ops.cast(gradient, mindspore.float32) * constants[-1]
         weight, changed = self.rule_update(parameter, gradient, states, rate, decay, constants)
-        ops.assign(parameter, weight)
+        ops.assign(parameter, ops.where(trained, weight, parameter))
         for slot in range(len(states)):
-            ops.assign(states[slot], changed[slot])
+            ops.assign(states[slot], ops.where(trained, changed[slot], states[slot]))
         return True
 
 

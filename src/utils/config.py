@@ -41,6 +41,8 @@ SYNONYMS = {
 }
 # Flags that launchers add to a command; the launcher of this program says the same through the environment.
 IGNORED_FLAGS = ("local_rank",)
+# What a flag without a value says; a switch is on.
+BARE_FLAGS = {"resume": "auto"}
 
 
 class Affects(Enum):
@@ -265,10 +267,10 @@ def keys_affecting(*parts: Affects) -> set[str]:
 def parse_flags(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Split a command line into {key: value as typed} and positional arguments.
 
-    ``--key=value``, ``--key value`` and a bare ``--key`` (true) are taken; ``-`` in a key counts as ``_``.
+    ``--key=value``, ``--key value`` and for switches a bare ``--key`` are taken; ``-`` in a key counts as ``_``.
 
     Raises:
-        UserError: for a flag that is no key of the configuration, with the nearest one.
+        UserError: for a flag that is no key of the configuration, with the nearest one, or that lacks its value.
     """
     flags: dict[str, str] = {}
     positional: list[str] = []
@@ -286,10 +288,18 @@ def parse_flags(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         key = ALIASES.get(key, key)
         if not has_value:
             takes_next = pending and (not pending[0].startswith("-") or _is_number(pending[0]))
-            value = pending.pop(0) if takes_next else "true"
+            if not takes_next and not _is_switch(key) and key not in BARE_FLAGS:
+                raise UserError(f"{word} needs a value, as in --{key}=VALUE; --help {key} says which")
+            value = pending.pop(0) if takes_next else BARE_FLAGS.get(key, "true")
         if key not in IGNORED_FLAGS:
             flags[key] = value
     return flags, positional
+
+
+def _is_switch(key: str) -> bool:
+    """Whether a bare ``--key`` means something."""
+    field = Config.model_fields.get(key)
+    return key in IGNORED_FLAGS or field is not None and bool in (field.annotation, *get_args(field.annotation))
 
 
 def suggest_key(word: str) -> str:

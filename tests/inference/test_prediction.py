@@ -71,6 +71,14 @@ def test_a_list_on_standard_input(trained_run, image_root):
 
 
 @pytest.mark.slow
+def test_what_a_list_names_and_is_not_there_keeps_nothing_from_being_classified(predict, image_root, tmp_path):
+    (tmp_path / "list.txt").write_text(f"nowhere.jpg\n{image_root}/val/bee/003.jpg\n")
+    run = predict(f"{tmp_path}/list.txt", f"--result_path={tmp_path}/p.jsonl")
+    assert run.status == 1 and "1 of 2 images" in run.error_lines[0] and "nowhere.jpg" in run.error_lines[0], run
+    assert [json.loads(line)["image"] for line in (tmp_path / "p.jsonl").open()] == [f"{image_root}/val/bee/003.jpg"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("text,word", [("", "names no image"), ("nowhere.jpg\n", "nowhere.jpg', which does not exist")])
 def test_a_wrong_list_is_one_line(predict, tmp_path, text, word):
     (tmp_path / "list.txt").write_text(text)

@@ -63,6 +63,7 @@ def test_runs_are_compared(trained_run, image_root, tmp_path):
     run = execute(["python3", "report.py", trained_run, other, f"--result_path={tmp_path}/both.html"])
     assert run.status == 0, run
     differing = {row[0]: row[1:] for row in rows_of((tmp_path / "both.html").read_text(), "differing")}
+    assert "<code>[crop, flip" in (tmp_path / "both.html").read_text()
     assert differing["lr"] == ["0.02", "0.03"] and differing["block"] == ["acb", "base"] and "image_size" not in differing
 
 

@@ -110,6 +110,29 @@ def test_a_devices_update_is_compiled_once_for_any_number_of_parameters(optimize
     assert all(np.array_equal(p.asnumpy(), parameters[0].asnumpy()) and (p.asnumpy() < 1).all() for p in parameters)
 
 
+@pytest.mark.parametrize("kind", [HostOptimizer, DeviceOptimizer])
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+def test_a_frozen_backbone_keeps_weights_and_state(kind, optimizer):
+    """What its gradients were while the classifier was untrained pushes nothing when it thaws."""
+    config = make_config(optimizer=optimizer, **KEYS)
+    parameters = [Parameter(Tensor(np.ones((3, 2), np.float32)), name=name) for name in ("conv.weight", "classifier.weight")]
+    instance = kind(parameters, make_rule(config), config)
+    instance.freezes_backbone = True
+
+    def step(value):
+        arrays = [np.full((3, 2), value, np.float32) for _ in parameters]
+        instance(0.1, arrays if kind is HostOptimizer else [Tensor(array) for array in arrays])
+        return [p.asnumpy().copy() for p in parameters], [[state.asnumpy().copy() for state in of_one] for of_one in instance.states]
+
+    for value in (5.0, -3.0):
+        (backbone, classifier), (backbone_states, classifier_states) = step(value)
+    assert (backbone == 1).all() and all((state == 0).all() for state in backbone_states)
+    assert (classifier != 1).any() and any((state != 0).any() for state in classifier_states)
+    instance.freezes_backbone = False
+    (backbone, _), (states, _) = step(2.0)
+    assert (backbone < 1).all() and (states[0] != 0).any()
+
+
 def test_states_are_named_after_their_parameters(problem):
     _, optimizer = trained(HostOptimizer, "adamw", problem)
     assert [p.name for p in optimizer.state_parameters] == [

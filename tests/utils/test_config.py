@@ -46,6 +46,13 @@ def test_flags_win_over_recipes_and_aliases_work():
     assert config.max_epoch == 150 and positional == []
 
 
+def test_a_flag_without_its_value_is_named_but_for_switches():
+    assert parse_flags(["--run_eval", "--resume", "--test-flip"])[0] == {"run_eval": "true", "resume": "auto", "test_flip": "true"}
+    for words, key in ((["--max_epoch"], "max_epoch"), (["-a"], "network"), (["--data_dir", "--lr=0.1"], "data_path")):
+        with pytest.raises(UserError, match=f"^{words[0]} needs a value, as in --{key}=VALUE"):
+            parse_flags(words)
+
+
 def test_a_batch_per_rank_that_is_typed_wins_over_a_recipes_global_batch():
     config = load_config({"config_path": "digits", "per_batch_size": "4"})
     assert (config.per_batch_size, config.global_batch_size) == (4, 0)
