@@ -24,10 +24,12 @@ def test_every_key_has_a_group_its_default_and_a_line_that_says_what_it_is():
 
 
 @pytest.mark.parametrize("command,some,others", [
-    ("train", {"lr", "run_eval", "top_k", "weight_init"}, set()), ("predict", {"top_k", "checkpoint_file_path", "image_size"},
-                                                                  {"lr", "augmentations", "ckpt_interval", "port", "weight_init"}),
-    ("serve", {"port", "class_names"}, {"lr", "run_eval", "file_format"}), ("export", {"quantize", "fuse"}, {"momentum", "port", "top_k"}),
-    ("report", {"result_path", "data_path"}, {"lr", "quantize"}), ("preview_dataset", {"augmentations", "crop_scale"}, {"lr", "loss_scale"})])
+    ("train", {"lr", "run_eval", "top_k", "weight_init"}, set()),
+    ("predict", {"top_k", "checkpoint_file_path", "image_size"}, {"lr", "augmentations", "ckpt_interval", "port", "weight_init"}),
+    ("serve", {"port", "class_names"}, {"lr", "run_eval", "file_format"}),
+    ("export", {"quantize", "fuse"}, {"momentum", "port", "top_k"}),
+    ("report", {"result_path", "data_path"}, {"lr", "quantize"}),
+    ("preview_dataset", {"augmentations", "crop_scale"}, {"lr", "loss_scale"})])
 def test_help_of_a_command_has_its_keys_and_not_those_of_training(command, some, others):
     text = help_text("about", command=command)
     assert all(f"\n  --{key}=" in text for key in some) and not any(f"\n  --{key}=" in text for key in others)

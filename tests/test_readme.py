@@ -1,7 +1,9 @@
 """Every command that the README and the documents show works, or is run by the test named beside it."""
 
+import json
 import re
 import shlex
+import shutil
 import subprocess
 import urllib.request
 
@@ -13,6 +15,7 @@ from conftest import ROOT, execute, user_environment
 from src.utils.config import load_config, parse_flags
 
 DOCUMENTS = ("README.md", *sorted(str(file.relative_to(ROOT)) for file in (ROOT / "docs").glob("*.md")))
+DATE = "2026-01-31_time_12_00_00"
 COMMANDS = ("train", "eval", "export", "predict", "report", "serve")
 
 
@@ -77,7 +80,6 @@ def test_short_training_commands_of_the_documents_run(tmp_path):
 def test_quickstart(tmp_path):
     """The main job end to end, in a copy with this environment, as the first README command runs it."""
     import os
-    import shutil
     import sys
     copy = tmp_path / "copy"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "outputs", "__pycache__"))
@@ -92,14 +94,14 @@ def test_quickstart(tmp_path):
     assert (copy / run.out.splitlines()[-2].partition(": ")[2]).is_file()
 
 
-@pytest.mark.extended
-def test_the_tutorial_word_for_word(tmp_path):
-    """In a folder with photos and weights; of the dates alone the real one is put in."""
+@pytest.fixture
+def home(tmp_path):
+    """A folder as the documents presume it: the program, photos, and weights."""
     from safetensors.numpy import save_file
 
     from src.models.build import build_model
     from src.models.networks import torch_name
-    for file in ("train.py", "report.py", "predict.py", "export.py", "serve.py", "scripts", "src"):
+    for file in ("train.py", "eval.py", "report.py", "predict.py", "export.py", "serve.py", "scripts", "src", "configs"):
         (tmp_path / file).symlink_to(ROOT / file)
     random = np.random.default_rng(0)
     for number in range(15):
@@ -111,26 +113,68 @@ def test_the_tutorial_word_for_word(tmp_path):
                 cv2.imwrite(str(tmp_path / folder / f"{name}{number}.jpg"), image)
     save_file({torch_name(p.name, "resnet18"): p.asnumpy() for p in build_model("resnet18", 1000).get_parameters()},
               tmp_path / "resnet18.safetensors")
+    return tmp_path
+
+
+@pytest.mark.extended
+def test_the_tutorial_word_for_word(home):
+    """Of the dates alone the real one is put in."""
     lines = lines_of("docs/tutorial.md")
     assert [re.search(r"(\w+)\.py", line)[1] for line in lines] == [
         "preview_dataset", "train", "train", "report", "predict", "export", "serve"]
-    date = "2026-01-31_time_12_00_00"
     for line in lines[:-1]:
         words = shlex.split(line)
         # What is shortened: the sides of images, and with them the epochs.
         small = ["--image_size=64", "--max_epoch=3"] if "train.py" in line else []
-        run = execute([*words, *small], cwd=tmp_path)
+        run = execute([*words, *small], cwd=home)
         assert run.status == 0, run
         if "--ranks=auto" in words:
-            (made,) = (tmp_path / "outputs").iterdir()
-            made.rename(made.with_name(date))
+            (made,) = (home / "outputs").iterdir()
+            made.rename(made.with_name(DATE))
             assert "of each class:" in run.out and "next: python3 predict.py" in run.out, run
-    assert (tmp_path / "preview.png").is_file() and (tmp_path / "outputs" / date / "report.html").is_file()
-    assert len((tmp_path / "found.csv").read_text().splitlines()) == 1 + 4 * 2
-    assert (tmp_path / "outputs" / date / "best_int8.onnx").is_file()
-    with _started(lines[-1], tmp_path):
-        body = (tmp_path / "holiday_photos" / "dog0.jpg").read_bytes()
+    assert (home / "preview.png").is_file() and (home / "outputs" / DATE / "report.html").is_file()
+    assert len((home / "found.csv").read_text().splitlines()) == 1 + 4 * 2
+    assert (home / "outputs" / DATE / "best_int8.onnx").is_file()
+    with _started(lines[-1], home):
+        body = (home / "holiday_photos" / "dog0.jpg").read_bytes()
         assert b"predictions" in urllib.request.urlopen("http://127.0.0.1:8000/predict", body).read()
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("document,expected", [("README.md", 4), ("docs/data.md", 4), ("docs/training.md", 4), ("docs/using.md", 6)])
+def test_lines_of_a_document_in_their_order(home, image_root, trained_run, document, expected):
+    """Word for word; in place of /path/to there is a folder, and trainings end after a few steps of small images."""
+    (home / "path/to").mkdir(parents=True)
+    (home / "path/to/imagenet").symlink_to(image_root)
+    (home / "folder_of_photos").symlink_to("holiday_photos")
+    (home / "photo.jpg").symlink_to("holiday_photos/cat0.jpg")
+    (home / "list_of_photos.txt").write_text("photo.jpg\nmy_photos/dog/dog3.jpg\n")
+    (home / "best.ckpt").symlink_to(trained_run / "best.ckpt")
+    for date in (DATE, "2026-02-01_time_09_30_00"):
+        shutil.copytree(trained_run, home / "outputs" / date, symlinks=True)
+    lines = [line for line in lines_of(document) if not line.startswith("bash")]
+    assert len(lines) == expected
+    for line in lines:
+        typed = line.partition("  #")[0].replace("/path/to", str(home / "path/to"))
+        if "train.py" in typed:
+            typed += " --max_steps=25" if "config_path=digits" in typed else " --max_steps=2 --image_size=64"
+            typed += "" if "config_path" in typed else " --per_batch_size=4"
+        if "serve.py" in typed:
+            server = _started(typed, home)
+            server.__enter__()
+            continue
+        run = execute(["bash", "-o", "pipefail", "-c", typed], cwd=home)
+        assert run.status == 0, run
+        if "curl" in typed:
+            server.__exit__()
+            assert len(json.loads(run.out)["predictions"]) == 3, run
+        if "/path/to/out" in line and "train.py" in line:
+            for made in (home / "path/to/out").iterdir():
+                if made.name != DATE:
+                    shutil.rmtree(home / "path/to/out" / DATE, ignore_errors=True)
+                    made.rename(made.with_name(DATE))
+        if "--resume=auto" in typed:
+            assert "going on from" in run.out, run
 
 
 class _started:
