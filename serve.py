@@ -14,7 +14,7 @@ def main(arguments: list[str], signals: Signals) -> None:
     from src.parallel.long_task import note
     if config.checkpoint_file_path:
         note(f"loading {config.checkpoint_file_path}")
-    from src.inference.engines import open_engine
+    from src.inference.engines import open_engines
     from src.inference.serving import create_app, import_server, serve
     from src.runs.checkpoint import choose_checkpoint
     from src.utils.log import create_log
@@ -22,9 +22,9 @@ def main(arguments: list[str], signals: Signals) -> None:
     import_server()
     path = choose_checkpoint(config.checkpoint_file_path, note)
     command.select_device()
-    model, engine, _ = open_engine(path, command.flags)
+    model, engines = open_engines(path, command.flags)
     log = create_log()
-    serve(create_app(model, engine), config.host, config.port, signals,
+    serve(create_app(model, engines), config.host, config.port, signals,
           lambda address: log(f"serving {model.config.network} of {path} on {address}"))
     log("stopped; every request that was accepted is answered")
 

@@ -109,6 +109,18 @@ def open_engine(path: str | Path, flags: Mapping[str, Any], reuse: Opened | None
     return model, network_engine(network, model.config), metadata
 
 
+def open_engines(path: str | Path, flags: Mapping[str, Any]) -> tuple[RecordedModel, list[Engine]]:
+    """The model of ``open_engine``, and every engine there is for it: which is the fastest depends on the batch.
+
+    With eval_engine=auto a checkpoint has the program's own kernels and onnxruntime where both are there. They agree to rounding.
+    """
+    model, engine, _ = open_engine(path, flags)
+    if model.config.eval_engine != "auto" or not isinstance(engine, NetworkEngine) or model.config.device_target != "CPU" \
+            or Path(path).suffix == ".mindir" or not onnx_is_installed():
+        return model, [engine]
+    return model, [engine, open_engine(path, {**flags, "eval_engine": "onnx"})[1]]
+
+
 def guarded(engine: Engine, path: Path) -> Engine:
     """``engine``, whose errors name the exported file ``path``: some damage shows only when a graph is computed."""
     def call(images: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ starlette and uvicorn are an optional extra.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, nullcontext, suppress
@@ -24,6 +25,8 @@ from src.utils.signals import Signals
 BATCH_SIZES = (1, 2, 4, 8, 16)
 LARGEST_BODY = 20 * 2 ** 20
 _QUEUED = 256
+# Calls of each engine that are timed, after one that compiles.
+_TIMED = 3
 _PAGE = Path(__file__).with_name("serving_page.html")
 
 
@@ -35,20 +38,26 @@ class Batcher:
     """Images that arrive while others are computed make the next batch.
 
     Args:
-        engine: (B, S, S, 3) uint8 images -> (B, C) logits, called in one thread.
+        engines: (B, S, S, 3) uint8 images -> (B, C) logits, called in one thread; of several the fastest is taken for each size of a batch.
         image_size: S.
     """
 
-    def __init__(self, engine: Engine, image_size: int, queued: int = _QUEUED) -> None:
-        self._engine, self._size = engine, image_size
+    def __init__(self, engines: Sequence[Engine], image_size: int, queued: int = _QUEUED) -> None:
+        self._engines, self._size = engines, image_size
+        self._fastest = dict.fromkeys(BATCH_SIZES, engines[0])
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._waiting: asyncio.Queue[tuple[np.ndarray, asyncio.Future[np.ndarray]]] = asyncio.Queue(queued)
         self.images = self.batches = 0
 
     async def warm_up(self) -> None:
-        """Compile what later batches need."""
+        """Compile what later batches need, and see which engine computes them fastest."""
         for size in BATCH_SIZES:
-            await self._compute(np.zeros((size, self._size, self._size, 3), np.uint8))
+            images = np.zeros((size, self._size, self._size, 3), np.uint8)
+            seconds = []
+            for engine in self._engines:
+                await self._compute(engine, images)
+                seconds.append(min([await self._seconds(engine, images) for _ in range(_TIMED)] if len(self._engines) > 1 else [0.0]))
+            self._fastest[size] = self._engines[int(np.argmin(seconds))]
 
     async def classify(self, image: np.ndarray) -> np.ndarray:
         """Probabilities (C,) of an image (S, S, 3). Raises Busy."""
@@ -68,7 +77,7 @@ class Batcher:
             images = np.stack([image for image, _ in batch])
             self.batches, self.images = self.batches + 1, self.images + len(batch)
             try:
-                found = softmax(await self._compute(images), axis=1)
+                found = softmax(await self._compute(self._fastest[len(batch)], images), axis=1)
             except Exception as failure:  # the next batch may be better
                 for _, answer in batch:
                     if not answer.done():
@@ -79,16 +88,21 @@ class Batcher:
                 if not answer.done():
                     answer.set_result(probabilities)
 
-    async def _compute(self, images: np.ndarray) -> np.ndarray:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._engine, images)
+    async def _compute(self, engine: Engine, images: np.ndarray) -> np.ndarray:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, engine, images)
+
+    async def _seconds(self, engine: Engine, images: np.ndarray) -> float:
+        started = time.perf_counter()
+        await self._compute(engine, images)
+        return time.perf_counter() - started
 
 
-def create_app(model: RecordedModel, engine: Engine) -> Any:
+def create_app(model: RecordedModel, engines: Sequence[Engine]) -> Any:
     """The ASGI application: a page at /, POST /predict, GET /health. Raises UserError where the packages are missing."""
     _, starlette = import_server()
     # Names may have bytes that are no text.
     names = {label: name.encode("utf-8", "backslashreplace").decode() for name, label in (model.class_to_index or {}).items()}
-    batcher = Batcher(with_flip(engine) if model.config.test_flip else engine, model.config.image_size)
+    batcher = Batcher([with_flip(engine) for engine in engines] if model.config.test_flip else engines, model.config.image_size)
 
     def prepared(body: bytes) -> np.ndarray:
         return eval_transform(decode_image(np.frombuffer(body, np.uint8), "the body"), model.config)

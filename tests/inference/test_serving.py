@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import threading
+import time
 
 import cv2
 import numpy as np
@@ -107,7 +108,7 @@ def test_what_waits_is_one_batch_and_there_is_a_bound():
         return images.reshape(len(images), -1)[:, :2].astype(np.float32)
 
     async def trial():
-        batcher = Batcher(engine, 8, queued=20)
+        batcher = Batcher([engine], 8, queued=20)
         images = [np.full((8, 8, 3), number, np.uint8) for number in range(21)]
         asked = [asyncio.ensure_future(batcher.classify(image)) for image in images]
         await asyncio.sleep(0)
@@ -120,6 +121,28 @@ def test_what_waits_is_one_batch_and_there_is_a_bound():
     assert sizes == [16, 4]
 
 
+def test_each_size_of_a_batch_takes_the_engine_that_is_fastest_for_it():
+    used = []
+
+    def engine(name, of_batch, of_image):
+        def compute(images):
+            time.sleep(of_batch + of_image * len(images))
+            used.append(name)
+            return np.zeros((len(images), 3), np.float32)
+        return compute
+
+    async def run():
+        batcher = Batcher([engine("large", 0.08, 0.001), engine("small", 0.0, 0.02)], 8)
+        await batcher.warm_up()
+        used.clear()
+        running = asyncio.create_task(batcher.run())
+        await batcher.classify(np.zeros((8, 8, 3), np.uint8))
+        await asyncio.gather(*[batcher.classify(np.zeros((8, 8, 3), np.uint8)) for _ in range(16)])
+        running.cancel()
+    asyncio.run(run())
+    assert used == ["small", "large"]
+
+
 def test_a_failing_engine_does_not_end_the_batcher():
     def engine(images):
         if images[0, 0, 0, 0] == 1:
@@ -127,7 +150,7 @@ def test_a_failing_engine_does_not_end_the_batcher():
         return np.zeros((len(images), 2), np.float32)
 
     async def trial():
-        batcher = Batcher(engine, 8)
+        batcher = Batcher([engine], 8)
         running = asyncio.ensure_future(batcher.run())
         with pytest.raises(RuntimeError, match="this one"):
             await batcher.classify(np.full((8, 8, 3), 1, np.uint8))

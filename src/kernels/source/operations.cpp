@@ -220,7 +220,7 @@ void fuse(const Arguments &a, const Norm &norm, const Geometry &g, float *weight
     });
 }
 
-uint64_t fingerprint(const void *data, size_t size, uint64_t seed) {
+uint64_t fingerprint_of_piece(const void *data, size_t size, uint64_t seed) {
     constexpr uint64_t kPrime = 0x9e3779b97f4a7c15ull;
     uint64_t lanes[4] = {seed, seed + 1, seed + 2, seed + 3};
     const char *from = static_cast<const char *>(data);
@@ -233,6 +233,16 @@ uint64_t fingerprint(const void *data, size_t size, uint64_t seed) {
     std::memcpy(rest, from, size);
     for (int l = 0; l < 4; ++l) lanes[l] = (lanes[l] ^ rest[l]) * kPrime;
     return lanes[0] ^ lanes[1] * 3 ^ lanes[2] * 5 ^ lanes[3] * 7;
+}
+
+// By all cores: of one image every weight is read twice, here and by its convolution.
+uint64_t fingerprint(const void *data, size_t size, uint64_t seed) {
+    constexpr size_t kPiece = 1 << 16;
+    std::vector<uint64_t> pieces((size + kPiece - 1) / kPiece);
+    parallel_for(pieces.size(), [&](int64_t i) {
+        pieces[i] = fingerprint_of_piece(static_cast<const char *>(data) + i * kPiece, std::min(kPiece, size - i * kPiece), seed);
+    });
+    return fingerprint_of_piece(pieces.data(), pieces.size() * sizeof(uint64_t), seed);
 }
 
 // Weights as the kernel takes them, made anew when what they were made of has changed.
