@@ -80,7 +80,8 @@ def test_allreduce_prints_its_line():
 def test_input_pipeline_prints_its_lines():
     run = execute(["python3", "benchmarks/input_pipeline.py", "--images=24", "--batch=8", "--rounds=1", "--pytorch=0"])
     assert run.status == 0, run
-    train, evaluation, operations = run.out.splitlines()
+    train, evaluation, reading, operations = run.out.splitlines()
+    assert re.fullmatch(r"input_pipeline reading_alone_images_per_second packed=\d+ mindrecord=\d+ files=\d+", reading), run
     for line, part in ((train, "train"), (evaluation, "eval")):
         assert re.fullmatch(rf"input_pipeline part={part} workers=2 batch=8 folder_images_per_second=\d+ "
                             r"packed_256_images_per_second=\d+", line), run
