@@ -6,6 +6,7 @@ import pytest
 from mindspore import Parameter, Tensor
 
 from src.dataset.decoding import BadImage, read_image
+from src.dataset.packed import save_part
 from src.dataset.sources import open_images
 from src.models.formats import read_weights
 from src.runs.checkpoint import save_checkpoint
@@ -106,6 +107,17 @@ def test_safetensors(tmp_path):
     from safetensors.numpy import save_file
     save_file({p.name: p.asnumpy() for p in small_parameters()}, tmp_path / "whole", metadata={"metadata": '{"epoch": 1}'})
     survives(read_weights, (tmp_path / "whole").read_bytes(), tmp_path / "a.safetensors", 1500, seed=5)
+
+
+def test_packed_sets(tmp_path):
+    save_part(tmp_path / "whole", [b"abc", b"", b"defgh"], np.array([0, 2, 0]), ["a.jpg", "b.jpg", "c.jpg"], {
+        "class_to_index": {"ant": 0, "bee": 1, "cat": 2}, "parts": 1, "images": 3, "source": 7, "short_side": 0, "quality": 90})
+
+    def read(path):
+        images = open_images(str(path), "train")
+        assert len(images) == 3 and images.num_classes <= 10 ** 6
+        assert sum(len(images.packed.encoded(index)) for index in range(3)) == 8 and all(images.name(index) for index in range(3))
+    survives(read, (tmp_path / "whole").read_bytes(), tmp_path / "a.safetensors", 3000, seed=8)
 
 
 def test_hdf5(tmp_path):

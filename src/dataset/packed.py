@@ -19,6 +19,7 @@ from src.utils.errors import UserError
 ENDING = ".safetensors"
 # What packed sets of version 0.2 ended with; they are no longer read, which is said.
 _EARLIER_ENDING = ".mindrecord"
+_MOST_CLASSES = 10 ** 6
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ def open_part(path: str | Path) -> PackedFile:
         whole = (images.get_dtype() == "U8" and images.get_shape() == [int(ends[-1])] and ends[0] == 0 and (np.diff(ends) >= 0).all()
                  and len(ends) - 1 == len(labels) == len(names) > 0 and labels.dtype == np.int32
                  and set(labels.tolist()) <= set(description["class_to_index"].values())
+                 and all(type(label) is int and 0 <= label < _MOST_CLASSES for label in description["class_to_index"].values())
                  and {"parts", "images", "source"} <= set(description))
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError,
             safetensors.SafetensorError) as failure:

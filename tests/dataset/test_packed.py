@@ -80,7 +80,8 @@ def test_damaged_and_foreign_files_are_refused(images, tmp_path):
     foreign = (({}, about), (tensors, {}), ({**tensors, "ends": tensors["ends"] - 1}, about),
                ({**tensors, "ends": tensors["ends"][::-1].copy()}, about),
                ({**tensors, "labels": tensors["labels"] + 9}, about), ({**tensors, "labels": tensors["labels"][1:]}, about),
-               (tensors, {**about, "names": "[" * 5000}), (tensors, {**about, "description": "[]"}))
+               (tensors, {**about, "names": "[" * 5000}), (tensors, {**about, "description": "[]"}),
+               (tensors, {**about, "description": about["description"].replace('"ant": 0', '"ant": 0, "x": 1000000')}))
     for damaged in (b"", b"text", content[:100], content[:-1], b"\xff" * 8 + content[8:],
                     *(safetensors.numpy.save(*written) for written in foreign)):
         path.write_bytes(damaged)
