@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.timing import median_seconds  # noqa: E402
 from src.command import run_main  # noqa: E402
+from src.utils.errors import Incomplete  # noqa: E402
 
 
 def main(arguments):
@@ -30,11 +31,15 @@ def main(arguments):
         return
     if options.device_target == "GPU":
         from src.command import compile_gpu_kernels
-        from src.utils.gpu import prepare_gpu
+        from src.utils.gpu import check_device, prepare_gpu
         prepare_gpu()
+        check_device(0)
         compile_gpu_kernels(0)
+    failures = []
     for network in options.networks.split(","):
-        report(network, options)
+        report(network, options, failures)
+    if failures:
+        raise Incomplete(f"{len(failures)} measurements failed, the first: {failures[0]}")
 
 
 def parse(arguments):
@@ -51,40 +56,44 @@ def parse(arguments):
     return parser.parse_args(arguments)
 
 
-def report(network, options):
-    """Print the lines of one network."""
-    device, cpu = (measured("gradients", options, network, device_target=target) for target in (options.device_target, "CPU"))
+def report(network, options, failures):
+    """Print the lines of one network; what failed is added to ``failures``."""
+    def fastest(worker, of=network, **changes):
+        """(images/s, batch) at the best of the batches, or None."""
+        batches = map(int, options.batches.split(","))
+        reports = ((measured(worker, options, of, failures, batch=batch, **changes), batch) for batch in batches)
+        return max(((report["images_per_second"], batch) for report, batch in reports if report and report["images_per_second"]),
+                   default=None)
+
+    device, cpu = (measured("gradients", options, network, failures, device_target=target) for target in (options.device_target, "CPU"))
     if device and cpu:
         norms = [abs(device["norms"][name] / norm - 1) for name, norm in cpu["norms"].items() if norm > 1e-6]
         print(f"gpu_check network={network} compared_with=CPU loss_difference={abs(device['loss'] / cpu['loss'] - 1):.2e} "
               f"largest_gradient_norm_difference={max(norms):.2e}", flush=True)
     levels = ("O0", "O2", "O3") if options.device_target == "GPU" else ("O0",)
-    ours = {level: fastest("training", options, network, amp_level=level) for level in levels}
-    theirs = {level: fastest("pytorch", options, network, amp_level=level) for level in levels[:2]}
-    for level, (rate, batch) in ours.items():
-        other = theirs.get(level, theirs[levels[-1] if len(levels) == 1 else "O2"])
-        beside = f" pytorch_images_per_second={other[0]:.1f} pytorch_batch={other[1]} ratio={rate / other[0]:.2f}" if other[0] else ""
-        print(f"gpu_check network={network} amp_level={level} batch={batch} images_per_second={rate:.1f}{beside}", flush=True)
-    plain, fused = (fastest("inference", options, name)[0] for name in (network.partition("+")[0], network))
-    print(f"gpu_check network={network} inference base_images_per_second={plain:.1f} fused_images_per_second={fused:.1f}", flush=True)
+    ours = {level: fastest("training", amp_level=level) for level in levels}
+    theirs = {level: fastest("pytorch", amp_level=level) for level in levels[:2]}
+    for level, found in ours.items():
+        if found:
+            # PyTorch has one mixed precision.
+            other = theirs.get(level, theirs[levels[min(1, len(levels) - 1)]])
+            beside = f" pytorch_images_per_second={other[0]:.1f} pytorch_batch={other[1]} ratio={found[0] / other[0]:.2f}" if other else ""
+            print(f"gpu_check network={network} amp_level={level} batch={found[1]} images_per_second={found[0]:.1f}{beside}", flush=True)
+    plain, fused = (fastest("inference", of=name) for name in (network.partition("+")[0], network))
+    if plain and fused:
+        print(f"gpu_check network={network} inference base_images_per_second={plain[0]:.1f} "
+              f"fused_images_per_second={fused[0]:.1f}", flush=True)
 
 
-def measured(worker, options, network, **changes):
-    """What a worker process reports; None, and a line, if it failed."""
+def measured(worker, options, network, failures, **changes):
+    """What a worker process reports; None if it failed, whose error is shown."""
     values = {**vars(options), **changes, "worker": worker, "network": network}
     words = [f"--{name}={value}" for name, value in values.items() if value is not None]
     finished = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True)
     if finished.returncode:
-        print(f"gpu_check network={network} {worker} {changes} failed: status {finished.returncode}; its error is above", flush=True)
+        failures.append(f"{worker} of {network} with {changes} ended with status {finished.returncode}")
         return None
     return json.loads(finished.stdout.splitlines()[-1])
-
-
-def fastest(worker, options, network, **changes):
-    """(images/s, batch) at the best of the batches; (0, 0) if the worker cannot run."""
-    batches = map(int, options.batches.split(","))
-    reports = ((measured(worker, options, network, batch=batch, **changes), batch) for batch in batches)
-    return max(((report["images_per_second"], batch) for report, batch in reports if report), default=(0.0, 0))
 
 
 def set_up(options):

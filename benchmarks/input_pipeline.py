@@ -4,7 +4,8 @@
 
 500x375 JPEGs of about 50 kB, written to a temporary folder. Training: random resized crop to 224, flip, colour jitter 0.4;
 evaluation: resize to 256x256, centre crop. PyTorch's batches are normalised float32, as its networks take them; ours are uint8,
-normalised in the network's graph (so the time of that, `normalise_s` a batch, is printed too). In turn, best of the rounds.
+normalised in the network's graph (so the time of that, `normalise_s` a batch, is printed too). In turn, best of the rounds. Then reading
+alone, in random order, of a packed set, of MindSpore's MindRecord and of files, the median of the rounds.
 `--pytorch=0` leaves PyTorch out, for which `bash scripts/setup.sh --parity` is needed.
 """
 

@@ -42,18 +42,18 @@ class Command:
         from src.utils.device import select_device
         device = self.config.device_id if self.config.device_id is not None else self.communicator.local_rank
         if self.config.device_target == "GPU":
-            compile_gpu_kernels(device)
+            if self.communicator.local_rank == 0:
+                compile_gpu_kernels(device)
+            self.communicator.barrier()
         select_device(self.config.device_target, device, collectives)
 
 
 def compile_gpu_kernels(device_id: int) -> None:
-    """Compile MindSpore's kernels for a GPU that is newer than they are, once for a machine. Raises UserError if there is no such GPU."""
+    """Compile MindSpore's kernels for a GPU that is newer than they are, once for a machine; one rank of it calls this."""
     from contextlib import contextmanager
     from importlib.util import find_spec
 
     from src.parallel.long_task import LongTask, note
-    from src.utils.device import available_cores
-    from src.utils.gpu import check_device
     from src.utils.gpu_kernels import compile_kernels
 
     @contextmanager
@@ -62,11 +62,9 @@ def compile_gpu_kernels(device_id: int) -> None:
         with LongTask("compiled", count, "kernel module") as task:
             yield task
 
-    check_device(device_id)
     mindspore = find_spec("mindspore")
     if mindspore is not None and mindspore.origin:
-        library = Path(mindspore.origin).parent / "lib" / "plugin" / "gpu" / "libcuda_ops.so.11"
-        compile_kernels(library, device_id, available_cores(), watch)
+        compile_kernels(Path(mindspore.origin).parent / "lib" / "plugin" / "gpu" / "libcuda_ops.so.11", device_id, watch)
 
 
 def begin(arguments: Sequence[str], names: str = "", distributed: bool = True) -> Command:

@@ -13,9 +13,11 @@ from src.utils.errors import UserError
 
 _LINE = re.compile(r"(?P<key>\w+): *(?P<default>'[^']*'|\[[^\]]*\]|[^#]*?) *(?:# (?P<text>.*))?$")
 _WIDTH = 100
-# The commands that a text begins with, as in "eval, predict: ...", all the same for "train: ...; eval: ...".
-_COMMANDS = re.compile(r"(?:(?:train|eval|predict|export|serve|report)(?:, |: ))+")
-_AUGMENTATION = "Augmentation in training"
+_COMMANDS = ("train", "eval", "predict", "export", "serve", "report", "preview_dataset")
+# The commands that a text begins with, as in "eval, predict: ...".
+_NAMED = re.compile(rf"(?:(?:{'|'.join(_COMMANDS)})(?:, |: ))+")
+# Groups of keys that some commands look at.
+_GROUPS_OF = {"Data": ("eval", "export", "report", "preview_dataset"), "Augmentation in training": ("preview_dataset",)}
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def help_text(about: str, key: str = "", command: str = "train") -> str:
     width = min(max(shutil.get_terminal_size().columns, 60), 140)
     lines, group = [about.strip(), "", "Every key is a flag (--lr=0.1); --config_path=RECIPE picks a recipe, and flags win over it.",
                     "--help KEY shows one key, --list the networks and recipes."], ""
-    if command != "train":
+    if len(of_command) < len(Config.model_fields):
         lines.append("Keys of training are not listed: python3 train.py --help does.")
     for of_key in of_command:
         if of_key.group != group:
@@ -76,12 +78,15 @@ def help_text(about: str, key: str = "", command: str = "train") -> str:
 
 
 def _concerns(of_key: KeyHelp, command: str) -> bool:
-    """By what it affects, and by the commands that its text begins with, if it names any."""
-    if of_key.group == _AUGMENTATION:
-        return command in ("train", "preview_dataset")
-    of_training = {Affects.TRAINING, Affects.GRAPH} & set(Config.model_fields[of_key.key].metadata)
-    named = _COMMANDS.match(of_key.text)
-    return command == "train" or not of_training and (named is None or command in re.findall(r"\w+", named[0]))
+    """By the commands that its text begins with, if it names any, else by its group and by what it affects."""
+    if command == "train" or command not in _COMMANDS:
+        return True
+    named = _NAMED.match(of_key.text)
+    if named:
+        return command in re.findall(r"\w+", named[0])
+    if of_key.group in _GROUPS_OF:
+        return command in _GROUPS_OF[of_key.group]
+    return not {Affects.TRAINING, Affects.GRAPH} & set(Config.model_fields[of_key.key].metadata)
 
 
 def list_text() -> str:

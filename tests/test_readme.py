@@ -1,11 +1,15 @@
 """Every command that the README and the documents show works, or is run by the test named beside it."""
 
+import contextlib
+import fcntl
 import json
 import re
 import shlex
 import shutil
 import subprocess
+import tempfile
 import urllib.request
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -154,40 +158,46 @@ def test_lines_of_a_document_in_their_order(home, image_root, trained_run, docum
         shutil.copytree(trained_run, home / "outputs" / date, symlinks=True)
     lines = [line for line in lines_of(document) if not line.startswith("bash")]
     assert len(lines) == expected
-    for line in lines:
-        typed = line.partition("  #")[0].replace("/path/to", str(home / "path/to"))
-        if "train.py" in typed:
-            typed += " --max_steps=25" if "config_path=digits" in typed else " --max_steps=2 --image_size=64"
-            typed += "" if "config_path" in typed else " --per_batch_size=4"
-        if "serve.py" in typed:
-            server = _started(typed, home)
-            server.__enter__()
-            continue
-        run = execute(["bash", "-o", "pipefail", "-c", typed], cwd=home)
-        assert run.status == 0, run
-        if "curl" in typed:
-            server.__exit__()
-            assert len(json.loads(run.out)["predictions"]) == 3, run
-        if "/path/to/out" in line and "train.py" in line:
-            for made in (home / "path/to/out").iterdir():
-                if made.name != DATE:
-                    shutil.rmtree(home / "path/to/out" / DATE, ignore_errors=True)
-                    made.rename(made.with_name(DATE))
-        if "--resume=auto" in typed:
-            assert "going on from" in run.out, run
+    with contextlib.ExitStack() as servers:
+        for line in lines:
+            typed = line.partition("  #")[0].replace("/path/to", str(home / "path/to"))
+            if "train.py" in typed:
+                typed += " --max_steps=25" if "config_path=digits" in typed else " --max_steps=2 --image_size=64"
+                typed += "" if "config_path" in typed else " --per_batch_size=4"
+            if "serve.py" in typed:
+                servers.enter_context(_started(typed, home))
+                continue
+            run = execute(["bash", "-o", "pipefail", "-c", typed], cwd=home)
+            assert run.status == 0, run
+            if "curl" in typed:
+                assert len(json.loads(run.out)["predictions"]) == 3, run
+            if "/path/to/out" in line and "train.py" in line:
+                for made in (home / "path/to/out").iterdir():
+                    if made.name != DATE:
+                        shutil.rmtree(home / "path/to/out" / DATE, ignore_errors=True)
+                        made.rename(made.with_name(DATE))
+            if "--resume=auto" in typed:
+                assert "going on from" in run.out, run
 
 
 class _started:
-    """A command that runs until the end of the block."""
+    """A server that runs until the end of the block, on the port that documents name: one test at a time."""
 
     def __init__(self, line, folder):
         self._line, self._folder = line, folder
 
     def __enter__(self):
+        self._lock = open(Path(tempfile.gettempdir()) / "acnet-test-of-port-8000", "w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._process = subprocess.Popen(shlex.split(self._line), cwd=self._folder, env=user_environment(), text=True,
                                          stdout=subprocess.PIPE)
-        assert "serving" in self._process.stdout.readline()
+        line = self._process.stdout.readline()
+        if "serving" not in line:
+            self._process.kill()
+            raise AssertionError(line)
 
     def __exit__(self, *exception):
         self._process.terminate()
-        assert self._process.wait(60) == 0
+        status = self._process.wait(60)
+        self._lock.close()
+        assert status == 0

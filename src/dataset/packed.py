@@ -5,7 +5,6 @@ with the encoded images one behind another, the place where each ends, and their
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,10 @@ _MOST_CLASSES = 10 ** 6
 
 @dataclass(frozen=True)
 class PackedFile:
-    """The images of one part, which stay in the file until they are asked for.
+    """The images of one part, which stay in the file until they are decoded.
 
     Attributes:
-        slices: bytes ``start:end`` of all encoded images together, (end - start,) uint8.
+        images: the bytes of all encoded images, uint8, mapped into memory.
         ends: (N + 1,) int64, 0 and then where each image ends.
         labels: (N,) int32.
         names: N file names, for messages.
@@ -35,7 +34,7 @@ class PackedFile:
     """
 
     path: str
-    slices: Callable[[slice], np.ndarray]
+    images: np.ndarray
     ends: np.ndarray
     labels: np.ndarray
     names: list[str]
@@ -43,7 +42,7 @@ class PackedFile:
 
     def encoded(self, index: int) -> np.ndarray:
         """The bytes of an image file, (N,) uint8."""
-        return self.slices(slice(int(self.ends[index]), int(self.ends[index + 1])))
+        return self.images[self.ends[index]:self.ends[index + 1]]
 
 
 class PackedImages:
@@ -57,6 +56,9 @@ class PackedImages:
         first = open_part(path)
         self.class_to_index = first.description["class_to_index"]
         self._parts = [first] + [open_part(part_name(path, number)) for number in range(1, first.description["parts"])]
+        other = next((part for part in self._parts if part.description != first.description), None)
+        if other is not None:
+            raise UserError(f"'{other.path}' is a part of another set than '{path}'; pack the data set again")
         self._first_of_part = np.cumsum([0] + [len(part.labels) for part in self._parts])
         self.labels = np.concatenate([part.labels for part in self._parts])
         if len(self.labels) != first.description["images"]:
@@ -83,7 +85,7 @@ def part_name(path: str | Path, number: int) -> str:
 
 def is_packed(path: str | Path) -> bool:
     """Whether ``path`` is the first part of a packed set, by its name."""
-    return str(path).endswith((ENDING, _EARLIER_ENDING))
+    return str(path).lower().endswith((ENDING, _EARLIER_ENDING))
 
 
 def save_part(path: str | Path, encoded: list[bytes], labels: np.ndarray, names: list[str], description: dict[str, Any]) -> None:
@@ -104,17 +106,30 @@ def open_part(path: str | Path) -> PackedFile:
     """
     try:
         file = safetensors.safe_open(path, "numpy")
-        images, ends, labels = file.get_slice("images"), file.get_tensor("ends"), file.get_tensor("labels")
+        ends, labels = file.get_tensor("ends"), file.get_tensor("labels")
         names, description = (json.loads(file.metadata()[key]) for key in ("names", "description"))
-        whole = (images.get_dtype() == "U8" and images.get_shape() == [int(ends[-1])] and ends[0] == 0 and (np.diff(ends) >= 0).all()
-                 and len(ends) - 1 == len(labels) == len(names) > 0 and labels.dtype == np.int32
-                 and set(labels.tolist()) <= set(description["class_to_index"].values())
-                 and all(type(label) is int and 0 <= label < _MOST_CLASSES for label in description["class_to_index"].values())
-                 and {"parts", "images", "source"} <= set(description))
+        classes = description["class_to_index"].values()
+        size = int(ends[-1])
+        whole = (ends.dtype == np.int64 and ends[0] == 0 and (np.diff(ends) >= 0).all() and labels.dtype == np.int32
+                 and file.get_slice("images").get_dtype() == "U8" and file.get_slice("images").get_shape() == [size]
+                 and len(ends) - 1 == len(labels) == len(names) > 0 and set(labels.tolist()) <= set(classes)
+                 and all(type(label) is int and 0 <= label < _MOST_CLASSES for label in classes)
+                 and all(type(description[key]) is int for key in ("parts", "images", "source")))
+        images = np.asarray(np.memmap(path, np.uint8, "r", _offset(path), (size,))) if whole and size else np.empty(0, np.uint8)
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError,
             safetensors.SafetensorError) as failure:
         raise UserError(f"'{path}' is missing, damaged or not a packed data set of ours ({failure}); pack it again with "
                         "scripts/pack_dataset.py") from None
     if not whole:
         raise UserError(f"'{path}' is damaged: its index does not fit; pack it again with scripts/pack_dataset.py")
-    return PackedFile(str(path), images.__getitem__, ends, labels, names, description)
+    return PackedFile(str(path), images, ends, labels, names, description)
+
+
+def _offset(path: str | Path) -> int:
+    """Where the images begin in a file that the library has found whole (safetensors' documentation, "Format").
+
+    Its own slices are copies, made while no other thread of Python runs: one would wait for the disk and hold up all.
+    """
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return 8 + size + json.loads(file.read(size))["images"]["data_offsets"][0]

@@ -80,7 +80,7 @@ def open_images(data_path: str, split: str, dataset_format: str = "auto", class_
     path = DIGITS_FOLDER if data_path == "digits" else Path(data_path)
     if not path.exists():
         raise UserError(f"data_path '{data_path}' does not exist; pass --data_path=DIR, or link your data to that name")
-    if dataset_format != "auto" and path.is_dir():
+    if dataset_format != "auto" and (path.is_dir() or dataset_format in _OF_FILES):
         return SOURCES[dataset_format].open(path, split, class_to_index)
     return next(source for source in SOURCES.values() if source.recognise(path, split)).open(path, split, class_to_index)
 
@@ -257,6 +257,8 @@ def _cifar_source(cifar: Cifar) -> DataSource:
     return DataSource(lambda path, split: cifar.find(path) is not None, cifar.open)
 
 
+# Formats of which one file may be the data set, whatever its name.
+_OF_FILES = ("packed", "list")
 # In the order in which they are asked; a folder of class folders is what anything else is taken for.
 SOURCES: dict[str, DataSource] = {
     "packed": DataSource(lambda path, split: path.is_file() and is_packed(path), _from_packed),

@@ -115,10 +115,11 @@ def open_engines(path: str | Path, flags: Mapping[str, Any]) -> tuple[RecordedMo
     With eval_engine=auto a checkpoint has the program's own kernels and onnxruntime where both are there. They agree to rounding.
     """
     model, engine, _ = open_engine(path, flags)
-    if model.config.eval_engine != "auto" or not isinstance(engine, NetworkEngine) or model.config.device_target != "CPU" \
-            or Path(path).suffix == ".mindir" or not onnx_is_installed():
-        return model, [engine]
-    return model, [engine, open_engine(path, {**flags, "eval_engine": "onnx"})[1]]
+    engines = [engine]
+    config = model.config
+    if config.eval_engine == "auto" and config.device_target == "CPU" and onnx_is_installed() and isinstance(engine, NetworkEngine):
+        engines.append(network_engine(engine.network, config.model_copy(update={"eval_engine": "onnx"})))
+    return model, engines
 
 
 def guarded(engine: Engine, path: Path) -> Engine:

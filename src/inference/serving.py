@@ -25,7 +25,6 @@ from src.utils.signals import Signals
 BATCH_SIZES = (1, 2, 4, 8, 16)
 LARGEST_BODY = 20 * 2 ** 20
 _QUEUED = 256
-# Calls of each engine that are timed, after one that compiles.
 _TIMED = 3
 _PAGE = Path(__file__).with_name("serving_page.html")
 
@@ -49,14 +48,11 @@ class Batcher:
         self._waiting: asyncio.Queue[tuple[np.ndarray, asyncio.Future[np.ndarray]]] = asyncio.Queue(queued)
         self.images = self.batches = 0
 
-    async def warm_up(self) -> None:
+    def warm_up(self) -> None:
         """Compile what later batches need, and see which engine computes them fastest."""
         for size in BATCH_SIZES:
             images = np.zeros((size, self._size, self._size, 3), np.uint8)
-            seconds = []
-            for engine in self._engines:
-                await self._compute(engine, images)
-                seconds.append(min([await self._seconds(engine, images) for _ in range(_TIMED)] if len(self._engines) > 1 else [0.0]))
+            seconds = [self._thread.submit(_seconds, engine, images).result() for engine in self._engines]
             self._fastest[size] = self._engines[int(np.argmin(seconds))]
 
     async def classify(self, image: np.ndarray) -> np.ndarray:
@@ -91,18 +87,30 @@ class Batcher:
     async def _compute(self, engine: Engine, images: np.ndarray) -> np.ndarray:
         return await asyncio.get_running_loop().run_in_executor(self._thread, engine, images)
 
-    async def _seconds(self, engine: Engine, images: np.ndarray) -> float:
+
+def _seconds(engine: Engine, images: np.ndarray) -> float:
+    """The least of some calls, after one that compiles."""
+    engine(images)
+    times = []
+    for _ in range(_TIMED):
         started = time.perf_counter()
-        await self._compute(engine, images)
-        return time.perf_counter() - started
+        engine(images)
+        times.append(time.perf_counter() - started)
+    return min(times)
 
 
 def create_app(model: RecordedModel, engines: Sequence[Engine]) -> Any:
-    """The ASGI application: a page at /, POST /predict, GET /health. Raises UserError where the packages are missing."""
+    """The ASGI application: a page at /, POST /predict, GET /health; its engines have computed every size of a batch before.
+
+    Raises:
+        UserError: where the packages are missing.
+    """
     _, starlette = import_server()
     # Names may have bytes that are no text.
     names = {label: name.encode("utf-8", "backslashreplace").decode() for name, label in (model.class_to_index or {}).items()}
     batcher = Batcher([with_flip(engine) for engine in engines] if model.config.test_flip else engines, model.config.image_size)
+
+    batcher.warm_up()
 
     def prepared(body: bytes) -> np.ndarray:
         return eval_transform(decode_image(np.frombuffer(body, np.uint8), "the body"), model.config)
@@ -136,7 +144,6 @@ def create_app(model: RecordedModel, engines: Sequence[Engine]) -> Any:
 
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
-        await batcher.warm_up()
         running = asyncio.create_task(batcher.run())
         yield
         running.cancel()

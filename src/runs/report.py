@@ -119,10 +119,9 @@ def _curves(runs: Sequence[RunReport]) -> str:
 
 
 def _configuration(runs: Sequence[RunReport]) -> str:
-    keys = [key for key in runs[0].config if key not in _PLACES]
-    if all(run.config.get("global_batch_size") for run in runs):
-        # It decides in place of this.
-        keys.remove("per_batch_size")
+    # A global batch decides in place of that of a rank.
+    left_out = (*_PLACES, "per_batch_size") if all(run.config.get("global_batch_size") for run in runs) else _PLACES
+    keys = [key for key in runs[0].config if key not in left_out]
     values = {key: [_value(run.config.get(key)) for run in runs] for key in keys}
     differing = [key for key in keys if len(set(values[key])) > 1]
     parts = ["<h2>Configuration</h2>"]

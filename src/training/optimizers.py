@@ -35,7 +35,8 @@ class Optimizer:
     """
 
     def __init__(self, parameters: Sequence[Parameter], rule: UpdateRule, config: Config) -> None:
-        self.parameters, self.rule, self._updates = list(parameters), rule, 0
+        self.parameters, self.rule = list(parameters), rule
+        self._updates = self._frozen_updates = 0
         self.states = [tuple(_zeros_like(p, state) for state in rule.states) for p in parameters]
         self.treatments = [_treatment(p, config) for p in parameters]
         self.freezes_backbone = False
@@ -59,11 +60,17 @@ class Optimizer:
 
     def counters(self) -> dict[str, int]:
         """What else a resumed run needs besides ``state_parameters``."""
-        return {"updates": self._updates}
+        return {"updates": self._updates, "frozen_updates": self._frozen_updates}
 
     def restore_counters(self, counters: dict[str, int]) -> None:
         """Take back what ``counters`` gave."""
-        self._updates = counters["updates"]
+        self._updates, self._frozen_updates = counters["updates"], counters.get("frozen_updates", 0)
+
+    def _count_update(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Count one more; the rule's constants for the backbone, which has had fewer if it was frozen, and for the classifier."""
+        self._updates += 1
+        self._frozen_updates += self.freezes_backbone
+        return self.rule.constants(max(self._updates - self._frozen_updates, 1)), self.rule.constants(self._updates)
 
     def _is_frozen(self, index: int) -> bool:
         return self.freezes_backbone and not self.treatments[index].of_classifier
@@ -94,10 +101,9 @@ class HostOptimizer(Optimizer):
             nonfinite = next((index for index, gradient in enumerate(gradients) if not _is_finite(gradient)), None)
             if nonfinite is not None:
                 return nonfinite
-        self._updates += 1
+        constants = [tuple(map(np.float32, of_part)) for of_part in self._count_update()]
         # The memory is asked for at every update: a parameter that was loaded since has another.
         weights = [p.asnumpy() for p in self.parameters]
-        constants = tuple(np.float32(constant) for constant in self.rule.constants(self._updates))
         found: list[int] = []
         for index in arrivals:
             weight, gradient = weights[index], gradients[index]
@@ -108,7 +114,7 @@ class HostOptimizer(Optimizer):
             norms = (float(np.linalg.norm(weight)), float(np.linalg.norm(gradient))) if self._uses_norms else None
             states = [state.asnumpy().reshape(-1) for state in self.states[index]]
             if not self._update(weight.reshape(-1), gradient.reshape(-1), states, np.float32(self._rate(lr, index, norms)),
-                                self.treatments[index].decay, constants):
+                                self.treatments[index].decay, constants[self.treatments[index].of_classifier]):
                 found.append(index)
         return min(found, default=None)
 
@@ -132,24 +138,24 @@ class DeviceOptimizer(Optimizer):
     def __init__(self, parameters: Sequence[Parameter], rule: UpdateRule, config: Config) -> None:
         super().__init__(parameters, rule, config)
         self._survey = _Survey(self.parameters, self._uses_norms)
-        self._graph = _UpdateGraph(self.parameters, self.states, rule, [treatment.decay for treatment in self.treatments])
+        self._graph = _UpdateGraph(self.parameters, self.states, rule, self.treatments)
 
     def __call__(self, lr: float, gradients: Sequence[Tensor], loss_scale: float = 1.0,
                  arrivals: Iterable[int] | None = None) -> int | None:
         finite, norms = (found.asnumpy() for found in self._survey(*gradients))
         if not finite.all():
             return int(finite.argmin())
-        self._updates += 1
+        constants = [(*of_part, 1 / loss_scale) for of_part in self._count_update()]
         scaled = [(float(weight), float(gradient) / loss_scale) for weight, gradient in norms.T] if self._uses_norms else None
         rates = [self._rate(lr, index, scaled[index] if scaled else None) for index in range(len(self.parameters))]
         trained = [not self._is_frozen(index) for index in range(len(self.parameters))]
         self._graph(Tensor(rates, mindspore.float32), Tensor(trained, mindspore.bool_),
-                    Tensor((*self.rule.constants(self._updates), 1 / loss_scale), mindspore.float32), *gradients)
+                    Tensor(constants, mindspore.float32), *gradients)
         return None
 
 
 class _Survey(nn.Cell):
-    """Gradients -> (whether each is finite (n,), norms of weights and of gradients (2, n) or (1, n) zeros)."""
+    """Gradients -> (whether each is finite (n,), norms of weights and of gradients (2, n), or zeros (2, 1))."""
 
     def __init__(self, parameters: Sequence[Parameter], norms: bool) -> None:
         super().__init__(auto_prefix=False)
@@ -165,26 +171,29 @@ class _Survey(nn.Cell):
 
 
 class _UpdateGraph(nn.Cell):
-    """(rates (n,), which are trained (n,) bool, the rule's constants and 1 / loss scale, gradients) -> nothing of use; updates weights and
-    states.
+    """Updates weights and states; returns nothing of use.
+
+    Takes rates (n,), which are trained (n,), the rule's constants and 1 / loss scale for backbone and classifier (2, k), and gradients.
 
     The gradients are arguments of their own: a graph is compiled again for every new tuple of tensors.
     """
 
     def __init__(self, parameters: Sequence[Parameter], states: Sequence[tuple[Parameter, ...]], rule: UpdateRule,
-                 decays: Sequence[float]) -> None:
+                 treatments: Sequence[_Treatment]) -> None:
         super().__init__(auto_prefix=False)
-        self.parameters, self.decays = ParameterTuple(parameters), tuple(decays)
+        self.parameters, self.decays = ParameterTuple(parameters), tuple(treatment.decay for treatment in treatments)
+        self.parts = tuple(int(treatment.of_classifier) for treatment in treatments)
         self.states = [ParameterTuple(slot) for slot in zip(*states)]
         self.map, self.rule_update = ops.Map(), rule.update
 
     def construct(self, rates: Tensor, trained: Tensor, constants: Tensor, *gradients: Tensor) -> Tensor:
-        self.map(ops.partial(self._update, constants), ops.unstack(rates), ops.unstack(trained), self.decays, self.parameters, gradients,
-                 *self.states)
+        self.map(ops.partial(self._update, constants), ops.unstack(rates), ops.unstack(trained), self.decays, self.parts, self.parameters,
+                 gradients, *self.states)
         return rates
 
-    def _update(self, constants: Tensor, rate: Tensor, trained: Tensor, decay: float, parameter: Parameter, gradient: Tensor,
+    def _update(self, constants: Tensor, rate: Tensor, trained: Tensor, decay: float, part: int, parameter: Parameter, gradient: Tensor,
                 *states: Parameter) -> bool:
+        constants = constants[part]
         gradient = ops.cast(gradient, mindspore.float32) * constants[-1]
         weight, changed = self.rule_update(parameter, gradient, states, rate, decay, constants)
         ops.assign(parameter, ops.where(trained, weight, parameter))

@@ -21,7 +21,7 @@ def write_whole(target: str | Path, write: Callable[[Path], Any]) -> None:
         UserError: if the folder cannot be written, the disk is full, or ``write`` fails.
     """
     target = Path(target)
-    partial = target.with_name(f".{os.getpid()}{_PARTIAL}{target.name}")
+    partial = _partial_of(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
@@ -36,6 +36,21 @@ def write_whole(target: str | Path, write: Callable[[Path], Any]) -> None:
     finally:
         # A writer may have one of its own behind it: MindSpore writes NAME.tmp first.
         _remove(target.parent, partial.stem)
+
+
+def check_writable(target: str | Path) -> None:
+    """Raise UserError, ahead of long work, if ``write_whole`` could not write ``target``."""
+    target = Path(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _partial_of(target).touch()
+        _partial_of(target).unlink()
+    except OSError as failure:
+        raise UserError(f"cannot write '{target}': {failure.strerror}") from None
+
+
+def _partial_of(target: Path) -> Path:
+    return target.with_name(f".{os.getpid()}{_PARTIAL}{target.name}")
 
 
 def check_ending(key: str, path: str, endings: Sequence[str]) -> None:

@@ -13,12 +13,14 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Protocol
 
 _NEWEST_MACHINE_CODE = 8
-_MAJOR_CAPABILITY = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+_MAJOR_CAPABILITY, _MINOR_CAPABILITY = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+# Each takes half a GiB of the GPU's memory; the largest module takes as long as 15 of them for all (an H200, 16 cores).
+_MOST_PROCESSES = 16
 # A module: magic number, version and size of this header, then the size of what follows (fatbinary_section.h of CUDA's toolkit).
 _HEADER = struct.Struct("<IHHQ")
 _MAGIC = struct.pack("<IHH", 0xBA55ED50, 1, _HEADER.size)
@@ -31,47 +33,54 @@ class Progress(Protocol):
     def advance(self) -> None: ...
 
 
-def compile_kernels(library: Path, device_id: int, processes: int, watch: Callable[[int], AbstractContextManager[Progress]]) -> None:
-    """Have the driver compile the modules of ``library`` for GPU ``device_id``, if it has to and has not; after ``check_device``.
+def compile_kernels(library: Path, device_id: int, watch: Callable[[int], AbstractContextManager[Progress]]) -> None:
+    """Have the driver compile the modules of ``library`` for GPU ``device_id``, if it has to and has not.
 
     Whatever fails here is left to the driver, which compiles when the library is used.
 
     Args:
         watch: called with the number of modules when they are about to be compiled; told of each that is.
     """
-    driver = ctypes.CDLL(_DRIVER)
-    major, version = ctypes.c_int(0), ctypes.c_int(0)
-    unknown = driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR_CAPABILITY, device_id)
-    if unknown or major.value <= _NEWEST_MACHINE_CODE or os.environ.get("CUDA_CACHE_DISABLE") == "1":
-        return
-    driver.cuDriverGetVersion(ctypes.byref(version))
-    cache = Path(os.environ.get("CUDA_CACHE_PATH") or Path.home() / ".nv" / "ComputeCache")
-    try:
-        about = library.stat()
-        done = cache / f"compiled-{major.value}-{version.value}-{about.st_size}-{about.st_mtime_ns}"
+    with suppress(OSError, ValueError):
+        driver, major, minor, version = ctypes.CDLL(_DRIVER), ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(0)
+        _check(driver.cuInit(0))
+        _check(driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR_CAPABILITY, device_id))
+        _check(driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR_CAPABILITY, device_id))
+        _check(driver.cuDriverGetVersion(ctypes.byref(version)))
+        if major.value <= _NEWEST_MACHINE_CODE or os.environ.get("CUDA_CACHE_DISABLE") == "1":
+            return
+        cache, about = Path(os.environ.get("CUDA_CACHE_PATH") or os.path.expanduser("~/.nv/ComputeCache")), library.stat()
+        done = cache / f"compiled-{major.value}.{minor.value}-{version.value}-{about.st_size}-{about.st_mtime_ns}"
         cache.mkdir(parents=True, exist_ok=True)
         with open(cache / "compiling", "w") as lock:
-            # The ranks of a machine come here together; one compiles.
+            # Several programs may begin on a machine together; one compiles.
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not done.exists() and _compile(library, device_id, processes, watch):
+            if not done.exists() and _compile(library, device_id, watch):
                 done.touch()
-    except OSError:
-        return
 
 
-def _compile(library: Path, device_id: int, processes: int, watch: Callable[[int], AbstractContextManager[Progress]]) -> bool:
+def _compile(library: Path, device_id: int, watch: Callable[[int], AbstractContextManager[Progress]]) -> bool:
     with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         count = len(list(modules(content)))
-    reading, writing = os.pipe()
+    processes = min(os.cpu_count() or 1, _MOST_PROCESSES)
     environment = {**os.environ, "CUDA_MODULE_LOADING": "EAGER"}
-    workers = [subprocess.Popen([sys.executable, __file__, str(library), str(device_id), str(number), str(processes)], stdout=writing,
-                                stderr=subprocess.DEVNULL, env=environment) for number in range(processes)]
-    os.close(writing)
-    with open(reading, "rb") as lines, watch(count) as progress:
-        for _ in lines:
-            progress.advance()
-    statuses = [worker.wait() for worker in workers]
-    return not any(statuses)
+    workers: list[subprocess.Popen[bytes]] = []
+    reading, writing = os.pipe()
+    try:
+        with open(reading, "rb") as lines, watch(count) as progress:
+            try:
+                for number in range(processes):
+                    words = [sys.executable, __file__, str(library), str(device_id), str(number), str(processes)]
+                    workers.append(subprocess.Popen(words, stdout=writing, stderr=subprocess.DEVNULL, env=environment))
+            finally:
+                os.close(writing)
+            for _ in lines:
+                progress.advance()
+        return all(status == 0 for status in [worker.wait() for worker in workers])
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
 
 
 def modules(content: mmap.mmap) -> Iterator[tuple[int, int]]:
@@ -87,6 +96,8 @@ def modules(content: mmap.mmap) -> Iterator[tuple[int, int]]:
 
 def load_share(library: str, device_id: int, number: int, processes: int) -> None:
     """Load every ``processes``-th module, from the ``number``-th of them by size, and print a line for each. Raises OSError."""
+    # A rank has been given some of the machine's cores; the others wait for this.
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
     driver, device, context, module = ctypes.CDLL(_DRIVER), ctypes.c_int(0), ctypes.c_void_p(), ctypes.c_void_p()
     _check(driver.cuInit(0))
     _check(driver.cuDeviceGet(ctypes.byref(device), device_id))

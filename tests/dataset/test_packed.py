@@ -68,6 +68,11 @@ def test_interrupted_packing_keeps_whole_parts(images, tmp_path):
     packed_into(path, images)
     after = {number: os.stat(part_name(path, number)).st_mtime_ns for number in range(3)}
     assert after[0] == times[0] and after[2] == times[2] and after[1] != times[1]
+    part = part_name(path, 1)
+    tensors, about = safetensors.numpy.load_file(part), safetensors.safe_open(part, "numpy").metadata()
+    safetensors.numpy.save_file(tensors, part, {**about, "description": about["description"].replace('"source": ', '"source": 1')})
+    with pytest.raises(UserError, match=r"train.safetensors.1' is a part of another set"):
+        PackedImages(path)
     with pytest.raises(UserError, match="of other images or options"):
         packed_into(path, images, short_side=25)
 
@@ -79,6 +84,8 @@ def test_damaged_and_foreign_files_are_refused(images, tmp_path):
     tensors, about = safetensors.numpy.load_file(path), safetensors.safe_open(path, "numpy").metadata()
     foreign = (({}, about), (tensors, {}), ({**tensors, "ends": tensors["ends"] - 1}, about),
                ({**tensors, "ends": tensors["ends"][::-1].copy()}, about),
+               ({**tensors, "ends": tensors["ends"].astype(np.uint64)}, about),
+               (tensors, {**about, "description": about["description"].replace('"parts": 1', '"parts": "1"')}),
                ({**tensors, "labels": tensors["labels"] + 9}, about), ({**tensors, "labels": tensors["labels"][1:]}, about),
                (tensors, {**about, "names": "[" * 5000}), (tensors, {**about, "description": "[]"}),
                (tensors, {**about, "description": about["description"].replace('"ant": 0', '"ant": 0, "x": 1000000')}))
@@ -90,6 +97,13 @@ def test_damaged_and_foreign_files_are_refused(images, tmp_path):
         with pytest.raises(UserError, match="is there already"):
             packed_into(path, images, part_images=100)
         assert path.read_bytes() == damaged
+
+
+def test_a_set_is_known_by_its_name_or_by_what_it_is_said_to_be(images, tmp_path):
+    packed_into(tmp_path / "TRAIN.SAFETENSORS", images)
+    for number in range(3):
+        os.rename(part_name(tmp_path / "TRAIN.SAFETENSORS", number), part_name(tmp_path / "renamed", number))
+    assert len(open_images(str(tmp_path / "renamed"), "train", "packed")) == len(images)
 
 
 def test_a_set_of_the_earlier_format_says_what_to_do(tmp_path):
@@ -118,7 +132,9 @@ def test_training_from_packed_files_is_training_from_the_folder(image_root, tmp_
     (["--data_path=/nowhere", "--result_path=a.safetensors"], "/nowhere"),
     (["--data_path=digits"], "--result_path"),
     (["--data_path=digits", "--result_path=a.mindrecord"], "must end"),
-    (["--data_path=digits", "--result_path=/proc/none/a.safetensors"], "cannot write"),
+    (["--data_path=digits", "--result_path=/proc/none/a.safetensors"], "cannot write '/proc/none/a.safetensors'"),
+    (["--data_path=digits", "--result_path=/etc/passwd/a.safetensors"], "cannot write '/etc/passwd/a.safetensors'"),
+    (["--data_path=digits", f"--result_path={'a' * 243}.safetensors"], "File name too long"),
     (["--data_path=digits", "--result_path=a.safetensors", "--quality=101"], "--quality"),
 ])
 def test_wrong_packing_commands_are_one_line(tmp_path, flags, words):

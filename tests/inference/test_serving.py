@@ -17,6 +17,9 @@ from conftest import ROOT, execute, user_environment
 
 pytest.importorskip("uvicorn")
 
+from src.inference.engines import NetworkEngine, open_engines  # noqa: E402
+from src.inference.export import export_checkpoint  # noqa: E402
+from src.inference.onnx_engine import OnnxEngine  # noqa: E402
 from src.inference.serving import LARGEST_BODY, Batcher, Busy  # noqa: E402
 
 
@@ -133,7 +136,7 @@ def test_each_size_of_a_batch_takes_the_engine_that_is_fastest_for_it():
 
     async def run():
         batcher = Batcher([engine("large", 0.08, 0.001), engine("small", 0.0, 0.02)], 8)
-        await batcher.warm_up()
+        batcher.warm_up()
         used.clear()
         running = asyncio.create_task(batcher.run())
         await batcher.classify(np.zeros((8, 8, 3), np.uint8))
@@ -141,6 +144,19 @@ def test_each_size_of_a_batch_takes_the_engine_that_is_fastest_for_it():
         running.cancel()
     asyncio.run(run())
     assert used == ["small", "large"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_has_both_engines_and_they_agree(trained_run, kernels, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    model, engines = open_engines(trained_run / "best.ckpt", {})
+    assert [type(engine) for engine in engines] == [NetworkEngine, OnnxEngine]
+    ours, theirs = (engine(images) for engine in engines)
+    assert ours.shape == (3, model.config.num_classes) and np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max()
+    for choice in ("mindspore", "onnx"):
+        assert len(open_engines(trained_run / "best.ckpt", {"eval_engine": choice})[1]) == 1
+    export_checkpoint(trained_run / "best.ckpt", {}, "ONNX", target=str(tmp_path / "net.onnx"))
+    assert len(open_engines(tmp_path / "net.onnx", {})[1]) == 1
 
 
 def test_a_failing_engine_does_not_end_the_batcher():

@@ -81,7 +81,7 @@ def test_reports_and_saves_at_its_steps():
     within, _, last = notes.states
     assert (within.epoch, within.finished_epoch, last.epoch, last.finished_epoch) == (1, False, 2, True)
     assert within.epoch_sums["loss"] > 0 and last.epoch_sums == {"loss": 0.0, "skipped": 0, "replaced": 0}
-    assert last.optimizer == {"updates": 12}
+    assert last.optimizer == {"updates": 12, "frozen_updates": 0}
 
 
 def test_both_twins_see_the_same_loop():
