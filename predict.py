@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> None:
         contact_sheet(predictions, config.save_figure)
         log(f"figure in {config.save_figure}")
     if bad:
-        raise Incomplete(f"{len(bad)} of {len(paths)} images could not be decoded, the first: {bad[0]}")
+        raise Incomplete(f"{len(bad)} of {len(paths)} images could not be read, the first: {bad[0]}")
 
 
 if __name__ == "__main__":

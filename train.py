@@ -68,8 +68,10 @@ def main(arguments: list[str], signals: Signals) -> None:
     if config.data_path == DIGITS:
         recorder.log("training on the bundled handwritten digits; --data_path=DIR trains on your own images")
     one_class = "there is one class of images only; nothing can be told apart" if config.num_classes == 1 else None
+    only_classifier = (f"freeze_epochs={config.freeze_epochs} are all of the epochs: the classifier alone learns"
+                       if config.freeze_epochs >= config.max_epoch else None)
     for line in (left_out_line(train_images, "training"), left_out_line(eval_images, "validation") if eval_images else None, one_class,
-                 starting):
+                 None if resumed else starting, only_classifier):
         if line:
             recorder.log(line)
     if resumed:

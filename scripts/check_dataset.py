@@ -22,12 +22,15 @@ def main(arguments):
     config = load_config(parse_only_flags(arguments))
     prepare_process()
     from src.dataset.checking import check_files, image_sets, summary
+    from src.dataset.sources import left_out_line
     from src.parallel.long_task import LongTask
     from src.utils.files import write_whole
 
     sets = image_sets(config.data_path, config.dataset_format)
     for part, images in sets.items():
         print(f"{part}: {summary(images)}")
+        if line := left_out_line(images, part):
+            print(line)
     paths = [path for images in sets.values() for path in images.paths or ()]
     started, findings = time.perf_counter(), []
     checked = check_files(paths, config.num_parallel_workers or available_cores())

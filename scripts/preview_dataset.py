@@ -2,8 +2,9 @@
 
     python3 scripts/preview_dataset.py --data_path=DIR [--config_path=RECIPE] [--result_path=outputs/preview.png] [--num_parallel_workers=N]
 
-DIR as in train.py. Draws training images with their augmented forms, validation images with their crops and a histogram of the classes;
-prints what looks wrong: classes of very different size, the same image twice or in both parts, tiny, huge and unreadable ones.
+DIR as in train.py; with --pretrained=FILE preprocessing is that of the weights. Draws training images with their augmented forms,
+validation images with their crops and a histogram of the classes; prints what looks wrong: classes of very different size, the same image
+twice or in both parts, tiny, huge and unreadable ones.
 """
 
 import sys
@@ -19,9 +20,13 @@ def main(arguments):
     from src.utils.device import available_cores, prepare_process
     from src.utils.files import check_ending
 
-    config = load_config(parse_only_flags(arguments))
+    flags = parse_only_flags(arguments)
+    config = load_config(flags)
     check_ending("result_path", config.result_path, (".png",))
     prepare_process()
+    if config.checkpoint_file_path:
+        from src.training.pretrained import read_pretrained
+        config = read_pretrained(config.checkpoint_file_path).configure(flags, config)
     from src.dataset.checking import summary
     from src.dataset.preview import draw, look_at, suspicions
     from src.dataset.sources import open_images, split_share, validation_path

@@ -43,7 +43,7 @@ def keys_help() -> list[KeyHelp]:
         heading = re.fullmatch(r"# (\w[^.]*?)(\. .*|: .*)?", line)
         if match := _LINE.match(line):
             found.append(KeyHelp(match["key"], group, match["default"], match["text"] or ""))
-        elif heading and not line.startswith(("# In this order", "# arguments")):
+        elif heading:
             group = heading[1]
     return found
 

@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 
 from src.dataset.augmentations import Augmenter
-from src.dataset.decoding import BadImage, open_regular
+from src.dataset.decoding import BadImage, decode_image, open_regular
 from src.dataset.image_set import ImageSet
+from src.dataset.sources import left_out_line, looks_whole
 from src.dataset.transforms import eval_transform
 from src.utils.config import Config
 from src.utils.files import write_whole
@@ -48,7 +49,9 @@ def look_at(images: ImageSet, workers: int, advance: Callable[[], None]) -> list
 def suspicions(sets: Mapping[str, ImageSet], looks: Mapping[str, Sequence[Look]], config: Config) -> list[str]:
     """What seems wrong with {part: ImageSet}, a line each."""
     train = sets["train"]
-    return [*_of_classes(train), *_duplicates(sets, looks), *_sizes(sets, looks, config)]
+    # Parts of one folder leave out the same.
+    left_out = dict.fromkeys(filter(None, (left_out_line(images, "") for images in sets.values())))
+    return [*left_out, *_of_classes(train), *_duplicates(sets, looks), *_sizes(sets, looks, config)]
 
 
 def draw(sets: Mapping[str, ImageSet], config: Config, path: str) -> None:
@@ -109,6 +112,8 @@ def _look(images: ImageSet, index: int) -> Look:
             return Look(b"", 0, 0)
         try:
             picture = Image.open(io.BytesIO(content))
+            if not looks_whole(content[:4], content[-64:]):
+                decode_image(np.frombuffer(content, np.uint8), "")
         except Exception:  # many kinds, one for each format's way of being damaged; such images are counted and named
             return Look(b"", 0, 0)
         return Look(_hash(content), *picture.size)

@@ -119,9 +119,13 @@ def _looks_whole(path: str) -> bool:
         with open_regular(path) as file:
             first = file.read(4)
             file.seek(max(os.fstat(file.fileno()).st_size - _LAST_BYTES, 0))
-            last = file.read(_LAST_BYTES)
+            return looks_whole(first, file.read(_LAST_BYTES))
     except OSError:
         return False
+
+
+def looks_whole(first: bytes, last: bytes) -> bool:
+    """Whether an image file that begins and ends so, 4 and 64 bytes, is likely to be complete."""
     end = next((end for magic, end in _ENDS.items() if first.startswith(magic)), b"")
     return first.startswith(_MAGIC) and end in last
 
@@ -148,7 +152,8 @@ def _from_folder(path: Path, split: str, class_to_index: Classes) -> ImageSet:
         images, others = images_in(root / name)
         left_out += others
         if not images:
-            raise UserError(f"class folder '{root / name}' has no images ({', '.join(EXTENSIONS[:3])} ...); "
+            also = f"; {len(others)} files there are of kinds that are not read, the first is {others[0]}" if others else ""
+            raise UserError(f"class folder '{root / name}' has no images ({', '.join(EXTENSIONS[:3])} ...){also}; "
                             "add some or remove the folder")
         paths += images
         labels += [known[name]] * len(images)
@@ -179,7 +184,7 @@ def left_out_line(images: ImageSet, what: str) -> str | None:
     if not images.left_out:
         return None
     kinds = sorted({os.path.splitext(path)[1].lower() or "a linked folder" for path in images.left_out})
-    return (f"left out of the {what} images: {len(images.left_out)} files or linked folders that are not read "
+    return (f"left out of the {f'{what} ' if what else ''}images: {len(images.left_out)} files or linked folders that are not read "
             f"({', '.join(kinds)}), the first is {images.left_out[0]}")
 
 
@@ -201,7 +206,7 @@ def _from_list(path: Path, split: str, class_to_index: Classes) -> ImageSet:
     try:
         lines = list_file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as failure:
-        raise UserError(f"cannot read the list {list_file}: {getattr(failure, 'strerror', None) or 'it is not text'}") from None
+        raise UserError(f"cannot read the list {list_file}: {getattr(failure, 'strerror', None) or _instead_of_text(path)}") from None
     paths: list[str] = []
     listed: list[int] = []
     for number, line in enumerate(lines, 1):
@@ -226,6 +231,14 @@ def _from_list(path: Path, split: str, class_to_index: Classes) -> ImageSet:
     if outside.size:
         raise UserError(f"{list_file} has label {outside[0]}, outside the {len(known)} classes of the training")
     return ImageSet(dict(known), labels, paths)
+
+
+def _instead_of_text(path: Path) -> str:
+    if path.suffix.lower() in EXTENSIONS:
+        return "it is an image; name a folder of images"
+    if path.stem.lower().endswith(PACKED):
+        return f"it is a part of a packed set; name its first file, {path.stem}"
+    return "it is not text"
 
 
 def _listed_image(line: str, where: str, root: Path, split: str) -> tuple[str, int]:

@@ -12,7 +12,7 @@ from scipy.special import log_softmax
 
 from src.dataset.batches import PADDING_LABEL, UNDECODABLE_LABEL, EvalBatches, prefetch
 from src.dataset.image_set import ImageSet, class_names
-from src.dataset.sources import left_out_line
+from src.dataset.sources import left_out_line, split_share
 from src.inference.engines import Engine, open_engine, with_flip
 from src.parallel.agreement import agree
 from src.parallel.communicator import Communicator
@@ -183,6 +183,8 @@ def evaluate_checkpoints(paths: Sequence[Path], flags: Mapping[str, Any], commun
             agree(communicator, images.facts("validation"))
             if line := left_out_line(images, "validation"):
                 log(line)
+            if split_share(model.config):
+                log(f"evaluating on the {len(images)} images of {model.config.data_path} that the training split off for validation")
             evaluator, evaluated = Evaluator(images, model.config, communicator, log), model
         accuracy = evaluator(with_flip(engine) if model.config.test_flip else engine)
         if accuracy.nonfinite:

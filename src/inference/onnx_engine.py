@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,11 +66,13 @@ def write_onnx(network: nn.Cell, target: Path, metadata: dict[str, Any], image_s
     onnx = import_onnx()
 
     def write(partial: Path) -> None:
-        export_quietly(network, Tensor(np.zeros((1, 3, image_size, image_size), np.float32)), partial, "ONNX")
-        model = onnx.load(str(partial))
+        # MindSpore takes from the folder that it exports to what others may do there.
+        with tempfile.TemporaryDirectory() as folder:
+            exported = Path(folder) / "network.onnx"
+            export_quietly(network, Tensor(np.zeros((1, 3, image_size, image_size), np.float32)), exported, "ONNX")
+            model = onnx.load(str(exported))
         _repair_onnx(model)
         onnx.helper.set_model_props(model, {METADATA: json.dumps(metadata)})
-        os.chmod(partial, 0o644)
         onnx.save(model, str(partial))
 
     write_whole(target, write)

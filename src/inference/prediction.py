@@ -19,7 +19,7 @@ from src.dataset.sources import images_in
 from src.inference.engines import Engine, with_flip
 from src.inference.evaluation import count_nonfinite, nonfinite_line, write_results
 from src.inference.recorded_model import RecordedModel
-from src.parallel.long_task import LongTask
+from src.parallel.long_task import LongTask, note
 from src.utils.errors import UserError
 from src.utils.files import write_whole
 from src.utils.text import escaped
@@ -57,7 +57,10 @@ def find_images(names: Sequence[str], standard_input: TextIO | None = None) -> l
         if name == STANDARD_INPUT:
             found += _listed(standard_input or sys.stdin, Path(), "standard input")
         elif path.is_dir():
-            inside = sorted(images_in(path)[0])
+            listed, others = images_in(path)
+            inside = sorted(listed)
+            if others:
+                note(f"left out of '{name}': {len(others)} files of kinds that are not read, the first is {others[0]}")
             if not inside:
                 raise UserError(f"the folder '{name}' has no images")
             found += inside

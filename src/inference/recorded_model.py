@@ -1,6 +1,7 @@
 """What a checkpoint says about its network: enough to build it, read its data and name its classes."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ class RecordedModel:
         if "data_path" in flags:
             recorded.pop("eval_data_path", None)
             # In the folder that was trained on, the part that was not.
-            if flags["data_path"] != recorded.get("data_path"):
+            if os.path.realpath(flags["data_path"]) != os.path.realpath(recorded.get("data_path") or os.devnull):
                 recorded.pop("val_split", None)
         elif recorded.get("data_path") and not recorded.get("eval_data_path") and not recorded.get("val_split"):
             recorded["eval_data_path"] = validation_path(recorded["data_path"]) or ""

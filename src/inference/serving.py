@@ -199,7 +199,7 @@ def serve(app: Any, host: str, port: int, signals: Signals, ready: Callable[[str
     with suppress(SystemExit):
         server.run()
     if not server.started:
-        raise UserError(f"cannot serve on {host}:{port}: the address is taken or not of this machine; --port=0 takes a free one")
+        raise UserError(f"cannot serve on {host}:{port}: the address is taken, not of this machine or unknown; --port=0 takes a free port")
 
 
 def import_server() -> tuple[Any, Any]:

@@ -15,6 +15,8 @@ import numpy as np
 from src.utils.errors import UserError
 
 METADATA = "metadata"
+# The tensors of a packed data set (src/dataset/packed.py), which is a file of this format too.
+PACKED_TENSORS = ("images", "ends", "labels")
 CHECKSUM = "checksum"
 # Optimizer state in a checkpoint is named OPTIMIZER_PREFIX, name of the state, name of the parameter.
 OPTIMIZER_PREFIX = "optimizer."
@@ -109,6 +111,8 @@ def _read_safetensors(path: Path) -> tuple[Arrays, dict[str, Any]]:
     try:
         with safe_open(str(path), framework="np") as file:
             names = file.keys()
+            if set(names) == set(PACKED_TENSORS):
+                raise UserError(f"'{path}' is a packed data set, not weights; it is for --data_path")
             arrays = {name: file.get_tensor(name) for name in names}
             metadata = file.metadata() or {}
     except (SafetensorError, TypeError, ValueError, OSError, AttributeError) as failure:

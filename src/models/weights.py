@@ -47,7 +47,7 @@ def assign_weights(network: nn.Cell, arrays: Mapping[str, np.ndarray], path: obj
     if mismatches or (heads and not allow_head_mismatch):
         found = mismatches + heads
         hint = ("; --allow_head_mismatch=1 starts from all but the classifier" if not mismatches
-                else "; is it of another network or block?")
+                else f"; is it of another network or block than {network.network_name}? --network=NAME says which")
         more = f" and {len(found) - _MISMATCHES_SHOWN} more" if len(found) > _MISMATCHES_SHOWN else ""
         raise UserError(f"checkpoint '{path}' does not fit: {', '.join(found[:_MISMATCHES_SHOWN])}{more}{hint}")
     _check_values(weights, path)

@@ -4,6 +4,7 @@ import ctypes
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -126,6 +127,8 @@ def hand_over_from_torch() -> None:
 def hand_over(ranks: int, words: Sequence[str]) -> NoReturn:
     """Become scripts/launch.py, which starts ``ranks`` ranks of the command ``words``."""
     sys.stdout.flush()
+    # What this process has its own thread receive, the launcher receives itself, and a new program inherits what is blocked.
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     os.execv(sys.executable, [sys.executable, str(_LAUNCH), f"--nproc_per_node={ranks}", *words])
 
 

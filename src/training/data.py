@@ -12,7 +12,7 @@ from src.utils.errors import UserError
 def check_training_keys(config: Config) -> None:
     """Raise UserError for keys that the network or the device does not support, or that need others."""
     check_network(config.network, config.image_size)
-    if config.freeze_epochs and not config.checkpoint_file_path:
+    if config.freeze_epochs and not (config.checkpoint_file_path or config.resume):
         raise UserError(f"freeze_epochs={config.freeze_epochs} trains the classifier alone at first, which needs a trained network under "
                         "it: pass --pretrained=FILE, or --freeze_epochs=0")
     if config.early_stopping and not (config.run_eval or config.val_split):
@@ -49,7 +49,8 @@ def open_image_sets(config: Config, communicator: Communicator) -> tuple[ImageSe
         UserError: on every rank, for data that cannot be used or is not there.
     """
     if config.deploy and not (config.run_eval or config.val_split):
-        raise UserError("deploy=1 evaluates the trained and the fused network in the end: add --run_eval=1, or --deploy=0")
+        raise UserError(f"deploy={'best' if config.deploy == 'best' else 1} evaluates the trained and the fused network in the end: add "
+                        "--run_eval=1, or --deploy=0")
     images = _open_train_images(config, communicator)
     validation: ImageSet | None
     share = split_share(config)
@@ -59,7 +60,7 @@ def open_image_sets(config: Config, communicator: Communicator) -> tuple[ImageSe
         images, validation = images.split(share, config.seed)
         if not len(validation):
             raise UserError(f"val_split={share:g} finds no class with two images or more in '{config.data_path}'; add images, or train "
-                            "without validation: --val_split=0 --run_eval=0")
+                            "without validation: --val_split=0 --run_eval=0 --early_stopping=0 --deploy=0")
     else:
         validation = _open_eval_images(config, images) if config.run_eval or config.val_split else None
     if not config.fit_batch:

@@ -29,8 +29,8 @@ def rehearse(trainer: Trainer, config: Config, communicator: Communicator) -> li
             f"time: {first:.1f} s for the first step, which compiles, then {later:.3f} s a step, "
             f"{trainer.batches.global_batch / later:.1f} images/s"
             + (f"; {evaluation:.1f} s an evaluation" if trainer.evaluator else ""),
-            f"the whole run: about {_spoken(whole)} for {epochs} epochs of {trainer.steps_per_epoch} steps and {evaluations} evaluations; "
-            "nothing was written"]
+            f"the whole run: about {_spoken(whole)} for {epochs} epochs of {trainer.steps_per_epoch} steps and {evaluations} evaluations, "
+            "and what its checkpoints take; nothing was written"]
 
 
 def _seconds_of_step(trainer: Trainer, number: int, config: Config, communicator: Communicator) -> float:

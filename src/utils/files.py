@@ -1,6 +1,7 @@
 """Files that are complete or absent, whenever the process is killed."""
 
 import os
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ def write_whole(target: str | Path, write: Callable[[Path], Any]) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
+        # Libraries have modes of their own, down to a file that nobody else may read.
+        partial.chmod(_mode_of_new_files())
         _flush_to_disk(partial)
         os.replace(partial, target)
         _flush_to_disk(target.parent)
@@ -83,6 +86,12 @@ def _remove(folder: Path, start: str, inside: str = "") -> None:
             # MindSpore makes its files read-only, which some file systems keep from being removed.
             leftover.chmod(0o600)
             leftover.unlink()
+
+
+def _mode_of_new_files() -> int:
+    """By the process's umask, which only its file in /proc tells without changing it."""
+    umask = re.search(r"^Umask:\s*([0-7]+)", Path("/proc/self/status").read_text(), re.M)
+    return 0o666 & ~int(umask[1], 8) if umask else 0o644
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -12,6 +12,7 @@ from src.dataset.batches import TrainBatches
 from src.dataset.packed import PackedImages, part_name
 from src.dataset.packing import pack
 from src.dataset.sources import open_images
+from src.models.formats import read_weights
 from src.utils.errors import UserError
 
 
@@ -104,6 +105,14 @@ def test_a_set_is_known_by_its_name_or_by_what_it_is_said_to_be(images, tmp_path
     for number in range(3):
         os.rename(part_name(tmp_path / "TRAIN.SAFETENSORS", number), part_name(tmp_path / "renamed", number))
     assert len(open_images(str(tmp_path / "renamed"), "train", "packed")) == len(images)
+
+
+def test_a_part_and_a_set_in_place_of_weights_are_named(images, tmp_path):
+    packed_into(tmp_path / "a.safetensors", images)
+    with pytest.raises(UserError, match="part of a packed set; name its first file, a.safetensors"):
+        open_images(str(tmp_path / "a.safetensors.1"), "train")
+    with pytest.raises(UserError, match="is a packed data set, not weights; it is for --data_path"):
+        read_weights(tmp_path / "a.safetensors")
 
 
 def test_a_set_of_the_earlier_format_says_what_to_do(tmp_path):

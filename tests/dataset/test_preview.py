@@ -33,6 +33,8 @@ def test_a_sound_set_has_nothing_to_look_at(image_root, tmp_path):
     ("tiny", ("1 images have a side below 16 pixels", "tiny.png")),
     pytest.param("huge", ("1 images have more than 24 megapixels", "huge.png", "pack_dataset.py"), marks=pytest.mark.extended),
     ("unreadable", ("1 images cannot be read", "bad.jpg", "check_dataset.py")),
+    ("cut", ("1 images cannot be read", "cut.jpg", "check_dataset.py")),
+    ("heic", ("left out of the images: 2 files", ".heic", "IMG_0.HEIC")),
 ])
 def test_what_is_wrong_is_said(image_root, tmp_path, damage, words):
     root = tmp_path / "copy"
@@ -56,6 +58,12 @@ def test_what_is_wrong_is_said(image_root, tmp_path, damage, words):
         cv2.imwrite(str(train / "ant" / "tiny.png"), np.zeros((8, 40, 3), np.uint8))
     elif damage == "huge":
         cv2.imwrite(str(train / "ant" / "huge.png"), np.zeros((5000, 5000, 3), np.uint8))
+    elif damage == "cut":
+        content = (train / "ant" / "000.jpg").read_bytes()
+        (train / "ant" / "cut.jpg").write_bytes(content[:len(content) // 2])
+    elif damage == "heic":
+        for number in range(2):
+            (train / "ant" / f"IMG_{number}.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
     else:
         (train / "ant" / "bad.jpg").write_text("text")
     run = preview(root)
@@ -68,3 +76,11 @@ def test_a_split_is_previewed_as_it_is_trained(image_root):
     run = preview(image_root, "--val_split=0.25")
     assert run.status == 0 and "train: 36 images" in run.out and "val: 12 images" in run.out, run
     (image_root / "preview.png").unlink()
+
+
+@pytest.mark.slow
+def test_preprocessing_is_that_of_the_weights(trained_run, image_root, tmp_path):
+    """image_size=32 is recorded there: at 224 every image would have sides below 112 pixels."""
+    run = execute(["python3", "scripts/preview_dataset.py", "--config_path=finetune", f"--data_path={image_root}",
+                   f"--pretrained={trained_run}/best.ckpt", f"--result_path={tmp_path}/preview.png"])
+    assert run.status == 0 and "look:" not in run.out, run

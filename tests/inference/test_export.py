@@ -48,7 +48,9 @@ def test_exported_network_evaluates_like_the_trained_one(file_format, trained_ru
     if file_format == "ONNX":
         pytest.importorskip("onnxruntime", reason="ONNX is an optional extra")
     target = tmp_path / f"net.{file_format.lower()}"
+    tmp_path.chmod(0o755)
     run = export(f"--checkpoint_file_path={trained_run}/best.ckpt", f"--file_format={file_format}", f"--result_path={target}")
+    assert tmp_path.stat().st_mode & 0o777 == 0o755
     assert run.status == 0 and "largest relative difference" in run.out and "multiply-adds" in run.out, run
     expected = evaluated(trained_run / "best.ckpt", image_root, tmp_path)
     assert expected[2] == 67 and evaluated(target, image_root, tmp_path) == expected

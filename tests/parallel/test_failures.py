@@ -14,6 +14,9 @@ from src.models.formats import read_weights
 pytestmark = pytest.mark.slow
 
 
+two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+
+
 @pytest.fixture
 def training(image_root, tmp_path, start):
     """training(ranks, launcher words or None) -> a long training on ``ranks`` ranks that has made some steps."""
@@ -59,14 +62,19 @@ def test_a_rank_that_makes_no_progress_is_named(training):
     assert_gone(ranks)
 
 
+RANKS_BY_ITSELF = ["python3"], "--ranks=2", "--threads=1"
+
+
 @pytest.mark.parametrize("number,launcher,status", [
+    pytest.param(signal.SIGTERM, RANKS_BY_ITSELF, 143, marks=two_cores), pytest.param(signal.SIGINT, RANKS_BY_ITSELF, 130, marks=two_cores),
     (signal.SIGTERM, ["python3"], 143), (signal.SIGINT, ["python3"], 130),
     (signal.SIGINT, ["python3", "scripts/launch.py", "--nproc_per_node=2"], 130),
     (signal.SIGUSR1, ["python3", "scripts/launch.py", "--nproc_per_node=2"], 138),
     (signal.SIGTERM, None, 1), (signal.SIGUSR1, None, 138)])
 def test_told_to_stop_it_finishes_the_step_and_saves(training, tmp_path, number, launcher, status):
     """mpirun itself (None) reports its own status, 1, after SIGTERM."""
-    started = training(2, launcher)
+    words, *more = launcher if isinstance(launcher, tuple) else (launcher,)
+    started = training(2, words, *more)
     started.process.send_signal(number)
     run, seconds = started.finish(30)
     assert run.status == status and not run.error_lines, run

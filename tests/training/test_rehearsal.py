@@ -16,5 +16,6 @@ def test_dry_run_says_what_the_run_would_take_and_writes_nothing(image_root, tmp
     assert re.fullmatch(rf"memory: 0\.\d+ GiB in the largest of {ranks} ranks, [\d.]+ GiB are still free", memory), run
     assert re.fullmatch(r"time: [\d.]+ s for the first step, which compiles, then [\d.]+ s a step, [\d.]+ images/s; "
                         r"[\d.]+ s an evaluation", seconds), run
-    assert re.fullmatch(rf"the whole run: about .+ for 5 epochs of {12 // ranks} steps and 5 evaluations; nothing was written", whole), run
+    assert re.fullmatch(rf"the whole run: about .+ for 5 epochs of {12 // ranks} steps and 5 evaluations, "
+                        "and what its checkpoints take; nothing was written", whole), run
     assert not list(tmp_path.iterdir())

@@ -46,13 +46,19 @@ def test_no_argument_trains_the_digits_and_says_so(tmp_path):
 
 @pytest.mark.slow
 def test_validation_images_split_off_are_those_that_are_evaluated_later(image_root, tmp_path):
-    run = mpirun(2, "train.py", f"--data_path={image_root}/train", "--val_split=0.25", f"--output_path={tmp_path}", *TINY, "--max_epoch=2",
+    run = mpirun(2, "train.py", f"--data_path={image_root}/train", "--val_split=0.25", f"--output_path={tmp_path}/run", *TINY, "--max_epoch=2",
                  "--lr=0.02")
     assert run.status == 0 and ": 36 images, 3 classes" in run.out, run
-    last = json.loads((only_run(tmp_path) / "metrics.jsonl").read_text().splitlines()[-1])
-    evaluated = execute(["python3", "eval.py", f"--checkpoint_file_path={only_run(tmp_path)}/latest.ckpt"])
+    folder = only_run(tmp_path / "run")
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    evaluated = execute(["python3", "eval.py", f"--checkpoint_file_path={folder}/latest.ckpt"])
     assert evaluated.status == 0 and " 12 images" in evaluated.out and f"acc={last['top1']:.2f}%(TOP1)" in evaluated.out, evaluated
-    others = execute(["python3", "eval.py", f"--checkpoint_file_path={only_run(tmp_path)}/latest.ckpt", f"--data_path={image_root}/val"])
+    assert "12 images of" in evaluated.out and "that the training split off for validation" in evaluated.out
+    (tmp_path / "link").symlink_to(image_root)
+    for spelling in (f"{image_root}/train/", f"{tmp_path}/link/train", os.path.relpath(image_root / "train", ROOT)):
+        same = execute(["python3", "eval.py", f"--checkpoint_file_path={folder}/latest.ckpt", f"--data_path={spelling}"])
+        assert " 12 images" in same.out and f"acc={last['top1']:.2f}%(TOP1)" in same.out, same
+    others = execute(["python3", "eval.py", f"--checkpoint_file_path={folder}/latest.ckpt", f"--data_path={image_root}/val"])
     assert others.status == 0 and " 67 images" in others.out, others
 
 

@@ -1,5 +1,7 @@
 """Files that are complete or absent."""
 
+import os
+
 import pytest
 
 from src.utils.errors import UserError
@@ -16,3 +18,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(UserError, match="No space left on device"):
         write_whole(target, fail)
     assert target.read_text() == "old" and [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("umask,mode", [(0o022, 0o644), (0o007, 0o660)])
+def test_others_may_read_what_the_umask_lets_them_whatever_a_library_thinks(tmp_path, umask, mode):
+    def write(partial):
+        partial.write_text("weights")
+        partial.chmod(0o400)
+    before = os.umask(umask)
+    try:
+        write_whole(tmp_path / "a.ckpt", write)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.ckpt").stat().st_mode & 0o777 == mode
