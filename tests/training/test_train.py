@@ -46,8 +46,8 @@ def test_no_argument_trains_the_digits_and_says_so(tmp_path):
 
 @pytest.mark.slow
 def test_validation_images_split_off_are_those_that_are_evaluated_later(image_root, tmp_path):
-    run = mpirun(2, "train.py", f"--data_path={image_root}/train", "--val_split=0.25", f"--output_path={tmp_path}/run", *TINY, "--max_epoch=2",
-                 "--lr=0.02")
+    run = mpirun(2, "train.py", f"--data_path={image_root}/train", "--val_split=0.25", f"--output_path={tmp_path}/run", *TINY,
+                 "--max_epoch=2", "--lr=0.02")
     assert run.status == 0 and ": 36 images, 3 classes" in run.out, run
     folder = only_run(tmp_path / "run")
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
