@@ -119,7 +119,7 @@ def create_app(model: RecordedModel, engines: Sequence[Engine]) -> Any:
         body = await _body(request)
         if body is None:
             return _error(413, f"the image has more than {LARGEST_BODY >> 20} MiB")
-        if not body:
+        if not body or request.headers.get("content-type", "").startswith("multipart/"):
             return _error(400, "send an image as the body of the request, as curl --data-binary @photo.jpg does")
         try:
             image = await asyncio.get_running_loop().run_in_executor(None, prepared, body)

@@ -87,12 +87,12 @@ def test_many_clients_at_once_have_their_own_answers(server, image_root):
     assert after["images"] - before["images"] == 60 and after["batches"] - before["batches"] <= 60
 
 
-@pytest.mark.parametrize("body,status,word", [
-    (b"", 400, "--data-binary"), (b"text", 400, "can be decoded"), (b"\xff\xd8\xff" + bytes(1000), 400, ""),
-    (b"x" * (LARGEST_BODY + 1), 413, "20 MiB"),
+@pytest.mark.parametrize("body,kind,status,word", [
+    (b"", "", 400, "--data-binary"), (b"text", "", 400, "can be decoded"), (b"\xff\xd8\xff" + bytes(1000), "image/jpeg", 400, ""),
+    (b"x" * (LARGEST_BODY + 1), "", 413, "20 MiB"), (b"--x\r\n\r\n--x--", "multipart/form-data; boundary=x", 400, "--data-binary"),
 ])
-def test_what_is_no_picture_is_refused_in_words(server, body, status, word):
-    found, answer = server.request("POST", "/predict", body)
+def test_what_is_no_picture_is_refused_in_words(server, body, kind, status, word):
+    found, answer = server.request("POST", "/predict", body, **({"Content-Type": kind} if kind else {}))
     assert found == status and word in answer["error"] and "\n" not in answer["error"]
     assert server.request("GET", "/health")[0] == 200
 
