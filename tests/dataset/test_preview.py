@@ -78,7 +78,7 @@ def test_a_split_is_previewed_as_it_is_trained(image_root):
     (image_root / "preview.png").unlink()
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_preprocessing_is_that_of_the_weights(trained_run, image_root, tmp_path):
     """image_size=32 is recorded there: at 224 every image would have sides below 112 pixels."""
     run = execute(["python3", "scripts/preview_dataset.py", "--config_path=finetune", f"--data_path={image_root}",

@@ -146,7 +146,7 @@ def test_each_size_of_a_batch_takes_the_engine_that_is_fastest_for_it():
     assert used == ["small", "large"]
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_a_checkpoint_has_both_engines_and_they_agree(trained_run, kernels, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
     model, engines = open_engines(trained_run / "best.ckpt", {})

@@ -55,9 +55,9 @@ def test_validation_images_split_off_are_those_that_are_evaluated_later(image_ro
     assert evaluated.status == 0 and " 12 images" in evaluated.out and f"acc={last['top1']:.2f}%(TOP1)" in evaluated.out, evaluated
     assert "12 images of" in evaluated.out and "that the training split off for validation" in evaluated.out
     (tmp_path / "link").symlink_to(image_root)
-    for spelling in (f"{image_root}/train/", f"{tmp_path}/link/train", os.path.relpath(image_root / "train", ROOT)):
-        same = execute(["python3", "eval.py", f"--checkpoint_file_path={folder}/latest.ckpt", f"--data_path={spelling}"])
-        assert " 12 images" in same.out and f"acc={last['top1']:.2f}%(TOP1)" in same.out, same
+    spelling = os.path.relpath(tmp_path / "link" / "train", ROOT) + "/"
+    same = execute(["python3", "eval.py", f"--checkpoint_file_path={folder}/latest.ckpt", f"--data_path={spelling}"])
+    assert " 12 images" in same.out and f"acc={last['top1']:.2f}%(TOP1)" in same.out, same
     others = execute(["python3", "eval.py", f"--checkpoint_file_path={folder}/latest.ckpt", f"--data_path={image_root}/val"])
     assert others.status == 0 and " 67 images" in others.out, others
 
