@@ -33,8 +33,8 @@ def test_a_sound_set_has_nothing_to_look_at(image_root, tmp_path):
     ("tiny", ("1 images have a side below 16 pixels", "tiny.png")),
     pytest.param("huge", ("1 images have more than 24 megapixels", "huge.png", "pack_dataset.py"), marks=pytest.mark.extended),
     ("unreadable", ("1 images cannot be read", "bad.jpg", "check_dataset.py")),
-    ("cut", ("1 images cannot be read", "cut.jpg", "check_dataset.py")),
-    ("heic", ("left out of the images: 2 files", ".heic", "IMG_0.HEIC")),
+    pytest.param("cut", ("1 images cannot be read", "cut.jpg", "check_dataset.py"), marks=pytest.mark.extended),
+    pytest.param("heic", ("left out of the images: 2 files", ".heic", "IMG_0.HEIC"), marks=pytest.mark.extended),
 ])
 def test_what_is_wrong_is_said(image_root, tmp_path, damage, words):
     root = tmp_path / "copy"

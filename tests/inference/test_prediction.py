@@ -70,7 +70,7 @@ def test_a_list_on_standard_input(trained_run, image_root):
     assert finished.returncode == 0 and [line.split()[0] for line in finished.stdout.splitlines()] == names, finished
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_what_a_list_names_and_is_not_there_keeps_nothing_from_being_classified(predict, image_root, tmp_path):
     (tmp_path / "list.txt").write_text(f"nowhere.jpg\n{image_root}/val/bee/003.jpg\n")
     run = predict(f"{tmp_path}/list.txt", f"--result_path={tmp_path}/p.jsonl")

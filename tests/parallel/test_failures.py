@@ -66,7 +66,7 @@ RANKS_BY_ITSELF = ["python3"], "--ranks=2", "--threads=1"
 
 
 @pytest.mark.parametrize("number,launcher,status", [
-    pytest.param(signal.SIGTERM, RANKS_BY_ITSELF, 143, marks=two_cores),
+    pytest.param(signal.SIGTERM, RANKS_BY_ITSELF, 143, marks=[two_cores, pytest.mark.extended]),
     pytest.param(signal.SIGINT, RANKS_BY_ITSELF, 130, marks=[two_cores, pytest.mark.extended]),
     (signal.SIGTERM, ["python3"], 143), (signal.SIGINT, ["python3"], 130),
     (signal.SIGINT, ["python3", "scripts/launch.py", "--nproc_per_node=2"], 130),

@@ -98,7 +98,7 @@ def test_loss_scale_does_not_change_the_update(kind, optimizer, problem):
     assert all(np.allclose(plain[name], scaled[name], atol=1e-6) for name in plain)
 
 
-@pytest.mark.parametrize("optimizer", ["momentum", pytest.param("lars", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("optimizer", ["momentum", pytest.param("lars", marks=pytest.mark.extended)])
 def test_a_devices_update_is_compiled_once_for_any_number_of_parameters(optimizer):
     """Compiled at every step it made a step on a GPU 5 s long, and as a loop it was too deep for large networks."""
     config = make_config(optimizer=optimizer, **KEYS)

@@ -41,7 +41,7 @@ print("the same", communicator.rank)
 
 
 @pytest.mark.parametrize("network,block,compression", [
-    pytest.param("alexnet", "base", "none", marks=pytest.mark.slow),
+    pytest.param("alexnet", "base", "none", marks=pytest.mark.extended),
     pytest.param("resnet18", "acb", "bfloat16", marks=pytest.mark.extended),
     pytest.param("resnext50_32x4d", "base", "none", marks=pytest.mark.extended)])
 def test_what_is_sent_early_gives_the_same_bits(kernels, network, block, compression, tmp_path):
