@@ -112,9 +112,12 @@ def _look(images: ImageSet, index: int) -> Look:
             return Look(b"", 0, 0)
         try:
             picture = Image.open(io.BytesIO(content))
+        except Exception:  # many kinds, one for each format's way of being damaged; such images are counted and named
+            return Look(b"", 0, 0)
+        try:
             if not looks_whole(content[:4], content[-64:]):
                 decode_image(np.frombuffer(content, np.uint8), "")
-        except Exception:  # many kinds, one for each format's way of being damaged; such images are counted and named
+        except BadImage:
             return Look(b"", 0, 0)
         return Look(_hash(content), *picture.size)
     try:
