@@ -1,6 +1,9 @@
-"""The ACNet repository's command: `python3 acnet/do_acnet.py [-a sres18] [-b acb|base] [-c fs|continue] [--KEY=VALUE ...]`.
+"""The ACNet repository's command.
 
-train.py with the recipe that the short name stands for, its data in ./imagenet_data or ./cifar10_data, its runs in ./acnet_exps.
+`python3 acnet/do_acnet.py [-a sres18] [-b acb|base] [-c fs|continue]`.
+
+Runs train.py with the recipe that the short name stands for, with data in ./imagenet_data or
+./cifar10_data, and runs in ./acnet_exps. Takes every key of train.py.
 """
 
 import sys
@@ -8,22 +11,26 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import train
-from src.command import run_main
-from src.parallel.environment import launched_rank
-from src.utils.config import network_recipes, parse_only_flags
-from src.utils.errors import UserError
-from src.utils.signals import Signals
+import train  # noqa: E402
+from src.cli.flags import parse_only_flags  # noqa: E402
+from src.cli.run import run  # noqa: E402
+from src.models.networks import NETWORKS  # noqa: E402
+from src.utils.errors import UserError  # noqa: E402
 
 
-def main(arguments: list[str], signals: Signals) -> None:
-    given = ["-a", "sres18", "-b", "acb", *arguments]
-    flags = parse_only_flags(given)
-    names = network_recipes()["whole"]
-    if flags["network"] not in names and "config_path" not in flags:
-        raise UserError(f"{flags['network']} is none of ACNet's names, {', '.join(names)}; train.py trains other networks")
-    train.main([f"--output_path=acnet_exps/{flags['network']}_{flags['block']}_train", *given], signals)
+def train_arguments(arguments: list[str]) -> list[str]:
+    """The command line of train.py for one of do_acnet.py."""
+    arguments = ["-a", "sres18", "-b", "acb", *arguments]
+    flags = parse_only_flags(arguments)
+    names = [alias for network in NETWORKS.values() for alias in network.recipes]
+    network = flags["network"]
+    if network not in names and "config_path" not in flags:
+        raise UserError(
+            f"{network} is none of ACNet's names, {', '.join(names)}; train.py trains other "
+            "networks"
+        )
+    return [f"--output_path=acnet_exps/{network}_{flags['block']}_train", *arguments]
 
 
 if __name__ == "__main__":
-    run_main(main, launched_rank(), defers_signals=True)
+    run(train.main, __doc__, distributed=True, translate=train_arguments)

@@ -1,10 +1,12 @@
 """Reduction of real gradient sets beside raw MPI and MindSpore's MCCL:
 
-    python3 benchmarks/allreduce.py [--networks=resnext50_32x4d,alexnet,resnet18+acb] [--ranks=2,4] [--repeats=10] [--mccl=1]
+    python3 benchmarks/allreduce.py [--networks=resnext50_32x4d,alexnet,resnet18+acb] [--ranks=2,4]
+        [--repeats=10] [--mccl=1]
 
-Each network's gradients, tensor by tensor as the training step reduces them, against one MPI_Allreduce of one buffer of the same
-size, and with --mccl=1 against MindSpore's AllReduce of that buffer on CPU (it wants a scheduler process and is started so).
-Medians, the first calls left out; rates are bytes of gradients over seconds. No mean is computed on the raw sides.
+Each network's gradients, tensor by tensor as the training step reduces them, against one
+MPI_Allreduce of one buffer of the same size, and with --mccl=1 against MindSpore's AllReduce of
+that buffer on CPU (it wants a scheduler process and is started so). Medians, the first calls left
+out; rates are bytes of gradients over seconds. No mean is computed on the raw sides.
 """
 
 import argparse
@@ -19,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.processes import last_line, mpirun_words  # noqa: E402
 from benchmarks.timing import median_seconds  # noqa: E402
-from src.command import prepare_rank, run_main  # noqa: E402
-from src.parallel.environment import launched_rank  # noqa: E402
+from src.cli.run import run_process  # noqa: E402
+from src.cli.start import prepare_rank  # noqa: E402
+from src.distributed.launcher import launched_rank  # noqa: E402
 
 _MCCL_TIMEOUT_S = 240
 
@@ -35,10 +38,19 @@ def main(arguments):
             found = json.loads(last_line(mpirun_words(ranks, *worker("ours", options, network))))
             if options.mccl:
                 found["mccl_s"] = measure_mccl(options, network, ranks)
-            print(f"allreduce network={network} ranks={ranks} tensors={found['tensors']} mib={found['mib']:.1f} "
-                  f"ours_s={found['ours_s']:.4f} raw_mpi_s={found['raw_s']:.4f} of_raw_rate={found['raw_s'] / found['ours_s']:.2f}"
-                  + (f" mccl_s={found['mccl_s']:.4f} times_mccl={found['mccl_s'] / found['ours_s']:.1f}" if options.mccl else ""),
-                  flush=True)
+            print(
+                f"allreduce network={network} ranks={ranks} tensors={found['tensors']} "
+                f"mib={found['mib']:.1f} "
+                f"ours_s={found['ours_s']:.4f} raw_mpi_s={found['raw_s']:.4f} "
+                f"of_raw_rate={found['raw_s'] / found['ours_s']:.2f}"
+                + (
+                    f" mccl_s={found['mccl_s']:.4f} "
+                    f"times_mccl={found['mccl_s'] / found['ours_s']:.1f}"
+                    if options.mccl
+                    else ""
+                ),
+                flush=True,
+            )
 
 
 def parse(arguments):
@@ -60,10 +72,22 @@ def measure_mccl(options, network, ranks):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = {"MS_WORKER_NUM": str(ranks), "MS_SCHED_HOST": "127.0.0.1", "MS_SCHED_PORT": str(port), "GLOG_v": "3"}
+    common = {
+        "MS_WORKER_NUM": str(ranks),
+        "MS_SCHED_HOST": "127.0.0.1",
+        "MS_SCHED_PORT": str(port),
+        "GLOG_v": "3",
+    }
     roles = [("MS_SCHED", 0)] + [("MS_WORKER", rank) for rank in range(ranks)]
-    processes = [subprocess.Popen([sys.executable, *worker("mccl", options, network)], stdout=subprocess.PIPE, text=True,
-                                  env={**os.environ, **common, "MS_ROLE": role, "MS_NODE_ID": str(rank)}) for role, rank in roles]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *worker("mccl", options, network)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **common, "MS_ROLE": role, "MS_NODE_ID": str(rank)},
+        )
+        for role, rank in roles
+    ]
     try:
         printed = [process.communicate(timeout=_MCCL_TIMEOUT_S)[0] for process in processes[1:]]
         return json.loads(printed[0].splitlines()[-1])
@@ -76,33 +100,56 @@ def measure_mccl(options, network, ranks):
 
 def gradient_shapes(name):
     """Shapes of the trainable parameters of ``name`` or ``name+acb``, 1000 classes."""
-    from src.models.build import build_model
+    from src.models.create import create_model
+
     network, _, block = name.partition("+")
-    return [parameter.shape for parameter in build_model(network, 1000, block or "base").trainable_params()]
+    return [
+        parameter.shape
+        for parameter in create_model(network, 1000, block or "base").trainable_params()
+    ]
 
 
 def ours(options):
     """On each rank: our reduction and MPI's of one buffer; rank 0 prints."""
-    from src.parallel.communicator import connect
+    from src.distributed.communicator import connect
+
     communicator = connect(True)
     prepare_rank(communicator)
     import numpy as np
     from mpi4py import MPI
+
     gradients = [np.ones(shape, np.float32) for shape in gradient_shapes(options.networks)]
     buffer = np.ones(sum(gradient.size for gradient in gradients), np.float32)
-    ours_s = median_seconds(lambda: communicator.mean_(gradients), options.repeats, communicator.barrier)
-    raw_s = median_seconds(lambda: MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, buffer), options.repeats, communicator.barrier)
+    ours_s = median_seconds(
+        lambda: communicator.all_reduce_mean_(gradients), options.repeats, communicator.barrier
+    )
+    raw_s = median_seconds(
+        lambda: MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, buffer),
+        options.repeats,
+        communicator.barrier,
+    )
     if communicator.is_root:
-        print(json.dumps({"ours_s": ours_s, "raw_s": raw_s, "tensors": len(gradients), "mib": buffer.nbytes / 2 ** 20}))
+        print(
+            json.dumps(
+                {
+                    "ours_s": ours_s,
+                    "raw_s": raw_s,
+                    "tensors": len(gradients),
+                    "mib": buffer.nbytes / 2**20,
+                }
+            )
+        )
 
 
 def mccl(options):
     """A worker of MindSpore's own communication, or its scheduler, which init() never leaves."""
     from src.utils.device import prepare_process
+
     prepare_process()
     import mindspore
     import numpy as np
     from mindspore import Tensor, nn, ops
+
     mindspore.set_context(mode=mindspore.GRAPH_MODE)
     mindspore.set_device("CPU")
     mindspore.communication.init()
@@ -124,4 +171,4 @@ WORKERS = {"ours": ours, "mccl": mccl}
 
 
 if __name__ == "__main__":
-    run_main(main, launched_rank())
+    run_process(lambda signals: main(sys.argv[1:]), launched_rank())

@@ -1,7 +1,10 @@
-"""Time writing and reading a checkpoint: `python3 benchmarks/checkpoint_cost.py --network=resnext50_32x4d`.
+"""Time writing and reading a checkpoint.
 
-Prints its size, the medians of writing it (flushed to disk, checksummed) and of reading it with the check, beside the step of
-the same network at --per_batch_size. Takes every configuration key as a flag.
+`python3 benchmarks/checkpoint_cost.py --network=resnext50_32x4d`.
+
+Prints its size, the medians of writing it (flushed to disk, checksummed) and of reading it with the
+check, beside the step of the same network at --per_batch_size. Takes every configuration key as a
+flag.
 """
 
 import sys
@@ -11,23 +14,31 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.timing import median_seconds  # noqa: E402
-from src.command import run_main  # noqa: E402
+from src.cli.run import run_process  # noqa: E402
 
 _REPEATS = 5
 
 
 def main(arguments):
-    from src.utils.config import load_config, parse_only_flags
+    from src.cli.flags import parse_only_flags
+    from src.cli.recipes import load_config
     from src.utils.device import prepare_process, select_device
 
-    config = load_config({"data_path": "none", "num_classes": "1000", "per_batch_size": "16", **parse_only_flags(arguments)})
+    config = load_config(
+        {
+            "data_path": "none",
+            "num_classes": "1000",
+            "per_batch_size": "16",
+            **parse_only_flags(arguments),
+        }
+    )
     prepare_process(config.device_target)
     import numpy as np
 
     from src.dataset.batches import Batch
-    from src.models.build import create_network
-    from src.models.formats import read_weights
-    from src.parallel.communicator import Communicator
+    from src.distributed.communicator import Communicator
+    from src.models.create import create_network
+    from src.models.weight_files import read_weights
     from src.runs.checkpoint import save_checkpoint
     from src.training.step import create_train_step
 
@@ -42,10 +53,13 @@ def main(arguments):
         parameters = [*network.get_parameters(), *step.optimizer.state_parameters]
         save_s = median_seconds(lambda: save_checkpoint(file, parameters, {"epoch": 1}), _REPEATS)
         read_s = median_seconds(lambda: read_weights(file), _REPEATS)
-        mib = file.stat().st_size / 2 ** 20
-    print(f"checkpoint_cost network={config.network} block={config.block} mib={mib:.1f} save_s={save_s:.3f} read_s={read_s:.3f} "
-          f"step_s={step_s:.3f} steps_between_saves_for_1_percent={100 * save_s / step_s:.0f}")
+        mib = file.stat().st_size / 2**20
+    print(
+        f"checkpoint_cost network={config.network} block={config.block} mib={mib:.1f} "
+        f"save_s={save_s:.3f} read_s={read_s:.3f} "
+        f"step_s={step_s:.3f} steps_between_saves_for_1_percent={100 * save_s / step_s:.0f}"
+    )
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_process(lambda signals: main(sys.argv[1:]))

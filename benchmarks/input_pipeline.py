@@ -2,11 +2,12 @@
 
     python3 benchmarks/input_pipeline.py [--images=768] [--workers=2] [--batch=64] [--rounds=2]
 
-500x375 JPEGs of about 50 kB, written to a temporary folder. Training: random resized crop to 224, flip, colour jitter 0.4;
-evaluation: resize to 256x256, centre crop. PyTorch's batches are normalised float32, as its networks take them; ours are uint8,
-normalised in the network's graph (so the time of that, `normalise_s` a batch, is printed too). In turn, best of the rounds. Then reading
-alone, in random order, of a packed set, of MindSpore's MindRecord and of files, the median of the rounds.
-`--pytorch=0` leaves PyTorch out, for which `bash scripts/setup.sh --parity` is needed.
+500x375 JPEGs of about 50 kB, written to a temporary folder. Training: random resized crop to 224,
+flip, colour jitter 0.4; evaluation: resize to 256x256, centre crop. PyTorch's batches are
+normalised float32, as its networks take them; ours are uint8, normalised in the network's graph (so
+the time of that, `normalise_s` a batch, is printed too). In turn, best of the rounds. Then reading
+alone, in random order, of a packed set, of MindSpore's MindRecord and of files, the median of the
+rounds. `--pytorch=0` leaves PyTorch out, for which `bash scripts/setup.sh --parity` is needed.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.timing import medians_in_turn  # noqa: E402
-from src.command import run_main  # noqa: E402
+from src.cli.run import run_process  # noqa: E402
 
 _SIZE, _RESIZED = 224, 256
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -34,11 +35,13 @@ def main(arguments):
     parser.add_argument("--pytorch", type=int, default=1)
     options = parser.parse_args(arguments)
     from src.utils.device import prepare_process
+
     prepare_process()
     with tempfile.TemporaryDirectory() as folder:
         write_jpegs(Path(folder) / "train" / "a", options.images)
-        from src.dataset.packing import pack
+        from src.dataset.packed import pack
         from src.dataset.sources import open_images
+
         images = open_images(f"{folder}/train", "train")
         pack(images, f"{folder}/train.safetensors", 256, 90, options.workers, lambda count: None)
         packed = open_images(f"{folder}/train.safetensors", "train")
@@ -52,34 +55,64 @@ def write_jpegs(folder, count):
     """Smooth random pictures that compress to about 50 kB, as photographs do."""
     import cv2
     import numpy as np
+
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     for number in range(count):
-        coarse = cv2.resize(random.integers(0, 256, (24, 32, 3), np.uint8), (500, 375), interpolation=cv2.INTER_CUBIC)
+        coarse = cv2.resize(
+            random.integers(0, 256, (24, 32, 3), np.uint8),
+            (500, 375),
+            interpolation=cv2.INTER_CUBIC,
+        )
         grain = random.normal(0, 2.5, (375, 500, 1))
-        cv2.imwrite(str(folder / f"{number:05d}.jpg"), np.clip(coarse + grain, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 90])
+        cv2.imwrite(
+            str(folder / f"{number:05d}.jpg"),
+            np.clip(coarse + grain, 0, 255).astype(np.uint8),
+            [cv2.IMWRITE_JPEG_QUALITY, 90],
+        )
 
 
 def print_rates(part, images, packed, options):
-    sides = {"folder": lambda: our_rate(part, images, options), "packed_256": lambda: our_rate(part, packed, options)}
+    sides = {
+        "folder": lambda: our_rate(part, images, options),
+        "packed_256": lambda: our_rate(part, packed, options),
+    }
     if options.pytorch:
         sides["pytorch"] = lambda: pytorch_rate(part, images.paths, options)
     rates = dict.fromkeys(sides, 0.0)
     for _ in range(options.rounds):
         for side, measure in sides.items():
             rates[side] = max(rates[side], measure())
-    ratios = "".join(f" {side}_over_pytorch={rates[side] / rates['pytorch']:.2f}" for side in ("folder", "packed_256")
-                     if options.pytorch)
-    print(f"input_pipeline part={part} workers={options.workers} batch={options.batch} "
-          + " ".join(f"{side}_images_per_second={rate:.0f}" for side, rate in rates.items()) + ratios, flush=True)
+    ratios = "".join(
+        f" {side}_over_pytorch={rates[side] / rates['pytorch']:.2f}"
+        for side in ("folder", "packed_256")
+        if options.pytorch
+    )
+    print(
+        f"input_pipeline part={part} workers={options.workers} batch={options.batch} "
+        + " ".join(f"{side}_images_per_second={rate:.0f}" for side, rate in rates.items())
+        + ratios,
+        flush=True,
+    )
 
 
 def our_rate(part, images, options):
+    from src.cli.recipes import load_config
     from src.dataset.batches import EvalBatches, TrainBatches, prefetch
-    from src.utils.config import load_config
-    config = load_config({"data_path": "none", "per_batch_size": str(options.batch), "max_epoch": "1",
-                          "num_parallel_workers": str(options.workers)})
-    batches = TrainBatches(images, config, 0, 1) if part == "train" else EvalBatches(images, config, 0, 1, options.batch)
+
+    config = load_config(
+        {
+            "data_path": "none",
+            "per_batch_size": str(options.batch),
+            "max_epoch": "1",
+            "num_parallel_workers": str(options.workers),
+        }
+    )
+    batches = (
+        TrainBatches(images, config, 0, 1)
+        if part == "train"
+        else EvalBatches(images, config, 0, 1, options.batch)
+    )
     return timed(prefetch(batches), options.batch)
 
 
@@ -93,7 +126,9 @@ def pytorch_rate(part, paths, options):
         def __getitem__(self, index):
             return pillow_sample(paths[index], part), 0
 
-    loader = torch.utils.data.DataLoader(Files(), options.batch, shuffle=part == "train", num_workers=options.workers, drop_last=True)
+    loader = torch.utils.data.DataLoader(
+        Files(), options.batch, shuffle=part == "train", num_workers=options.workers, drop_last=True
+    )
     return timed(iter(loader), options.batch)
 
 
@@ -104,6 +139,7 @@ def pillow_sample(path, part):
     import numpy as np
     import torch
     from PIL import Image, ImageEnhance
+
     with Image.open(path) as file:
         image = file.convert("RGB")
     if part == "eval":
@@ -111,14 +147,21 @@ def pillow_sample(path, part):
         start = (_RESIZED - _SIZE) // 2
         image = image.crop((start, start, start + _SIZE, start + _SIZE))
     else:
-        area, ratio = image.width * image.height * random.uniform(0.08, 1), math.exp(random.uniform(math.log(0.75), math.log(1.333)))
+        area, ratio = (
+            image.width * image.height * random.uniform(0.08, 1),
+            math.exp(random.uniform(math.log(0.75), math.log(1.333))),
+        )
         width = min(round(math.sqrt(area * ratio)), image.width)
         height = min(round(math.sqrt(area / ratio)), image.height)
         left, top = random.randint(0, image.width - width), random.randint(0, image.height - height)
-        image = image.resize((_SIZE, _SIZE), Image.BILINEAR, (left, top, left + width, top + height))
+        image = image.resize(
+            (_SIZE, _SIZE), Image.BILINEAR, (left, top, left + width, top + height)
+        )
         if random.random() < 0.5:
             image = image.transpose(Image.FLIP_LEFT_RIGHT)
-        for enhance in random.sample((ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), 3):
+        for enhance in random.sample(
+            (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), 3
+        ):
             image = enhance(image).enhance(random.uniform(0.6, 1.4))
     tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
     return tensor.sub_(torch.tensor(_MEAN).view(3, 1, 1)).div_(torch.tensor(_STD).view(3, 1, 1))
@@ -134,31 +177,50 @@ def timed(batches, batch):
 
 
 def print_readers(images, target, options):
-    """Images a second of reading alone, in random order: a packed set here, MindSpore's MindRecord, and files of their own."""
+    """Images a second of reading alone, in random order.
+
+    A packed set here, MindSpore's MindRecord, and files of their own.
+    """
     import mindspore.dataset
     import numpy as np
     from mindspore.mindrecord import FileWriter
 
-    from src.dataset.packing import pack
+    from src.dataset.packed import pack
     from src.dataset.sources import open_images
+
     pack(images, f"{target}.safetensors", 0, 90, options.workers, lambda count: None)
     packed = open_images(f"{target}.safetensors", "train").packed
     writer = FileWriter(f"{target}.mindrecord")
     writer.add_schema({"image": {"type": "bytes"}, "label": {"type": "int32"}})
-    writer.write_raw_data([{"image": Path(path).read_bytes(), "label": int(label)} for path, label in zip(images.paths, images.labels)])
+    writer.write_raw_data(
+        [
+            {"image": Path(path).read_bytes(), "label": int(label)}
+            for path, label in zip(images.paths, images.labels)
+        ]
+    )
     writer.commit()
     order = np.random.default_rng(0).permutation(len(images)).tolist()
 
     def mindrecord():
-        rows = mindspore.dataset.MindDataset(f"{target}.mindrecord", ["image", "label"], num_parallel_workers=options.workers,
-                                             sampler=mindspore.dataset.SubsetSampler(order))
+        rows = mindspore.dataset.MindDataset(
+            f"{target}.mindrecord",
+            ["image", "label"],
+            num_parallel_workers=options.workers,
+            sampler=mindspore.dataset.SubsetSampler(order),
+        )
         return [row["image"] for row in rows.create_dict_iterator(num_epochs=1, output_numpy=True)]
 
-    sides = {"packed": lambda: [packed.encoded(index) for index in order], "mindrecord": mindrecord,
-             "files": lambda: [np.fromfile(images.paths[index], np.uint8) for index in order]}
+    sides = {
+        "packed": lambda: [packed.encoded(index) for index in order],
+        "mindrecord": mindrecord,
+        "files": lambda: [np.fromfile(images.paths[index], np.uint8) for index in order],
+    }
     seconds = medians_in_turn(sides, options.rounds)
-    print("input_pipeline reading_alone_images_per_second "
-          + " ".join(f"{side}={len(order) / taken:.0f}" for side, taken in seconds.items()), flush=True)
+    print(
+        "input_pipeline reading_alone_images_per_second "
+        + " ".join(f"{side}={len(order) / taken:.0f}" for side, taken in seconds.items()),
+        flush=True,
+    )
 
 
 def print_operations(images):
@@ -167,10 +229,11 @@ def print_operations(images):
     import numpy as np
     from mindspore import GRAPH_MODE, Tensor, set_context, set_device
 
+    from src.cli.recipes import load_config
     from src.dataset import transforms
     from src.dataset.augmentations import sample_generator
     from src.models.layers import InputNormalizer
-    from src.utils.config import load_config
+
     config = load_config({"data_path": "none"})
     resize = transforms.Resizing.of(config)
     encoded = [np.fromfile(path, np.uint8) for path in images.paths[:64]]
@@ -181,8 +244,12 @@ def print_operations(images):
         "draw": (lambda index: sample_generator(1, 0, index), range(len(encoded))),
         "decode": (lambda data: cv2.imdecode(data, cv2.IMREAD_COLOR_RGB), encoded),
         "decode_half": (lambda data: cv2.imdecode(data, cv2.IMREAD_REDUCED_COLOR_2), encoded),
-        "crop_resize": (lambda image: transforms.random_resized_crop(image, random, _SIZE, config.crop_scale, config.crop_ratio, resize),
-                        decoded),
+        "crop_resize": (
+            lambda image: transforms.random_resized_crop(
+                image, random, _SIZE, config.crop_scale, config.crop_ratio, resize
+            ),
+            decoded,
+        ),
         "flip": (lambda image: cv2.flip(image, 1), small),
         "jitter": (lambda image: transforms.color_jitter(image, random, 0.4, 0.4, 0.4), small),
         "eval_transform": (lambda image: transforms.eval_transform(image, config), decoded),
@@ -200,10 +267,13 @@ def print_operations(images):
     normalizer(batch).asnumpy()
     started = time.perf_counter()
     normalizer(batch).asnumpy()
-    print("input_pipeline one_image_one_thread_ms " + " ".join(f"{name}={value:.2f}" for name, value in times.items())
-          + f" decode_limit_images_per_second_and_thread={1000 / times['decode']:.0f}"
-          + f" normalise_s={time.perf_counter() - started:.4f}_of_{len(small)}_images")
+    print(
+        "input_pipeline one_image_one_thread_ms "
+        + " ".join(f"{name}={value:.2f}" for name, value in times.items())
+        + f" decode_limit_images_per_second_and_thread={1000 / times['decode']:.0f}"
+        + f" normalise_s={time.perf_counter() - started:.4f}_of_{len(small)}_images"
+    )
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_process(lambda signals: main(sys.argv[1:]))

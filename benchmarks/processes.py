@@ -9,7 +9,17 @@ from src.utils.errors import UserError
 
 def mpirun_words(ranks, *words):
     """The command line of a Python script on ``ranks`` ranks, more than cores if need be."""
-    return ["mpirun", "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none", "-n", str(ranks), sys.executable, *map(str, words)]
+    return [
+        "mpirun",
+        "--map-by",
+        ":OVERSUBSCRIBE",
+        "--bind-to",
+        "none",
+        "-n",
+        str(ranks),
+        sys.executable,
+        *map(str, words),
+    ]
 
 
 def mpirun_environment():
@@ -21,5 +31,7 @@ def last_line(words):
     """The last line that the command ``words`` prints. Raises UserError if it fails."""
     finished = subprocess.run(words, stdout=subprocess.PIPE, text=True, env=mpirun_environment())
     if finished.returncode or not finished.stdout.strip():
-        raise UserError(f"'{' '.join(words)}' ended with status {finished.returncode}; its error is above")
+        raise UserError(
+            f"'{' '.join(words)}' ended with status {finished.returncode}; its error is above"
+        )
     return finished.stdout.splitlines()[-1]

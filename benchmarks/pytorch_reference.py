@@ -1,4 +1,7 @@
-"""The networks in PyTorch, to compare numbers and speed with; PyTorch is a development-only dependency."""
+"""The networks in PyTorch, to compare numbers and speed with.
+
+PyTorch is a development-only dependency.
+"""
 
 from collections import OrderedDict
 
@@ -8,7 +11,10 @@ from torch.nn import functional
 
 
 def build(name, classes, block="base", dropout=0.5):
-    """``name`` with ``block`` as a torch Module; parameters of the base networks have torchvision's names."""
+    """``name`` with ``block`` as a torch Module.
+
+    Parameters of the base networks have torchvision's names.
+    """
     if name == "alexnet":
         return _alexnet(classes, dropout)
     if name == "cifar_quick":
@@ -29,7 +35,11 @@ class Acb(nn.Module):
         self.square_bn, self.hor_bn, self.ver_bn = (nn.BatchNorm2d(out_channels) for _ in range(3))
 
     def forward(self, x):
-        return self.square_bn(self.square_conv(x)) + self.hor_bn(self.hor_conv(x)) + self.ver_bn(self.ver_conv(x))
+        return (
+            self.square_bn(self.square_conv(x))
+            + self.hor_bn(self.hor_conv(x))
+            + self.ver_bn(self.ver_conv(x))
+        )
 
 
 class Block(nn.Module):
@@ -37,16 +47,29 @@ class Block(nn.Module):
 
     def __init__(self, in_channels, width, out_channels, stride, groups, block):
         super().__init__()
-        shapes = ([(in_channels, width, 3, stride, 1), (width, out_channels, 3, 1, 1)] if groups == 1 else
-                  [(in_channels, width, 1, 1, 1), (width, width, 3, stride, groups), (width, out_channels, 1, 1, 1)])
+        shapes = (
+            [(in_channels, width, 3, stride, 1), (width, out_channels, 3, 1, 1)]
+            if groups == 1
+            else [
+                (in_channels, width, 1, 1, 1),
+                (width, width, 3, stride, groups),
+                (width, out_channels, 1, 1, 1),
+            ]
+        )
         for number, (i, o, k, s, g) in enumerate(shapes, 1):
             acb = block == "acb" and k == 3
-            setattr(self, f"conv{number}", Acb(i, o, k, s, g) if acb else nn.Conv2d(i, o, k, s, k // 2, groups=g, bias=False))
+            setattr(
+                self,
+                f"conv{number}",
+                Acb(i, o, k, s, g) if acb else nn.Conv2d(i, o, k, s, k // 2, groups=g, bias=False),
+            )
             setattr(self, f"bn{number}", nn.Identity() if acb else nn.BatchNorm2d(o))
         self.depth = len(shapes)
         if stride != 1 or in_channels != out_channels:
-            self.downsample = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
-                                            nn.BatchNorm2d(out_channels))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
+                nn.BatchNorm2d(out_channels),
+            )
 
     def forward(self, x):
         out = x
@@ -63,10 +86,21 @@ class ResNet(nn.Module):
         in_channels = 64
         for stage, depth in enumerate(depths):
             channels = 64 << stage
-            width, out_channels = (channels, channels) if groups == 1 else (channels * 2, channels * 4)
+            width, out_channels = (
+                (channels, channels) if groups == 1 else (channels * 2, channels * 4)
+            )
             blocks = []
             for index in range(depth):
-                blocks.append(Block(in_channels, width, out_channels, 2 if stage and not index else 1, groups, block))
+                blocks.append(
+                    Block(
+                        in_channels,
+                        width,
+                        out_channels,
+                        2 if stage and not index else 1,
+                        groups,
+                        block,
+                    )
+                )
                 in_channels = out_channels
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
         self.fc = nn.Linear(in_channels, classes)
@@ -95,12 +129,37 @@ class Quick(nn.Module):
 
 def _alexnet(classes, dropout):
     features = nn.Sequential(
-        nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(),
-        nn.MaxPool2d(3, 2), nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(), nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2))
-    classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(9216, 4096), nn.ReLU(), nn.Dropout(dropout), nn.Linear(4096, 4096),
-                               nn.ReLU(), nn.Linear(4096, classes))
-    return nn.Sequential(OrderedDict(features=features, pool=nn.AdaptiveAvgPool2d(6), flatten=nn.Flatten(), classifier=classifier))
+        nn.Conv2d(3, 64, 11, 4, 2),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2),
+        nn.Conv2d(64, 192, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2),
+        nn.Conv2d(192, 384, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(384, 256, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(256, 256, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2),
+    )
+    classifier = nn.Sequential(
+        nn.Dropout(dropout),
+        nn.Linear(9216, 4096),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Linear(4096, 4096),
+        nn.ReLU(),
+        nn.Linear(4096, classes),
+    )
+    return nn.Sequential(
+        OrderedDict(
+            features=features,
+            pool=nn.AdaptiveAvgPool2d(6),
+            flatten=nn.Flatten(),
+            classifier=classifier,
+        )
+    )
 
 
 def normalise(images, mean, std):

@@ -2,9 +2,10 @@
 
     python3 benchmarks/soak.py [--epochs=1000] [--kills=8] [--ranks=2] [--output=FOLDER]
 
-A tiny set, cifar_quick with ACB. The training is killed (kill -9 of a rank, or of mpirun and all ranks) at random moments and
-resumed with --resume=auto. Prints whether the last weights, optimizer state and metrics are the same bits, and how memory and
-open files of the ranks moved in the undisturbed run.
+A tiny set, cifar_quick with ACB. The training is killed (kill -9 of a rank, or of mpirun and all
+ranks) at random moments and resumed with --resume=auto. Prints whether the last weights, optimizer
+state and metrics are the same bits, and how memory and open files of the ranks moved in the
+undisturbed run.
 """
 
 import argparse
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.processes import mpirun_environment, mpirun_words  # noqa: E402
-from src.command import run_main  # noqa: E402
+from src.cli.run import run_process  # noqa: E402
 from src.utils.errors import UserError  # noqa: E402
 
 
@@ -43,11 +44,17 @@ def main(arguments):
     # In the last moments curves.png is drawn, which loads a library.
     samples = samples[:-10] or samples
     fifths = [samples[(len(samples) - 1) * part // 5] for part in range(6)]
-    print(f"rank 0 while undisturbed, at the beginning and after each fifth of {trained_s:.0f} s: "
-          + ", ".join(f"{mib:.0f} MiB {files} files" for mib, files in fifths))
-    print(f"soak epochs={options.epochs} ranks={options.ranks} kills={kills} during_a_save={fallen} bit_identical={same} "
-          f"memory_growth_mib={fifths[5][0] - fifths[1][0]:.1f} open_files_growth={fifths[5][1] - fifths[1][1]} "
-          f"seconds={time.monotonic() - started:.0f}")
+    print(
+        f"rank 0 while undisturbed, at the beginning and after each fifth of {trained_s:.0f} s: "
+        + ", ".join(f"{mib:.0f} MiB {files} files" for mib, files in fifths)
+    )
+    print(
+        f"soak epochs={options.epochs} ranks={options.ranks} kills={kills} during_a_save={fallen} "
+        f"bit_identical={same} "
+        f"memory_growth_mib={fifths[5][0] - fifths[1][0]:.1f} "
+        f"open_files_growth={fifths[5][1] - fifths[1][1]} "
+        f"seconds={time.monotonic() - started:.0f}"
+    )
     if not options.output:
         shutil.rmtree(folder)
     if not same:
@@ -64,18 +71,35 @@ def write_tiny_set(folder):
 
 
 def begin(options, folder, name, *more):
-    words = [*mpirun_words(options.ranks, "train.py", "--run_distribute=1"),
-             "--config_path=digits", f"--data_path={folder}/images/train", f"--output_path={folder}/{name}",
-             f"--max_epoch={options.epochs}", "--global_batch_size=8", "--lr=0.01", "--flip_probability=0.5",
-             "--ckpt_interval=10", "--ckpt_interval_steps=7", "--eval_interval=10", "--log_interval=1000", *more]
-    # A killed mpirun leaves a folder there by which a later one with the same process number fails to start.
+    words = [
+        *mpirun_words(options.ranks, "train.py", "--run_distribute=1"),
+        "--config_path=digits",
+        f"--data_path={folder}/images/train",
+        f"--output_path={folder}/{name}",
+        f"--max_epoch={options.epochs}",
+        "--global_batch_size=8",
+        "--lr=0.01",
+        "--flip_probability=0.5",
+        "--ckpt_interval=10",
+        "--ckpt_interval_steps=7",
+        "--eval_interval=10",
+        "--log_interval=1000",
+        *more,
+    ]
+    # A killed mpirun leaves a folder there by which a later one with the same process number fails
+    # to start.
     environment = {**mpirun_environment(), "TMPDIR": str(folder)}
     with open(folder / f"{name}.log", "a") as log:
-        return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(
+            words, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
 
 
 def run_undisturbed(options, folder):
-    """[(MiB, open files) of rank 0] a few times a second, and the seconds of it, from the first checkpoint to the end."""
+    """[(MiB, open files) of rank 0] a few times a second, and the seconds it took.
+
+    From the first checkpoint to the end.
+    """
     process, samples, trained_s = begin(options, folder, "alone"), [], 0
     if progresses(process, folder / "alone"):
         began = time.monotonic()
@@ -84,15 +108,18 @@ def run_undisturbed(options, folder):
             time.sleep(0.2)
         trained_s = time.monotonic() - began
     if process.returncode or not samples:
-        raise UserError(f"the undisturbed training ended with status {process.returncode}; see {folder}/alone.log")
+        raise UserError(
+            f"the undisturbed training ended with status {process.returncode}; see "
+            f"{folder}/alone.log"
+        )
     return samples, trained_s
 
 
 def run_with_kills(options, folder, trained_s):
     """Kill and resume until the training ends; (kills, those that left a half-written file).
 
-    The moments are drawn so that all kills together fit into the time that the undisturbed training took after its start,
-    with some to spare for a machine that is faster now.
+    The moments are drawn so that all kills together fit into the time that the undisturbed training
+    took after its start, with some to spare for a machine that is faster now.
     """
     draw, kills, fallen = random.Random(0), 0, 0
     process = begin(options, folder, "killed")
@@ -107,7 +134,9 @@ def run_with_kills(options, folder, trained_s):
             fallen += any((folder / "killed").glob("*/ckpt_0/.*.partial.*"))
             process = begin(options, folder, "killed", "--resume=auto")
     if process.returncode:
-        raise UserError(f"the resumed training ended with status {process.returncode}; see {folder}/killed.log")
+        raise UserError(
+            f"the resumed training ended with status {process.returncode}; see {folder}/killed.log"
+        )
     return kills, fallen
 
 
@@ -115,7 +144,11 @@ def progresses(process, output):
     """Wait until the training has written a checkpoint since it began; False if it ended first."""
     began = time.time_ns()
     while process.poll() is None:
-        if any(file.stat().st_mtime_ns > began for file in output.glob("*/latest.ckpt") if file.exists()):
+        if any(
+            file.stat().st_mtime_ns > began
+            for file in output.glob("*/latest.ckpt")
+            if file.exists()
+        ):
             return True
         time.sleep(0.01)
     return False
@@ -136,7 +169,9 @@ def kill(process, draw):
 
 def ranks_of(process):
     """Process numbers of the ranks of an mpirun."""
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    found = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True
+    )
     return [int(word) for word in found.stdout.split()]
 
 
@@ -144,20 +179,33 @@ def usage(pid):
     """(resident MiB, open files) of a process, or None if it has ended."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE") / 2 ** 20, len(os.listdir(f"/proc/{pid}/fd"))
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir(f"/proc/{pid}/fd"))
     except OSError:
         return None
 
 
 def outcome(output):
     """What a run left that must not depend on how often it was killed."""
-    from src.models.formats import read_weights
+    from src.models.weight_files import read_weights
+
     folder = max(output.iterdir())
     arrays, metadata = read_weights(folder / "latest.ckpt")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    metrics = [{key: value for key, value in line.items() if key not in ("images_per_second", "rank_seconds")} for line in lines]
-    return {name: array.tobytes() for name, array in arrays.items()}, metadata["step"], metadata["best_top1"], metrics
+    metrics = [
+        {
+            key: value
+            for key, value in line.items()
+            if key not in ("images_per_second", "rank_seconds")
+        }
+        for line in lines
+    ]
+    return (
+        {name: array.tobytes() for name, array in arrays.items()},
+        metadata["step"],
+        metadata["best_top1"],
+        metrics,
+    )
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_process(lambda signals: main(sys.argv[1:]))

@@ -7,7 +7,10 @@ WARMUP = 2
 
 
 def median_seconds(action, repeats, before=lambda: None):
-    """Median seconds of ``action()``, with ``before()`` called, untimed, ahead of each (a barrier, say)."""
+    """Median seconds of ``action()``, with ``before()`` called, untimed.
+
+    Ahead of each (a barrier, say).
+    """
     times = []
     for _ in range(WARMUP + repeats):
         before()
@@ -18,7 +21,10 @@ def median_seconds(action, repeats, before=lambda: None):
 
 
 def medians_in_turn(actions, repeats):
-    """{name: median seconds} of {name: action}, each called once a round, so that a noisy moment meets them all."""
+    """{name: median seconds} of {name: action}.
+
+    Each action is called once per round, so that a noisy moment affects all of them.
+    """
     times = {name: [] for name in actions}
     for _ in range(WARMUP + repeats):
         for name, action in actions.items():

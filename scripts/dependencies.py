@@ -1,11 +1,14 @@
 """What scripts/setup.sh asks about dependencies, with nothing but Python and its pip:
 
-    python3 scripts/dependencies.py wanted --all | [EXTRA ...]   the requirements of pyproject.toml, a line each
-    python3 scripts/dependencies.py hashed REPORT CONSTRAINTS    what pip's report of a dry run would install, with the hashes of the
-                                                                 constraints, by which pip then checks each file
-    python3 scripts/dependencies.py lock REPORT...               constraints: the reports' versions with the package index's hashes
-    python3 scripts/dependencies.py headers                      the requirements of pyproject.toml of which only headers are used
-    python3 scripts/dependencies.py pinned NAME CONSTRAINTS      that package with its hashes, as pip takes it
+python3 scripts/dependencies.py wanted --all | [EXTRA ...]   the requirements of pyproject.toml, a
+line each python3 scripts/dependencies.py hashed REPORT CONSTRAINTS    what pip's report of a dry
+run would install, with the hashes of the
+                                                             constraints, by which pip then checks
+                                                             each file
+python3 scripts/dependencies.py lock REPORT...               constraints: the reports' versions with
+the package index's hashes python3 scripts/dependencies.py headers                      the
+requirements of pyproject.toml of which only headers are used python3 scripts/dependencies.py pinned
+NAME CONSTRAINTS      that package with its hashes, as pip takes it
 """
 
 import json
@@ -17,12 +20,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pip._vendor import tomli
-from pip._vendor.packaging.utils import canonicalize_name, parse_sdist_filename, parse_wheel_filename
+from pip._vendor.packaging.utils import (
+    canonicalize_name,
+    parse_sdist_filename,
+    parse_wheel_filename,
+)
 from pip._vendor.packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 INDEX = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple").rstrip("/")
-# Installed by a command of their own without hashes: its builds differ by accelerator, and only tests use it.
+# Installed by a command of their own without hashes: its builds differ by accelerator, and only
+# tests use it.
 UNHASHED = ("torch",)
 
 
@@ -34,13 +42,21 @@ def wanted(*extras):
 
 
 def headers():
-    yield from tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["acnet"]["headers"]
+    yield from tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["acnet"][
+        "headers"
+    ]
 
 
 def pinned(name, constraints):
     known = read_constraints(Path(constraints).read_text(encoding="utf-8"))
     found = [with_hashes(*pin, digests) for pin, digests in known.items() if pin[0] == name]
-    yield found[0] if found else sys.exit(f"error: {constraints} has no {name}; UPDATE=1 bash scripts/setup.sh writes it")
+    yield (
+        found[0]
+        if found
+        else sys.exit(
+            f"error: {constraints} has no {name}; UPDATE=1 bash scripts/setup.sh writes it"
+        )
+    )
 
 
 def with_hashes(name, version, digests):
@@ -51,40 +67,60 @@ def hashed(report, constraints):
     known = read_constraints(Path(constraints).read_text(encoding="utf-8"))
     for name, version in to_install(report):
         if (name, version) not in known:
-            sys.exit(f"error: {constraints} has no hashes for {name}=={version}; UPDATE=1 bash scripts/setup.sh writes them")
+            sys.exit(
+                f"error: {constraints} has no hashes for {name}=={version}; UPDATE=1 bash "
+                "scripts/setup.sh writes them"
+            )
         yield with_hashes(name, version, known[name, version])
 
 
 def lock(*reports):
     pinned = sorted({pin for report in reports for pin in to_install(report)})
     with ThreadPoolExecutor(8) as pool:
-        for (name, version), digests in zip(pinned, pool.map(lambda pin: index_hashes(*pin), pinned)):
-            yield f"{name}=={version}" + "".join(f" \\\n    --hash=sha256:{digest}" for digest in digests)
+        for (name, version), digests in zip(
+            pinned, pool.map(lambda pin: index_hashes(*pin), pinned)
+        ):
+            yield f"{name}=={version}" + "".join(
+                f" \\\n    --hash=sha256:{digest}" for digest in digests
+            )
 
 
 def to_install(report):
     """(name, version) of what a report of pip's would install, but for what has no hashes."""
     found = json.loads(Path(report).read_text(encoding="utf-8"))["install"]
-    named = [(canonicalize_name(item["metadata"]["name"]), item["metadata"]["version"]) for item in found]
+    named = [
+        (canonicalize_name(item["metadata"]["name"]), item["metadata"]["version"]) for item in found
+    ]
     return [(name, version) for name, version in named if name not in UNHASHED]
 
 
 def read_constraints(text):
     """{(name, version): hashes}."""
     entries = re.findall(r"^([\w.-]+)==(\S+)((?:\s+\\?\s*--hash=sha256:\w+)*)", text, re.M)
-    return {(canonicalize_name(name), version): re.findall(r"sha256:(\w+)", digests) for name, version, digests in entries}
+    return {
+        (canonicalize_name(name), version): re.findall(r"sha256:(\w+)", digests)
+        for name, version, digests in entries
+    }
 
 
 def index_hashes(name, version):
     """SHA-256 of the files of a release that Linux with this Python may install."""
-    request = urllib.request.Request(f"{INDEX}/{canonicalize_name(name)}/", headers={"Accept": "application/vnd.pypi.simple.v1+json"})
+    request = urllib.request.Request(
+        f"{INDEX}/{canonicalize_name(name)}/",
+        headers={"Accept": "application/vnd.pypi.simple.v1+json"},
+    )
     with urllib.request.urlopen(request, timeout=60) as answer:
         files = json.load(answer)["files"]
-    return sorted(file["hashes"]["sha256"] for file in files if installs(file["filename"], name, version))
+    return sorted(
+        file["hashes"]["sha256"] for file in files if installs(file["filename"], name, version)
+    )
 
 
 def installs(file, name, version):
-    """Whether ``file`` is of this release, and one that pip takes on Linux with glibc, on either processor."""
+    """Whether ``file`` is of this release and pip would take it on Linux with glibc.
+
+    Any machine.
+    """
     try:
         if not file.endswith(".whl"):
             return parse_sdist_filename(file) == (canonicalize_name(name), Version(version))
@@ -94,10 +130,18 @@ def installs(file, name, version):
     this = f"cp3{sys.version_info[1]}"
     return (of, release) == (canonicalize_name(name), Version(version)) and any(
         (tag.interpreter in (this, "py3") or tag.abi == "abi3")
-        and (tag.platform == "any" or re.fullmatch(r"manylinux.*(x86_64|aarch64)", tag.platform)) for tag in tags)
+        and (tag.platform == "any" or re.fullmatch(r"manylinux.*(x86_64|aarch64)", tag.platform))
+        for tag in tags
+    )
 
 
 if __name__ == "__main__":
     command, *arguments = sys.argv[1:]
-    for line in {"wanted": wanted, "hashed": hashed, "lock": lock, "headers": headers, "pinned": pinned}[command](*arguments):
+    for line in {
+        "wanted": wanted,
+        "hashed": hashed,
+        "lock": lock,
+        "headers": headers,
+        "pinned": pinned,
+    }[command](*arguments):
         print(line)

@@ -1,4 +1,4 @@
-"""What mkdocs adds to docs/: a page for each command and one for the keys, from the code, and the documents that lie elsewhere."""
+"""What mkdocs adds to docs/: pages for the commands and keys, and documents from elsewhere."""
 
 import ast
 import re
@@ -8,21 +8,41 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("train.py", "eval.py", "export.py", "predict.py", "serve.py", "report.py", "scripts/preview_dataset.py",
-            "scripts/check_dataset.py", "scripts/pack_dataset.py", "scripts/launch.py")
+COMMANDS = (
+    "train.py",
+    "eval.py",
+    "export.py",
+    "predict.py",
+    "serve.py",
+    "report.py",
+    "scripts/preview_dataset.py",
+    "scripts/check_dataset.py",
+    "scripts/pack_dataset.py",
+    "scripts/launch.py",
+)
 # Where documents outside docs/ go, and how links to them read.
-ELSEWHERE = {"README.md": "index.md", "benchmarks/README.md": "benchmarks.md", "CONTRIBUTING.md": "contributing.md",
-             "default_config.yaml": "keys.md"}
+ELSEWHERE = {
+    "README.md": "index.md",
+    "benchmarks/README.md": "benchmarks.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "default_config.yaml": "keys.md",
+}
 
 
 def on_files(files, config):
     for command in COMMANDS:
-        files.append(File.generated(config, f"commands/{Path(command).stem}.md", content=command_page(command)))
+        files.append(
+            File.generated(
+                config, f"commands/{Path(command).stem}.md", content=command_page(command)
+            )
+        )
     files.append(File.generated(config, "keys.md", content=keys_page()))
     for source, target in ELSEWHERE.items():
         if source.endswith(".md"):
             text = (ROOT / source).read_text(encoding="utf-8")
-            files.append(File.generated(config, target, content=with_links(text, Path(source).parent)))
+            files.append(
+                File.generated(config, target, content=with_links(text, Path(source).parent))
+            )
     return files
 
 
@@ -33,14 +53,18 @@ def on_page_markdown(markdown, page, **others):
 
 def with_links(text, folder):
     """``text``, a document in ``folder`` of the project, with links as the site has them."""
+
     def link(found):
         target, _, anchor = found[2].partition("#")
         if not target or ":" in target:
             return found[0]
         place = (ROOT / folder / target).resolve().relative_to(ROOT).as_posix()
-        page = ELSEWHERE.get(place, place.removeprefix("docs/") if place.startswith("docs/") else None)
+        page = ELSEWHERE.get(
+            place, place.removeprefix("docs/") if place.startswith("docs/") else None
+        )
         # What is no page of the site is named without a link.
         return f"[{found[1]}]({page}{'#' + anchor if anchor else ''})" if page else found[1]
+
     return re.sub(r"\[([^\]]*)\]\(([^)\s]+)\)", link, text)
 
 
@@ -48,8 +72,11 @@ def command_page(command):
     """What the command's own text says."""
     about = ast.get_docstring(ast.parse((ROOT / command).read_text(encoding="utf-8")))
     first, _, rest = about.partition("\n")
-    keys = "" if command.startswith("scripts/") and "preview" not in command else (
-        "\nEvery [key](../keys.md) is a flag. `--help` lists them, `--help KEY` shows one.\n")
+    keys = (
+        ""
+        if command.startswith("scripts/") and "preview" not in command
+        else ("\nEvery [key](../keys.md) is a flag. `--help` lists them, `--help KEY` shows one.\n")
+    )
     return f"# {Path(command).name}\n\n{first}\n{rest}\n{keys}"
 
 
@@ -57,12 +84,19 @@ def keys_page():
     """The keys in the order and groups of default_config.yaml."""
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
-    from src.help import keys_help
-    lines, group = ["# Keys", "", "Each is a flag of every command (`--lr=0.1`) and may stand in a recipe of `configs/`.", ""], ""
-    for key in keys_help():
-        if key.group != group:
-            group = key.group
-            lines += ["", f"## {group}", "", "| key | takes | default | what |", "| --- | --- | --- | --- |"]
-        kind = key.kind.replace("|", " or ")
-        lines.append(f"| `{key.key}` | {kind} | `{key.default}` | {key.text.replace('|', ' or ')} |")
+    from src.cli.config import GROUPS, default_text, key_info, type_text
+
+    lines = [
+        "# Keys",
+        "",
+        "Each key is a flag (`--lr=0.1`), and may stand in a recipe of `configs/`.",
+    ]
+    for group in GROUPS:
+        heading, _, _ = (group.__doc__ or "").partition(".")
+        lines += ["", f"## {heading.strip()}", "", "| key | takes | default | what |"]
+        lines.append("| --- | --- | --- | --- |")
+        for name, field in group.model_fields.items():
+            cells = (f"`{name}`", type_text(field.annotation), f"`{default_text(name)}`")
+            text = " | ".join(cell.replace("|", " or ") for cell in cells)
+            lines.append(f"| {text} | {key_info(name).help.replace('|', ' or ')} |")
     return "\n".join(lines) + "\n"

@@ -1,8 +1,11 @@
 """Start ranks under mpirun, each on its own cores:
 
-    python3 scripts/launch.py --nproc_per_node=8 [--visible_devices=0,1,..] [--env_sh=FILE] [--server_id=HOST]
-        [--mode=train|test] SCRIPT ARGS...
-    python3 scripts/launch.py --hosts=HOST:RANKS,HOST:RANKS... [--max_restarts=3] [--spare_hosts=HOST,HOST...] SCRIPT ARGS...
+    python3 scripts/launch.py --nproc_per_node=8 [--visible_devices=0,1,..] [--env_sh=FILE]
+        [--server_id=HOST] [--mode=train|test] SCRIPT ARGS...
+    python3 scripts/launch.py --hosts=HOST:RANKS,HOST:RANKS... [--max_restarts=3]
+        [--spare_hosts=HOST,HOST...] SCRIPT ARGS...
+
+The second form starts ranks on several machines.
 """
 
 import argparse
@@ -25,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SENT_SIGNAL_FILE = "ACNET_SENT_SIGNAL_FILE"
 # Time for the ranks to finish their step and save; then for mpirun to end them.
 STOP_S, KILL_S, EMPTY_S = 120.0, 10.0, 2.0
-# What a training tells this program for a restart; the status of what a person has to mend; and when to look again at lost hosts.
+# FACTS_FILE: where a run writes what a restart needs. USER_ERROR: the status of an error that only
+# a person can correct. RETURN_S: when to check lost hosts again.
 FACTS_FILE = "ACNET_FACTS_FILE"
 STATE_ENDING = ".state"
 USER_ERROR = 2
@@ -47,7 +51,7 @@ def main(arguments):
 
 
 def run_with_restarts(options, script, environment, sent_signal_file):
-    """Run the job, and again after a failure, up to ``options.max_restarts`` times; returns the last status.
+    """Run the job, and again after failures, up to ``options.max_restarts`` times.
 
     Not after a signal to this program, nor after what a person has to mend (status 2).
     """
@@ -60,53 +64,69 @@ def run_with_restarts(options, script, environment, sent_signal_file):
         status, received = run(command, environment, sent_signal_file)
         if status == 0 and state_file.is_file() and state_file.read_text() == "begun":
             # Open MPI 5.0 says so when its daemon on another host is killed.
-            sys.stderr.write("error: mpirun ended with status 0 although the job had not come to its end\n")
+            sys.stderr.write("error: mpirun ended with status 0 although the job had not ended\n")
             status = 1
         if status in (0, USER_ERROR) or received or not restarts_left:
             if options.max_restarts and status not in (0, USER_ERROR) and not received:
-                sys.stderr.write(f"error: the job ended with status {status} and no restarts are left; go on with the same command and "
-                                 "--resume=auto\n")
+                sys.stderr.write(
+                    f"error: the job ended with status {status} and no restarts are left; "
+                    "continue with the same command and --resume=auto\n"
+                )
             return status
         prepare_restart(options, script, Path(environment[FACTS_FILE]), status, restarts_left)
         restarts_left -= 1
 
 
 def prepare_restart(options, script, facts_file, status, restarts_left):
-    """Change ``options`` so that the job goes on from its newest checkpoint, on the hosts that are there, with the same global batch."""
+    """Change ``options`` so that the job continues on the hosts that are left.
+
+    It starts from its newest checkpoint, with the same global batch.
+    """
     facts = json.loads(facts_file.read_text()) if facts_file.is_file() else {}
-    said = [f"the job ended with status {status}"]
+    parts = [f"the job ended with status {status}"]
     lost = wait_for_hosts(options.hosts, script)
     for host in list(lost):
         spare = take_spare(options, host, script)
         if spare:
-            said.append(f"{lost.pop(host)}; {spare} takes its place")
+            parts.append(f"{lost.pop(host)}; {spare} replaces it")
     if lost:
-        said += [f"{reason}; going on without it" for reason in lost.values()]
+        parts += [f"{reason}; continuing without it" for reason in lost.values()]
         left = {host: ranks for host, ranks in options.hosts.items() if host not in lost}
         options.hosts = share_out(left, dividing_ranks(sum(left.values()), facts))
         if not options.hosts:
-            fail("; ".join([*said, "no host is left"]))
+            fail("; ".join([*parts, "no host is left"]))
         if facts:
-            # What the training had found to fit is not asked again.
-            options.script_arguments += [f"--global_batch_size={facts['global_batch_size']}", "--fit_batch=0"]
+            # Keep the batch size that the first start found to fit.
+            options.script_arguments += [
+                f"--global_batch_size={facts['global_batch_size']}",
+                "--fit_batch=0",
+            ]
     if facts and any(Path(facts["run_folder"]).glob("ckpt_0/*.ckpt")):
         options.script_arguments.append("--resume=auto")
-        said.append("starting again from the newest checkpoint")
+        parts.append("starting again from the newest checkpoint")
     else:
-        said.append("starting anew, for there is no checkpoint yet")
-    text = f"{'; '.join(said)} ({restarts_left} restarts left)"
+        parts.append("starting from scratch: there is no checkpoint yet")
+    text = f"{'; '.join(parts)} ({restarts_left} restarts left)"
     print(text, flush=True)
-    with contextlib.suppress(KeyError, OSError), open(Path(facts["run_folder"]) / "log.txt", "a", encoding="utf-8") as log:
+    with (
+        contextlib.suppress(KeyError, OSError),
+        open(Path(facts["run_folder"]) / "log.txt", "a", encoding="utf-8") as log,
+    ):
         log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')},000 {text}\n")
 
 
 def take_spare(options, lost, script):
-    """Put the first spare host that can be used in the place of ``lost``; returns its name, or None if there is none."""
+    """Replace ``lost`` by the first spare host that works.
+
+    Returns its name, or None without one.
+    """
     while options.spare_hosts:
         spare = options.spare_hosts.pop(0)
         if not unusable({spare: options.hosts[lost]}, script):
             # In the same place, so that every rank keeps its number.
-            options.hosts = {spare if host == lost else host: ranks for host, ranks in options.hosts.items()}
+            options.hosts = {
+                spare if host == lost else host: ranks for host, ranks in options.hosts.items()
+            }
             return spare
     return None
 
@@ -122,7 +142,7 @@ def wait_for_hosts(hosts, script):
 
 
 def dividing_ranks(most, facts):
-    """The largest number of ranks up to ``most`` that shares the training's global batch evenly."""
+    """The largest number of ranks up to ``most`` that divides the global batch evenly."""
     forward = facts["global_batch_size"] // facts["accumulation_steps"] if facts else 1
     return next((ranks for ranks in range(most, 0, -1) if not facts or forward % ranks == 0), 0)
 
@@ -130,9 +150,10 @@ def dividing_ranks(most, facts):
 def run(command, environment, sent_signal_file):
     """Run ``command``, an mpirun; returns its status, and the signals that this program received.
 
-    SIGTERM, SIGUSR1 and Ctrl-C reach the ranks as SIGUSR1, at which they save and end: mpirun passes that on without killing them.
-    The status is then 128 + the signal's number. Ranks that have not ended after STOP_S, or a second signal, get SIGTERM, and
-    after KILL_S more whatever is left of the job is killed.
+    SIGTERM, SIGUSR1 and Ctrl-C reach the ranks as SIGUSR1, at which they save and end: mpirun
+    passes that on without killing them. The status is then 128 + the signal's number. Ranks that
+    have not ended after STOP_S, or a second signal, get SIGTERM, and after KILL_S more whatever is
+    left of the job is killed.
 
     Args:
         sent_signal_file: where ranks find the number of the signal that was sent.
@@ -141,8 +162,12 @@ def run(command, environment, sent_signal_file):
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: received.append(number))
     # In a session of its own, because a terminal sends Ctrl-C to every process of the foreground.
-    process = subprocess.Popen(command, env={**environment, SENT_SIGNAL_FILE: str(sent_signal_file)}, stdin=subprocess.DEVNULL,
-                               start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        env={**environment, SENT_SIGNAL_FILE: str(sent_signal_file)},
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     steps, deadline = iter(escalation(process, received, sent_signal_file)), 0.0
     while (status := process.poll()) is None:
         if received and (time.monotonic() > deadline or len(received) > 1):
@@ -160,7 +185,7 @@ def run(command, environment, sent_signal_file):
 
 
 def escalation(process, received, sent_signal_file):
-    """Do what is to be done to stop the job, from gentle to harsh; yields the seconds to wait after each."""
+    """Stop the job with growing force; yield the seconds to wait after each attempt."""
     sent_signal_file.write_text(str(int(received[0])))
     process.send_signal(signal.SIGUSR1)
     yield STOP_S
@@ -189,25 +214,52 @@ def living(session):
 
 
 def parse(arguments):
-    """Options, script and the script's own arguments; ends the process with a usage line if they are wrong."""
-    parser = argparse.ArgumentParser(description="Start ranks under mpirun, each on its own cores.",
-                                     allow_abbrev=False)
+    """Options, script and the script's own arguments; ends the process with usage if wrong."""
+    parser = argparse.ArgumentParser(
+        description="Start ranks under mpirun, each on its own cores.", allow_abbrev=False
+    )
     parser.error = fail
-    parser.add_argument("--nproc_per_node", "--nproc-per-node", type=int, default=1, help="ranks on this machine")
-    parser.add_argument("--hosts", default=None, help="ranks on several machines, as in node1:8,node2:8; reached by ssh")
-    parser.add_argument("--max_restarts", "--max-restarts", type=int, default=0, help="how often to start again after a failure")
-    parser.add_argument("--spare_hosts", "--spare-hosts", default=None, help="hosts that take the place of lost ones, as in node3,node4")
-    parser.add_argument("--visible_devices", default="", help="devices, as in 0,1,2,3; rank i takes the i-th")
+    parser.add_argument(
+        "--nproc_per_node", "--nproc-per-node", type=int, default=1, help="ranks on this machine"
+    )
+    parser.add_argument(
+        "--hosts",
+        default=None,
+        help="ranks on several machines, as in node1:8,node2:8; reached by ssh",
+    )
+    parser.add_argument(
+        "--max_restarts",
+        "--max-restarts",
+        type=int,
+        default=0,
+        help="how often to start again after a failure",
+    )
+    parser.add_argument(
+        "--spare_hosts",
+        "--spare-hosts",
+        default=None,
+        help="hosts that take the place of lost ones, as in node3,node4",
+    )
+    parser.add_argument(
+        "--visible_devices", default="", help="devices, as in 0,1,2,3; rank i takes the i-th"
+    )
     parser.add_argument("--env_sh", default="", help="shell file whose environment the ranks get")
-    parser.add_argument("--server_id", default="",
-                        help="this machine's address; accepted for the seed's sake: ranks of one machine need none")
+    parser.add_argument(
+        "--server_id",
+        default="",
+        help="this machine's address; accepted for the seed's sake: ranks of one machine need none",
+    )
     parser.add_argument("--mode", choices=("train", "test"), default="train")
     parser.add_argument("script")
     parser.add_argument("script_arguments", nargs=argparse.REMAINDER)
     options = parser.parse_args(arguments)
     try:
         options.hosts = parse_hosts(options.hosts) if options.hosts is not None else {}
-        options.spare_hosts = list(parse_hosts(options.spare_hosts, "--spare_hosts")) if options.spare_hosts is not None else []
+        options.spare_hosts = (
+            list(parse_hosts(options.spare_hosts, "--spare_hosts"))
+            if options.spare_hosts is not None
+            else []
+        )
     except ValueError as failure:
         fail(str(failure))
     if options.spare_hosts and not (options.hosts and options.max_restarts):
@@ -223,12 +275,18 @@ def parse(arguments):
     if not all(device.isdigit() for device in devices):
         fail(f"--visible_devices must be numbers with commas, got '{options.visible_devices}'")
     if devices and len(devices) < options.nproc_per_node:
-        fail(f"--visible_devices names {len(devices)} devices for --nproc_per_node={options.nproc_per_node} ranks")
+        fail(
+            f"--visible_devices names {len(devices)} devices for "
+            f"--nproc_per_node={options.nproc_per_node} ranks"
+        )
     return options
 
 
 def find_script(script, mode):
-    """The script to run; the AlexNet seed's test.py is eval.py here, and needs no edit of the network."""
+    """The script to run.
+
+    The AlexNet seed's test.py is eval.py here, without edits of the network.
+    """
     if os.path.isfile(script):
         return script
     if mode == "test" and os.path.basename(script) == "test.py":
@@ -237,44 +295,81 @@ def find_script(script, mode):
 
 
 def launch_environment(options):
-    """This process's environment after ``--env_sh``, with the visible devices and what Open MPI asks of root."""
+    """This process's environment after ``--env_sh``, with the visible devices, for Open MPI."""
     environment = dict(os.environ)
     if options.env_sh:
         if not os.path.isfile(options.env_sh):
             fail(f"--env_sh '{options.env_sh}' does not exist")
-        sourced = subprocess.run(["bash", "-c", 'set -e; source "$1" >&2; env -0', "bash", os.path.abspath(options.env_sh)],
-                                 stdout=subprocess.PIPE, check=False)
+        sourced = subprocess.run(
+            [
+                "bash",
+                "-c",
+                'set -e; source "$1" >&2; env -0',
+                "bash",
+                os.path.abspath(options.env_sh),
+            ],
+            stdout=subprocess.PIPE,
+            check=False,
+        )
         if sourced.returncode:
             fail(f"--env_sh '{options.env_sh}' ended with status {sourced.returncode}")
-        environment = dict(entry.split("=", 1) for entry in sourced.stdout.decode().split("\0") if "=" in entry)
+        environment = dict(
+            entry.split("=", 1) for entry in sourced.stdout.decode().split("\0") if "=" in entry
+        )
     if options.visible_devices:
-        environment["CUDA_VISIBLE_DEVICES"] = environment["ASCEND_RT_VISIBLE_DEVICES"] = options.visible_devices
+        environment["CUDA_VISIBLE_DEVICES"] = environment["ASCEND_RT_VISIBLE_DEVICES"] = (
+            options.visible_devices
+        )
     environment.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
     return environment
 
 
 def mpirun_command(options, script, cores, environment=os.environ):
-    """The mpirun command: the machine's cores divided evenly, shared only if ranks outnumber them."""
+    """The mpirun command.
+
+    Ranks divide the machine's cores evenly, and share them only if too many.
+    """
     mpirun = shutil.which("mpirun") or shutil.which("mpirun", path=os.path.dirname(sys.executable))
     if mpirun is None:
-        fail("mpirun is not installed; run 'bash scripts/setup.sh', then 'source .venv/bin/activate'")
+        fail(
+            "mpirun is not installed; run 'bash scripts/setup.sh', then 'source .venv/bin/activate'"
+        )
     command = [sys.executable, script, *options.script_arguments]
     if options.hosts:
-        # Unbound, because machines may differ: each rank takes its share of its machine's cores itself (src/parallel/placement.py).
+        # Unbound, because machines may differ: each rank takes its share of its machine's cores
+        # itself (src/utils/machine.py).
         hosts = ",".join(f"{host}:{ranks}" for host, ranks in options.hosts.items())
-        return [mpirun, "-n", str(sum(options.hosts.values())), "--host", hosts, "--map-by", "slot", "--bind-to", "none",
-                *(word for name in passed_on(environment) for word in ("-x", name)), *command]
+        return [
+            mpirun,
+            "-n",
+            str(sum(options.hosts.values())),
+            "--host",
+            hosts,
+            "--map-by",
+            "slot",
+            "--bind-to",
+            "none",
+            *(word for name in passed_on(environment) for word in ("-x", name)),
+            *command,
+        ]
     ranks = options.nproc_per_node
     share = cores // ranks
-    placement = ["--map-by", f"slot:PE={share}", "--bind-to", "core"] if share else [
-        "--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none"]
+    placement = (
+        ["--map-by", f"slot:PE={share}", "--bind-to", "core"]
+        if share
+        else ["--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none"]
+    )
     return [mpirun, "-n", str(ranks), *placement, *command]
 
 
 def passed_on(environment):
     """Names of the variables that ranks of other machines need besides those of Open MPI."""
     changed = [name for name in environment if environment[name] != os.environ.get(name)]
-    of_others = [name for name in changed if not name.startswith(("OMPI_", "PRTE_", "BASH_")) and name not in ("_", "SHLVL")]
+    of_others = [
+        name
+        for name in changed
+        if not name.startswith(("OMPI_", "PRTE_", "BASH_")) and name not in ("_", "SHLVL")
+    ]
     return sorted({"PATH", SENT_SIGNAL_FILE, FACTS_FILE, *of_others})
 
 

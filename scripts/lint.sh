@@ -1,8 +1,16 @@
 #!/usr/bin/env bash
-# Check style, imports and types: `bash scripts/lint.sh [--fix]`. The rules stand in pyproject.toml.
+# Check style, imports, types and the layout of C++: `bash scripts/lint.sh [--fix]`. The rules are in
+# pyproject.toml and .clang-format.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh --lint
 source .venv/bin/activate
+cpp=(src/kernels/source/*.cpp src/kernels/source/*.h tests/kernels/*.cpp)
+if [ "${1:-}" = --fix ]; then
+    ruff format -q .
+    clang-format -i "${cpp[@]}"
+fi
 ruff check "$@" .
+ruff format --check .
+clang-format --dry-run -Werror "${cpp[@]}"
 mypy

@@ -1,7 +1,8 @@
-"""Write data/digits: the UCI handwritten digits that scikit-learn carries, as an image folder with a fixed split.
+"""Write data/digits: the UCI handwritten digits of scikit-learn, as an image folder.
 
-Run once by the project's developers; its result is part of the repository. Every fifth image of a class goes to val.
-Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI repository, 1998 (CC BY 4.0).
+Run once by the project's developers; its result is part of the repository. Every fifth image of a
+class goes to val. Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits",
+UCI repository, 1998 (CC BY 4.0).
 """
 
 from pathlib import Path

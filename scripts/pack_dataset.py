@@ -1,10 +1,11 @@
 """Pack a data set into a few large files to train from: `--data_path=FILE.safetensors`.
 
-    python3 scripts/pack_dataset.py --data_path=DIR --result_path=train.safetensors [--split=train|val] [--short_side=256] [--quality=90]
-                                    [--num_parallel_workers=N]
+    python3 scripts/pack_dataset.py --data_path=DIR --result_path=train.safetensors
+        [--split=train|val] [--short_side=256] [--quality=90] [--num_parallel_workers=N]
 
-DIR as in train.py. --short_side=0 (the default) keeps every file's bytes. Started again after an interruption, it goes on.
-train.safetensors and val.safetensors side by side are found as training and validation images.
+DIR is as in train.py. --short_side=0, the default, keeps every file's bytes. Start it again after
+an interruption to continue. train.safetensors and val.safetensors in one folder are found as
+training and validation images.
 """
 
 import argparse
@@ -14,20 +15,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.command import run_main  # noqa: E402
+from src.cli.run import run_process  # noqa: E402
 from src.utils.errors import UserError  # noqa: E402
 
 
 def main(arguments):
-    from src.utils.device import available_cores, prepare_process
+    from src.dataset.packed import ENDING, pack
+    from src.dataset.sources import open_images
+    from src.utils.device import prepare_process
+    from src.utils.files import check_ending
+    from src.utils.machine import available_cores
 
     options = parse(arguments)
     prepare_process()
-    from src.dataset.packed import ENDING
-    from src.dataset.packing import pack
-    from src.dataset.sources import open_images
-    from src.parallel.long_task import LongTask
-    from src.utils.files import check_ending
+    from src.utils.progress import ProgressBar
 
     check_ending("result_path", options.result_path, [ENDING])
     classes = None
@@ -35,13 +36,25 @@ def main(arguments):
         classes = open_images(options.data_path, "train").class_to_index
     images = open_images(options.data_path, options.split, class_to_index=classes)
     if images.paths is None:
-        raise UserError(f"the images of '{options.data_path}' are not files of their own; there is nothing to pack")
+        raise UserError(
+            f"the images of '{options.data_path}' are not files of their own; there is nothing to "
+            "pack"
+        )
     started = time.perf_counter()
-    with LongTask("packed", len(images), "image") as task:
-        pack(images, options.result_path, options.short_side, options.quality,
-             options.num_parallel_workers or available_cores(), task.advance)
-    print(f"packed {len(images)} images of {images.num_classes} classes into {options.result_path}, verified; "
-          f"{len(images) / (time.perf_counter() - started):.0f} images/s")
+    with ProgressBar("packed", len(images), "image") as task:
+        pack(
+            images,
+            options.result_path,
+            options.short_side,
+            options.quality,
+            options.num_parallel_workers or available_cores(),
+            task.advance,
+        )
+    print(
+        f"packed {len(images)} images of {images.num_classes} classes into {options.result_path}, "
+        "verified; "
+        f"{len(images) / (time.perf_counter() - started):.0f} images/s"
+    )
 
 
 def parse(arguments):
@@ -54,14 +67,21 @@ def parse(arguments):
     parser.add_argument("--quality", type=int, default=90)
     parser.add_argument("--num_parallel_workers", type=int, default=0)
     options = parser.parse_args(arguments)
-    if options.short_side < 0 or not 1 <= options.quality <= 100 or options.num_parallel_workers < 0:
+    if (
+        options.short_side < 0
+        or not 1 <= options.quality <= 100
+        or options.num_parallel_workers < 0
+    ):
         fail("--short_side and --num_parallel_workers must be 0 or more, --quality 1 to 100")
     return options
 
 
 def has_both(data_path):
     """Whether ``data_path`` is a root that holds a training part too."""
-    return any((Path(data_path) / name).exists() for name in ("train", "train_list.txt")) or data_path == "digits"
+    return (
+        any((Path(data_path) / name).exists() for name in ("train", "train_list.txt"))
+        or data_path == "digits"
+    )
 
 
 def fail(message):
@@ -69,4 +89,7 @@ def fail(message):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        print(__doc__)
+    else:
+        run_process(lambda signals: main(sys.argv[1:]))

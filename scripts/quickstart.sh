@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole job on bundled data: train ACNet on handwritten digits with 2 ranks, evaluate, fuse, evaluate again, plot.
+# The whole job on bundled data: train ACNet on handwritten digits with 2 ranks, evaluate, fuse,
+# evaluate again, plot.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ $# -eq 0 ] || { echo "error: quickstart.sh takes no arguments" >&2; exit 2; }

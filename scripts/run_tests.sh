@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# Set up and run the test suite: `bash scripts/run_tests.sh [--fast | --extended] [--parity] [PYTEST ARGUMENTS]`.
-# --fast leaves out the slow tests, --extended adds those that take longest; --parity installs PyTorch, without which the tests that
-# compare with it are skipped.
+# Set up and run the test suite:
+#
+#   bash scripts/run_tests.sh [--fast | --extended] [--parity] [PYTEST ARGUMENTS]
+#
+# --fast leaves out the slow tests, --extended adds the longest. --parity installs PyTorch; without
+# it, the tests that compare with PyTorch are skipped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 arguments=(-m "not extended")
@@ -16,5 +19,5 @@ for argument in "$@"; do
 done
 bash scripts/setup.sh "${extras[@]}"
 source "${VENV:-.venv}/bin/activate"
-# Two at a time: most tests wait for one core's work, compiling or starting a process. A later -n, 0 too, wins.
+# Two at a time: most tests wait for one core, while something compiles or starts. A later -n wins.
 exec python3 -m pytest -n 2 --dist worksteal ${arguments[@]+"${arguments[@]}"}

@@ -1,9 +1,14 @@
 #!/usr/bin/env bash
-# Make or update .venv: `bash scripts/setup.sh [--kernels] [--gpu] [--onnx] [--hdf5] [--serve] [--tensorboard] [--test] [--parity] [--lint]
-# [--docs]`, the options being extras of pyproject.toml. The fast kernels for CPU are built with the C++ compiler of the machine (or CXX=),
-# with --kernels by one that comes from the package index. Needs Linux and Python 3.10-3.12 with pip; PYTHON=FILE chooses one,
-# VENV=FOLDER another place. Versions and hashes are those of constraints/, by which pip checks every file (UNCHECKED=1: not); UPDATE=1 takes the newest that
-# pyproject.toml allows and writes them there.
+# Make or update .venv:
+#
+#   bash scripts/setup.sh [--kernels] [--gpu] [--onnx] [--hdf5] [--serve] [--tensorboard]
+#                         [--test] [--parity] [--lint] [--docs]
+#
+# The options are the extras of pyproject.toml. The fast kernels for CPU are built with the machine's
+# C++ compiler (or CXX=), or with --kernels by a compiler from the package index. Needs Linux and
+# Python 3.10-3.12 with pip. PYTHON=FILE chooses the interpreter, VENV=FOLDER another folder. pip
+# checks every file against the versions and hashes in constraints/ (UNCHECKED=1 skips that).
+# UPDATE=1 takes the newest versions that pyproject.toml allows, and writes them there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -29,7 +34,8 @@ done
 [ -n "$python" ] || fail "Python 3.10, 3.11 or 3.12 is needed, python3 is $(python3 --version 2>&1 || echo missing);" \
     "install one, or name it: PYTHON=/path/to/python3.11 bash scripts/setup.sh"
 
-# The kernels of src/kernels, in $venv/kernels. Without them everything runs, more slowly, and the commands say so.
+# The kernels of src/kernels, in $venv/kernels. Without them everything runs, but slower, and the
+# commands say so.
 build_kernels() {
     [ "$(uname -m)" = x86_64 ] || return 0
     "$venv/bin/python" -m src.kernels.build --check && return 0
@@ -54,8 +60,8 @@ build_kernels() {
     rm -rf "$work"
 }
 
-# TAB completes keys and their values behind python3 train.py and the other commands.
-write_completion() { "$venv/bin/python" -m src.completion > "$venv/completion.bash"; }
+# Lets TAB complete keys and values after python3 train.py and the other commands.
+write_completion() { "$venv/bin/python" -m src.cli.help > "$venv/completion.bash"; }
 
 # What is installed: interpreter and declared dependencies on the first line, then a line for each extra.
 state=$venv/installed
@@ -107,8 +113,9 @@ else
 fi || fail "the dependencies could not be installed; the reason is above (a proxy or an index? set PIP_INDEX_URL; an index with files of" \
     "its own, whose hashes differ? UNCHECKED=1 takes them)"
 
-# A user may start more ranks than cores, and as root in a container: Open MPI's defaults refuse both.
-# By slot: every host's slots are filled, and shared only by ranks beyond them; ':oversubscribe' alone puts all on the first host.
+# Allow more ranks than cores, and root in a container: Open MPI's defaults refuse both. Map by slot,
+# so that ranks fill every host's slots before they share any: ':oversubscribe' alone would put all
+# ranks on the first host.
 settings=$venv/etc/prte-mca-params.conf
 touch "$settings"
 sed -i '/^rmaps_default_mapping_policy/d' "$settings"

@@ -6,31 +6,59 @@ import os
 import shutil
 import subprocess
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 
 
 class Browser:
-    """One page of a new Chromium, as wide as a test wants; ``complaints`` are what its console says of errors."""
+    """One page of a new Chromium, as wide as a test wants.
+
+    ``complaints`` are what its console says of errors.
+    """
 
     def __init__(self, folder, width=1000, height=1200, dark=False):
         to_browser, self._write = os.pipe()
         self._read, from_browser = os.pipe()
-        words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe",
-                 f"--user-data-dir={folder}/profile", "about:blank"]
+        words = [
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            "--remote-debugging-pipe",
+            f"--user-data-dir={folder}/profile",
+            "about:blank",
+        ]
         # It reads commands from descriptor 3 and writes answers to 4.
         self._process = subprocess.Popen(
-            ["bash", "-c", f'exec "$@" 3<&{to_browser} 4>&{from_browser}', "bash", *words], pass_fds=(to_browser, from_browser),
-            env={**os.environ, "HOME": str(folder)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            ["bash", "-c", f'exec "$@" 3<&{to_browser} 4>&{from_browser}', "bash", *words],
+            pass_fds=(to_browser, from_browser),
+            env={**os.environ, "HOME": str(folder)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         os.close(to_browser)
         os.close(from_browser)
         self._number, self._rest, self._session, self.complaints = 0, b"", None, []
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Log", "DOM"):
             self.send(f"{domain}.enable")
         # A window has a least width, a telephone may have less.
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=True)
-        self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        self.send(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=True,
+        )
+        self.send(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
+        )
 
     def __enter__(self):
         return self
@@ -57,11 +85,16 @@ class Browser:
 
     def open(self, address):
         self.send("Page.navigate", url=address)
-        self.run("new Promise(done => document.readyState === 'complete' ? done() : addEventListener('load', done))")
+        self.run(
+            "new Promise(done => document.readyState === 'complete' ? done() : "
+            "addEventListener('load', done))"
+        )
 
     def run(self, expression):
         """The value of JavaScript, of a promise what it becomes."""
-        found = self.send("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        found = self.send(
+            "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
+        )
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
@@ -73,7 +106,11 @@ class Browser:
 
     def screenshot(self, path):
         """A PNG of the whole page."""
-        path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot", captureBeyondViewport=True)["data"]))
+        path.write_bytes(
+            base64.b64decode(
+                self.send("Page.captureScreenshot", captureBeyondViewport=True)["data"]
+            )
+        )
 
     def _receive(self):
         while b"\0" not in self._rest:
@@ -85,6 +122,9 @@ class Browser:
 
     def _note(self, event):
         method, parameters = event.get("method"), event.get("params", {})
-        if method == "Runtime.exceptionThrown" or (method == "Runtime.consoleAPICalled" and parameters["type"] == "error") or (
-                method == "Log.entryAdded" and parameters["entry"]["level"] == "error"):
+        if (
+            method == "Runtime.exceptionThrown"
+            or (method == "Runtime.consoleAPICalled" and parameters["type"] == "error")
+            or (method == "Log.entryAdded" and parameters["entry"]["level"] == "error")
+        ):
             self.complaints.append(parameters)

@@ -29,12 +29,15 @@ TINY = ("--image_size=32", "--network=cifar_quick", "--train_crop=padded", "--pe
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Keep compiled graphs out of the user's cache, and share them among the commands of this session."""
+    """Keep compiled graphs out of the user's cache, and share them within this session."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 class Run:
-    """A finished command: its status, output and errors; ``error_lines`` are the lines that begin with error:."""
+    """A finished command: its status, output and errors.
+
+    ``error_lines`` are the lines that begin with error:.
+    """
 
     def __init__(self, command, finished):
         self.command, self.status = " ".join(map(str, command)), finished.returncode
@@ -47,14 +50,26 @@ class Run:
 
 def user_environment(**changes):
     """The environment of an activated .venv and what Open MPI asks of root."""
-    return {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", "OMPI_ALLOW_RUN_AS_ROOT": "1",
-            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", **changes}
+    return {
+        **os.environ,
+        "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        **changes,
+    }
 
 
 def execute(command, cwd=ROOT, timeout=400, **environment):
     """Run ``command`` as a user does."""
-    finished = subprocess.run([str(word) for word in command], cwd=cwd, env=user_environment(**environment), timeout=timeout,
-                              text=True, capture_output=True, stdin=subprocess.DEVNULL)
+    finished = subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        env=user_environment(**environment),
+        timeout=timeout,
+        text=True,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+    )
     return Run(command, finished)
 
 
@@ -72,18 +87,32 @@ class Started:
     """A command that runs while a test acts on it; its session is killed in the end."""
 
     def __init__(self, command, folder, **environment):
-        self.command, self._out, self._err = command, Path(folder) / "out.txt", Path(folder) / "err.txt"
-        # A killed mpirun leaves a folder there by which a later one with the same process number fails to start.
+        self.command, self._out, self._err = (
+            command,
+            Path(folder) / "out.txt",
+            Path(folder) / "err.txt",
+        )
+        # A killed mpirun leaves a folder there by which a later one with the same process number
+        # fails to start.
         environment = user_environment(TMPDIR=str(folder), **environment)
         with open(self._out, "w") as out, open(self._err, "w") as err:
-            self.process = subprocess.Popen([str(word) for word in command], cwd=ROOT, env=environment, stdout=out,
-                                            stderr=err, stdin=subprocess.DEVNULL, start_new_session=True)
+            self.process = subprocess.Popen(
+                [str(word) for word in command],
+                cwd=ROOT,
+                env=environment,
+                stdout=out,
+                stderr=err,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
 
     def wait_for(self, condition, timeout=240):
         """Wait until ``condition()`` holds."""
         deadline = time.monotonic() + timeout
         while not condition():
-            assert self.process.poll() is None, f"it ended before: {self._out.read_text()}{self._err.read_text()}"
+            assert self.process.poll() is None, (
+                f"it ended before: {self._out.read_text()}{self._err.read_text()}"
+            )
             assert time.monotonic() < deadline
             time.sleep(0.005)
 
@@ -103,7 +132,11 @@ class Started:
         found = {}
         for entry in Path("/proc").iterdir():
             try:
-                variables = dict(pair.split("=", 1) for pair in (entry / "environ").read_text().split("\0") if "=" in pair)
+                variables = dict(
+                    pair.split("=", 1)
+                    for pair in (entry / "environ").read_text().split("\0")
+                    if "=" in pair
+                )
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except (OSError, ValueError, IndexError):
                 continue
@@ -115,7 +148,9 @@ class Started:
         """Wait for the end; the Run and the seconds that it took."""
         started = time.monotonic()
         status = self.process.wait(timeout)
-        finished = subprocess.CompletedProcess(self.command, status, self._out.read_text(), self._err.read_text())
+        finished = subprocess.CompletedProcess(
+            self.command, status, self._out.read_text(), self._err.read_text()
+        )
         return Run(self.command, finished), time.monotonic() - started
 
     def kill(self):
@@ -157,8 +192,20 @@ def image_root(tmp_path_factory):
 def trained_run(image_root, tmp_path_factory):
     """The run folder of two epochs of cifar_quick with ACB on ``image_root``."""
     output = tmp_path_factory.mktemp("trained")
-    run = execute(["python3", "train.py", f"--data_path={image_root}/train", f"--output_path={output}", *TINY,
-                   "--block=acb", "--max_epoch=2", "--lr=0.02", "--run_eval=1", "--ckpt_interval=1"])
+    run = execute(
+        [
+            "python3",
+            "train.py",
+            f"--data_path={image_root}/train",
+            f"--output_path={output}",
+            *TINY,
+            "--block=acb",
+            "--max_epoch=2",
+            "--lr=0.02",
+            "--run_eval=1",
+            "--ckpt_interval=1",
+        ]
+    )
     assert run.status == 0, run
     return only_run(output)
 
@@ -187,7 +234,9 @@ def measured(record_property):
 def pytest_terminal_summary(terminalreporter):
     """The figures of ``measured``."""
     reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
-    found = [text for report in reports for name, text in report.user_properties if name == "measured"]
+    found = [
+        text for report in reports for name, text in report.user_properties if name == "measured"
+    ]
     if found:
         terminalreporter.section("measured")
         for text in found:
@@ -198,6 +247,7 @@ def pytest_terminal_summary(terminalreporter):
 def kernels():
     """The library of oneDNN's kernels, for one thread."""
     from src.kernels.library import KernelsUnavailable, open_library
+
     try:
         return open_library(1)
     except KernelsUnavailable as failure:
@@ -214,17 +264,25 @@ def broken_copy(image_root, tmp_path):
 
 
 def randomise(network, seed=0):
-    """Give batch norms random scales, offsets and running statistics, so that no term of a formula vanishes."""
+    """Give batch norms random scales, offsets and running statistics.
+
+    Then no term of a formula vanishes.
+    """
     random = np.random.default_rng(seed)
     for parameter in network.get_parameters():
         kind = parameter.name.rpartition(".")[2]
         if kind in ("moving_variance", "gamma"):
-            parameter.set_data(mindspore.Tensor(random.uniform(0.5, 1.5, parameter.shape).astype(np.float32)))
+            parameter.set_data(
+                mindspore.Tensor(random.uniform(0.5, 1.5, parameter.shape).astype(np.float32))
+            )
         elif kind in ("moving_mean", "beta"):
-            parameter.set_data(mindspore.Tensor(random.normal(0, 0.2, parameter.shape).astype(np.float32)))
+            parameter.set_data(
+                mindspore.Tensor(random.normal(0, 0.2, parameter.shape).astype(np.float32))
+            )
 
 
 def make_config(**values):
     """A resolved configuration with ``values`` over the defaults."""
-    from src.utils.config import load_config
+    from src.cli.recipes import load_config
+
     return load_config({"data_path": "none", **values})

@@ -5,20 +5,44 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor
 
+from src.cli.config import Config, validated
+from src.cli.flags import ALIASES
+from src.cli.recipes import read_layer
 from src.dataset.decoding import BadImage, read_image
 from src.dataset.packed import save_part
 from src.dataset.sources import open_images
-from src.models.formats import read_weights
+from src.models.weight_files import read_weights
 from src.runs.checkpoint import save_checkpoint
-from src.utils.config import ALIASES, Config, read_layer, validated
 from src.utils.errors import UserError
 
-_TOKENS = (b"\0", b"\xff" * 4, b"-1", b"99999999999999999999", b"nan", b": ", b"- ", b"[", b"{", b"&a ", b"*a",
-           b"!!python/object:os.system", b"../", b"/etc/passwd", b"\r\n", b"\t", b"\xef\xbb\xbf", "ä".encode(), b"%s%n")
+_TOKENS = (
+    b"\0",
+    b"\xff" * 4,
+    b"-1",
+    b"99999999999999999999",
+    b"nan",
+    b": ",
+    b"- ",
+    b"[",
+    b"{",
+    b"&a ",
+    b"*a",
+    b"!!python/object:os.system",
+    b"../",
+    b"/etc/passwd",
+    b"\r\n",
+    b"\t",
+    b"\xef\xbb\xbf",
+    "ä".encode(),
+    b"%s%n",
+)
 
 
 def mutated(content, random):
-    """``content`` after one to four changes: bits flipped, a part cut, doubled or replaced, a token put in, the end lost."""
+    """``content`` after one to four changes.
+
+    Bits flipped, a part cut, doubled or replaced, a token put in, the end lost.
+    """
     changed = bytearray(content)
     for _ in range(random.integers(1, 5)):
         if not changed:
@@ -28,11 +52,11 @@ def mutated(content, random):
         if kind == 0:
             changed[at] ^= 1 << int(random.integers(8))
         elif kind == 1:
-            del changed[at:at + length]
+            del changed[at : at + length]
         elif kind == 2:
-            changed[at:at] = changed[at:at + length]
+            changed[at:at] = changed[at : at + length]
         elif kind == 3:
-            changed[at:at + length] = random.bytes(length)
+            changed[at : at + length] = random.bytes(length)
         elif kind == 4:
             changed[at:at] = _TOKENS[int(random.integers(len(_TOKENS)))]
         else:
@@ -41,7 +65,10 @@ def mutated(content, random):
 
 
 def survives(read, content, path, count, seed):
-    """Feed ``count`` mutations of ``content`` to ``read(path)``; (those that were read, those that were refused)."""
+    """Feed ``count`` mutations of ``content`` to ``read(path)``.
+
+    (those that were read, those that were refused).
+    """
     random, accepted, refused = np.random.default_rng(seed), 0, 0
     for _ in range(count):
         path.write_bytes(mutated(content, random))
@@ -55,7 +82,9 @@ def survives(read, content, path, count, seed):
 
 
 # Few of PNG: a changed header claims up to the limit of 2^26 pixels, which take their time.
-@pytest.mark.parametrize("suffix,count", [(".jpg", 2600), (".png", 50), (".bmp", 500), (".webp", 1000), (".tiff", 500)])
+@pytest.mark.parametrize(
+    "suffix,count", [(".jpg", 2600), (".png", 50), (".bmp", 500), (".webp", 1000), (".tiff", 500)]
+)
 def test_images(tmp_path, suffix, count):
     image = np.random.default_rng(0).integers(0, 256, (12, 15, 3), np.uint8)
     content = cv2.imencode(suffix, image)[1].tobytes()
@@ -63,6 +92,7 @@ def test_images(tmp_path, suffix, count):
     def read(path):
         decoded = read_image(str(path))
         assert decoded.ndim == 3 and decoded.shape[2] == 3 and decoded.dtype == np.uint8
+
     with pytest.raises(BadImage):
         (tmp_path / "a").write_bytes(content[:20])
         read(tmp_path / "a")
@@ -79,44 +109,75 @@ def test_lists(tmp_path):
         images = open_images(str(path), "train")
         assert all(file.startswith(str(tmp_path)) and "/../" not in file for file in images.paths)
         assert images.labels.min() >= 0
+
     survives(read, content, tmp_path / "train_list.txt", 3000, seed=2)
 
 
 def test_configurations(tmp_path):
-    content = b"network: resnet18\nlr: 0.1\ncrop_scale: [0.08, 1.0]\nlr_epochs: [30, 60]\nsync_bn: 0\nmean: [0.5, 0.5, 0.5]\nseed: 3\n"
+    content = (
+        b"network: resnet18\nlr: 0.1\ncrop_scale: [0.08, 1.0]\nlr_epochs: [30, 60]\nsync_bn: 0\n"
+        b"mean: [0.5, 0.5, 0.5]\nseed: 3\n"
+    )
     defaults = read_layer("default_config.yaml")
 
     def read(path):
         layer = read_layer(path)
         assert set(layer) <= set(Config.model_fields) and not set(layer) & set(ALIASES)
         validated({**defaults, **layer})
+
     survives(read, content, tmp_path / "a.yaml", 2000, seed=3)
 
 
 def small_parameters():
-    return [Parameter(Tensor(np.arange(6, dtype=np.float32).reshape(2, 3)), name="conv.weight"),
-            Parameter(Tensor(np.ones(4, np.float32)), name="norm.gamma")]
+    return [
+        Parameter(Tensor(np.arange(6, dtype=np.float32).reshape(2, 3)), name="conv.weight"),
+        Parameter(Tensor(np.ones(4, np.float32)), name="norm.gamma"),
+    ]
 
 
 def test_checkpoints(tmp_path):
     save_checkpoint(tmp_path / "whole.ckpt", small_parameters(), {"epoch": 1})
-    survives(read_weights, (tmp_path / "whole.ckpt").read_bytes(), tmp_path / "a.ckpt", 1500, seed=4)
+    survives(
+        read_weights, (tmp_path / "whole.ckpt").read_bytes(), tmp_path / "a.ckpt", 1500, seed=4
+    )
 
 
 def test_safetensors(tmp_path):
     from safetensors.numpy import save_file
-    save_file({p.name: p.asnumpy() for p in small_parameters()}, tmp_path / "whole", metadata={"metadata": '{"epoch": 1}'})
-    survives(read_weights, (tmp_path / "whole").read_bytes(), tmp_path / "a.safetensors", 1500, seed=5)
+
+    save_file(
+        {p.name: p.asnumpy() for p in small_parameters()},
+        tmp_path / "whole",
+        metadata={"metadata": '{"epoch": 1}'},
+    )
+    survives(
+        read_weights, (tmp_path / "whole").read_bytes(), tmp_path / "a.safetensors", 1500, seed=5
+    )
 
 
 def test_packed_sets(tmp_path):
-    save_part(tmp_path / "whole", [b"abc", b"", b"defgh"], np.array([0, 2, 0]), ["a.jpg", "b.jpg", "c.jpg"], {
-        "class_to_index": {"ant": 0, "bee": 1, "cat": 2}, "parts": 1, "images": 3, "source": 7, "short_side": 0, "quality": 90})
+    save_part(
+        tmp_path / "whole",
+        [b"abc", b"", b"defgh"],
+        np.array([0, 2, 0]),
+        ["a.jpg", "b.jpg", "c.jpg"],
+        {
+            "class_to_index": {"ant": 0, "bee": 1, "cat": 2},
+            "parts": 1,
+            "images": 3,
+            "source": 7,
+            "short_side": 0,
+            "quality": 90,
+        },
+    )
 
     def read(path):
         images = open_images(str(path), "train")
-        assert len(images) == 3 and images.num_classes <= 10 ** 6
-        assert sum(len(images.packed.encoded(index)) for index in range(3)) == 8 and all(images.name(index) for index in range(3))
+        assert len(images) == 3 and images.num_classes <= 10**6
+        assert sum(len(images.packed.encoded(index)) for index in range(3)) == 8 and all(
+            images.name(index) for index in range(3)
+        )
+
     survives(read, (tmp_path / "whole").read_bytes(), tmp_path / "a.safetensors", 3000, seed=8)
 
 
@@ -130,5 +191,8 @@ def test_hdf5(tmp_path):
 
 def test_pytorch_files(tmp_path):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-    torch.save({p.name: torch.from_numpy(p.asnumpy().copy()) for p in small_parameters()}, tmp_path / "whole")
+    torch.save(
+        {p.name: torch.from_numpy(p.asnumpy().copy()) for p in small_parameters()},
+        tmp_path / "whole",
+    )
     survives(read_weights, (tmp_path / "whole").read_bytes(), tmp_path / "a.pth", 400, seed=7)

@@ -1,9 +1,11 @@
 """Augmentation as an ordered list of entries, uint8 RGB images in and out.
 
-Each entry draws from its own counter-based stream of random numbers, a function of (seed, epoch, sample, entry). So an image of
-an epoch looks the same after a resume, with another number of ranks or threads, and whatever other entries the list has.
+Each entry draws from its own stream of random numbers, a function of (seed, epoch, sample, entry).
+So an image of an epoch looks the same after a resume, with another number of ranks or threads, and
+whatever other entries the list has.
 """
 
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,24 +15,16 @@ from typing import Annotated, Any
 import cv2
 import numpy as np
 import pydantic
+from PIL import Image
 
+from src.cli.config import Config
+from src.dataset.randaugment import MAX_MAGNITUDE, OPERATIONS
 from src.dataset.transforms import Resizing, color_jitter, padded_crop, random_resized_crop
-from src.utils.config import Config
-from src.utils.named import STRICT, make_named
+from src.utils.specs import FORBID_EXTRA, create_from_spec
 
 Probability = Annotated[float, pydantic.Field(ge=0, le=1)]
 Draw = Callable[[], tuple[np.ndarray, np.ndarray]]
 Load = Callable[[int], tuple[np.ndarray, int]]
-
-AUGMENTATIONS = {
-    "crop": "src.dataset.augmentations:Crop",
-    "flip": "src.dataset.augmentations:Flip",
-    "color_jitter": "src.dataset.augmentations:ColorJitter",
-    "randaugment": "src.dataset.randaugment:RandAugment",
-    "random_erasing": "src.dataset.random_erasing:RandomErasing",
-    "mixup": "src.dataset.mixing:Mixup",
-    "cutmix": "src.dataset.mixing:CutMix",
-}
 
 
 class Augmentation:
@@ -43,22 +37,27 @@ class Augmentation:
         """The entry with the arguments that the list gives it."""
         return cls(**arguments)
 
-    def __call__(self, image: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """(H, W, 3) -> (H', W', 3)."""
         return image
 
-    def mix(self, image: np.ndarray, target: np.ndarray, random: np.random.Generator, draw: Draw) -> tuple[np.ndarray, np.ndarray]:
+    def mix(
+        self, image: np.ndarray, target: np.ndarray, rng: np.random.Generator, draw: Draw
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Image (S, S, 3) and target, class probabilities (C,), mixed with those of another sample.
 
         Args:
-            draw: returns the image and target of another sample, which the entries before this one have augmented.
+            draw: returns image and target of another sample, augmented by the entries before this.
         """
         return image, target
 
 
-@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+@pydantic.dataclasses.dataclass(frozen=True, config=FORBID_EXTRA)
 class Crop(Augmentation):
-    """To the network's image size, by the keys train_crop, crop_scale, crop_ratio, crop_padding, interpolation and antialias."""
+    """A crop in the network's image size.
+
+    From the keys train_crop, crop_scale, crop_ratio, crop_padding, interpolation and antialias.
+    """
 
     kind: str
     size: int
@@ -69,17 +68,24 @@ class Crop(Augmentation):
 
     @classmethod
     def of(cls, config: Config, **arguments: Any) -> "Crop":
-        return cls(config.train_crop, config.image_size, config.crop_scale, config.crop_ratio, config.crop_padding, Resizing.of(config),
-                   **arguments)
+        return cls(
+            config.train_crop,
+            config.image_size,
+            config.crop_scale,
+            config.crop_ratio,
+            config.crop_padding,
+            Resizing.of(config),
+            **arguments,
+        )
 
-    def __call__(self, image: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         if self.kind == "random_resized":
-            return random_resized_crop(image, random, self.size, self.scale, self.ratio, self.resize)
+            return random_resized_crop(image, rng, self.size, self.scale, self.ratio, self.resize)
         image = self.resize(image, self.size, self.size)
-        return padded_crop(image, random, self.padding) if self.kind == "padded" else image
+        return padded_crop(image, rng, self.padding) if self.kind == "padded" else image
 
 
-@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+@pydantic.dataclasses.dataclass(frozen=True, config=FORBID_EXTRA)
 class Flip(Augmentation):
     """Exchange left and right with probability flip_probability."""
 
@@ -89,11 +95,11 @@ class Flip(Augmentation):
     def of(cls, config: Config, **arguments: Any) -> "Flip":
         return cls(**{"probability": config.flip_probability, **arguments})
 
-    def __call__(self, image: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        return cv2.flip(image, 1) if random.random() < self.probability else image
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return cv2.flip(image, 1) if rng.random() < self.probability else image
 
 
-@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+@pydantic.dataclasses.dataclass(frozen=True, config=FORBID_EXTRA)
 class ColorJitter(Augmentation):
     """Random brightness, contrast and saturation with the strengths of the key color_jitter."""
 
@@ -103,11 +109,140 @@ class ColorJitter(Augmentation):
 
     @classmethod
     def of(cls, config: Config, **arguments: Any) -> "ColorJitter":
-        return cls(**{**dict(zip(("brightness", "contrast", "saturation"), config.color_jitter)), **arguments})
+        return cls(
+            **{
+                **dict(zip(("brightness", "contrast", "saturation"), config.color_jitter)),
+                **arguments,
+            }
+        )
 
-    def __call__(self, image: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         strengths = self.brightness, self.contrast, self.saturation
-        return color_jitter(image, random, *strengths) if any(strengths) else image
+        return color_jitter(image, rng, *strengths) if any(strengths) else image
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=FORBID_EXTRA)
+class RandAugment(Augmentation):
+    """``layers`` operations of strength ``magnitude``, 0 to 30 (N and M in the paper).
+
+    Strengths have the ranges of AutoAugment (Cubuk et al., arXiv:1805.09501, table 6). The sign of
+    a signed strength is random.
+    """
+
+    layers: Annotated[int, pydantic.Field(ge=1)] = 2
+    magnitude: Annotated[float, pydantic.Field(ge=0, le=MAX_MAGNITUDE)] = 9
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        picture = Image.fromarray(image)
+        for _ in range(self.layers):
+            operation = OPERATIONS[int(rng.integers(len(OPERATIONS)))]
+            sign = 1 if rng.random() < 0.5 else -1
+            picture = operation(picture, sign * self.magnitude / MAX_MAGNITUDE)
+        return np.asarray(picture)
+
+
+_ATTEMPTS = 100
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=FORBID_EXTRA)
+class RandomErasing(Augmentation):
+    """With ``probability``, random pixels in a rectangle.
+
+    The rectangle covers ``scale`` of the area and has ``ratio`` of height to width.
+    """
+
+    probability: Probability = 0.5
+    scale: tuple[Probability, Probability] = (0.02, 0.4)
+    ratio: tuple[float, float] = (0.3, 1 / 0.3)
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        if rng.random() >= self.probability:
+            return image
+        height, width = image.shape[:2]
+        for _ in range(_ATTEMPTS):
+            area, aspect = height * width * rng.uniform(*self.scale), rng.uniform(*self.ratio)
+            rows, columns = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < rows <= height and 0 < columns <= width:
+                top, left = (
+                    int(rng.integers(height - rows, endpoint=True)),
+                    int(rng.integers(width - columns, endpoint=True)),
+                )
+                image = image.copy()
+                image[top : top + rows, left : left + columns] = rng.integers(
+                    0, 256, (rows, columns, 3), np.uint8
+                )
+                break
+        return image
+
+
+Alpha = Annotated[float, pydantic.Field(gt=0)]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=FORBID_EXTRA)
+class Mixup(Augmentation):
+    """Weighted mean of two images and of their targets, with weight w ~ Beta(alpha, alpha).
+
+    Zhang et al., arXiv:1710.09412.
+    """
+
+    alpha: Alpha = 0.2
+    probability: Probability = 1.0
+    mixes = True
+
+    def mix(
+        self, image: np.ndarray, target: np.ndarray, rng: np.random.Generator, draw: Draw
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if rng.random() >= self.probability:
+            return image, target
+        weight = rng.beta(self.alpha, self.alpha)
+        other, other_target = draw()
+        return (
+            cv2.addWeighted(image, weight, other, 1 - weight, 0),
+            (weight * target + (1 - weight) * other_target).astype(np.float32),
+        )
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=FORBID_EXTRA)
+class CutMix(Augmentation):
+    """Pastes a rectangle of another image; targets are weighted by visible area.
+
+    Yun et al., arXiv:1905.04899. The rectangle has the image's aspect ratio and the fraction 1 - w
+    of its area, w ~ Beta(alpha, alpha). Its centre is uniform, and the image's borders clip it.
+    """
+
+    alpha: Alpha = 1.0
+    probability: Probability = 1.0
+    mixes = True
+
+    def mix(
+        self, image: np.ndarray, target: np.ndarray, rng: np.random.Generator, draw: Draw
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if rng.random() >= self.probability:
+            return image, target
+        height, width = image.shape[:2]
+        fraction = np.sqrt(1 - rng.beta(self.alpha, self.alpha))
+        rows, columns = (_interval(rng, length, fraction) for length in (height, width))
+        other, other_target = draw()
+        image = image.copy()
+        image[rows, columns] = other[rows, columns]
+        weight = 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)
+        return image, (weight * target + (1 - weight) * other_target).astype(np.float32)
+
+
+def _interval(rng: np.random.Generator, length: int, fraction: float) -> slice:
+    centre, half = int(rng.integers(length)), int(length * fraction) // 2
+    return slice(max(centre - half, 0), min(centre + half, length))
+
+
+AUGMENTATIONS: dict[str, type[Augmentation]] = {
+    "crop": Crop,
+    "flip": Flip,
+    "color_jitter": ColorJitter,
+    "randaugment": RandAugment,
+    "random_erasing": RandomErasing,
+    "mixup": Mixup,
+    "cutmix": CutMix,
+}
 
 
 @dataclass(frozen=True)
@@ -123,7 +258,7 @@ class Augmenter:
         count, num_classes: samples and classes of the set.
 
     Attributes:
-        mixes: whether samples have class probabilities for targets, in place of a label.
+        mixes: whether samples have class probabilities as targets instead of a label.
     """
 
     def __init__(self, config: Config, count: int, num_classes: int) -> None:
@@ -133,7 +268,10 @@ class Augmenter:
         self.mixes = any(stage.augmentation.mixes for stage in self._stages)
 
     def sample(self, load: Load, epoch: int, index: int) -> tuple[np.ndarray, Any]:
-        """Sample ``index`` in ``epoch``: image (S, S, 3) uint8 RGB, and its label or, with mixing, probabilities (C,) float32.
+        """Sample ``index`` in ``epoch``.
+
+        Returns:
+            Image (S, S, 3) uint8 RGB, and its label or, with mixing, probabilities (C,) float32.
 
         Args:
             load: index -> (image (H, W, 3) uint8 RGB, label).
@@ -142,21 +280,27 @@ class Augmenter:
             return self._mixed(load, epoch, index, len(self._stages))
         image, label = load(index)
         for stage in self._stages:
-            image = stage.augmentation(image, sample_generator(self._seed, epoch, index, stage.stream))
+            image = stage.augmentation(
+                image, sample_generator(self._seed, epoch, index, stage.stream)
+            )
         return self._resize(image, self._size, self._size), label
 
-    def _mixed(self, load: Load, epoch: int, index: int, stages: int) -> tuple[np.ndarray, np.ndarray]:
+    def _mixed(
+        self, load: Load, epoch: int, index: int, stages: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         image, label = load(index)
         target = np.zeros(self._classes, np.float32)
         target[label] = 1
         for position, stage in enumerate(self._stages[:stages]):
-            random = sample_generator(self._seed, epoch, index, stage.stream)
+            rng = sample_generator(self._seed, epoch, index, stage.stream)
             if stage.augmentation.mixes:
-                other = int(random.integers(self._count))
+                other = int(rng.integers(self._count))
                 draw = partial(self._mixed, load, epoch, other, position)
-                image, target = stage.augmentation.mix(self._resize(image, self._size, self._size), target, random, draw)
+                image, target = stage.augmentation.mix(
+                    self._resize(image, self._size, self._size), target, rng, draw
+                )
             else:
-                image = stage.augmentation(image, random)
+                image = stage.augmentation(image, rng)
         return self._resize(image, self._size, self._size), target
 
 
@@ -172,11 +316,16 @@ def sample_generator(seed: int, epoch: int, index: int, stream: int = 0) -> np.r
 
 
 def _stages(config: Config) -> list[_Stage]:
-    """The entries with their streams, which depend on an entry's name and how often that came before, not on its place."""
+    """The entries with their streams.
+
+    A stream depends on the entry's name and on how often that name came before, not on its place.
+    """
     stages: list[_Stage] = []
     names: list[str] = []
     for text in config.augmentations:
         names.append(text.partition("(")[0].strip())
         stream = zlib.crc32(f"{names[-1]} {names.count(names[-1])}".encode())
-        stages.append(_Stage(make_named("augmentations", text, AUGMENTATIONS, config), stream))
+        stages.append(
+            _Stage(create_from_spec("augmentations", text, AUGMENTATIONS, config), stream)
+        )
     return stages

@@ -1,7 +1,7 @@
 """Batches as functions of their number.
 
-A source below answers "batch i" from (seed, epoch, indices) alone and fills whole batches with a pool of threads;
-``prefetch`` makes the next batches while one is in use.
+A source answers "batch i" from (seed, epoch, indices) alone, and fills a batch with a pool of
+threads; ``prefetch`` makes the next batches while one is in use.
 """
 
 import math
@@ -14,20 +14,23 @@ from typing import Any, Protocol
 import cv2
 import numpy as np
 
+from src.cli.config import Config
 from src.dataset.augmentations import Augmenter
 from src.dataset.decoding import BadImage
 from src.dataset.image_set import ImageSet
 from src.dataset.transforms import eval_transform
-from src.utils.config import Config
-from src.utils.device import available_cores
 from src.utils.errors import UserError
+from src.utils.machine import available_cores
 
 PADDING_LABEL = -1
 # Labels images that cannot be decoded, which count as wrong.
 UNDECODABLE_LABEL = -2
 _PREFETCHED_BATCHES = 2
-HOW_TO_GO_ON = "replace or remove it, or train with --bad_samples=replace; scripts/check_dataset.py lists all such files"
-# Images in a row that are tried in place of one that cannot be decoded.
+HOW_TO_GO_ON = (
+    "replace or remove it, or train with --bad_samples=replace; scripts/check_dataset.py lists all "
+    "such files"
+)
+# How many images in a row to try instead of an undecodable one.
 _SUBSTITUTES = 100
 
 
@@ -37,9 +40,9 @@ class Batch:
 
     Attributes:
         images: (B, S, S, 3) uint8 RGB.
-        labels: (B,) int32, or class probabilities (B, C) float32 from augmentations that mix samples.
+        labels: (B,) int32, or class probabilities (B, C) float32 if augmentations mix samples.
         substituted: number of images that another one replaces because they cannot be decoded.
-        undecodable: a message for each image that cannot be decoded and is labelled UNDECODABLE_LABEL.
+        undecodable: a message for each undecodable image, whose label is UNDECODABLE_LABEL.
     """
 
     images: np.ndarray
@@ -56,53 +59,64 @@ class BatchSource(Protocol):
     def __getitem__(self, number: int) -> Batch: ...
 
 
-def rank_batch(config: Config, world_size: int) -> int:
-    """Images in one forward pass of one rank: per_batch_size, or the rank's share of global_batch_size.
+def micro_batch_size(config: Config, world_size: int) -> int:
+    """Images in one forward pass of one rank: per_batch_size, or its part of global_batch_size.
 
     Raises:
         UserError: if global_batch_size cannot be shared out evenly.
     """
     if not config.global_batch_size:
         return config.per_batch_size
-    share, rest = divmod(config.global_batch_size, world_size * config.accumulation_steps)
-    if rest or not share:
-        raise UserError(f"global_batch_size={config.global_batch_size} does not divide by {world_size} ranks x "
-                        f"accumulation_steps={config.accumulation_steps}")
-    return share
+    images, rest = divmod(config.global_batch_size, world_size * config.accumulation_steps)
+    if rest or not images:
+        raise UserError(
+            f"global_batch_size={config.global_batch_size} does not divide by {world_size} ranks x "
+            f"accumulation_steps={config.accumulation_steps}"
+        )
+    return images
 
 
-def global_batch(config: Config, world_size: int) -> int:
+def global_batch_size(config: Config, world_size: int) -> int:
     """Images in one optimizer step over all ranks."""
-    return rank_batch(config, world_size) * world_size * config.accumulation_steps
+    return micro_batch_size(config, world_size) * world_size * config.accumulation_steps
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     """Permutation of ``count`` samples, (count,) int64: a function of (seed, epoch)."""
-    # The top bit of the second key word keeps this stream apart from those of samples, whose index is there.
-    key = np.array([seed, 2 ** 63 + epoch], np.uint64)
+    # The top bit of the second key word separates this stream from those of samples, which have
+    # their index there.
+    key = np.array([seed, 2**63 + epoch], np.uint64)
     return np.random.Generator(np.random.Philox(key=key)).permutation(count)
 
 
-def rank_share(indices: np.ndarray, rank: int, size: int) -> np.ndarray:
+def shard(indices: np.ndarray, rank: int, size: int) -> np.ndarray:
     """Every ``size``-th of ``indices``, beginning with the ``rank``-th."""
     return indices[rank::size]
 
 
 def steps_per_epoch(images: int, config: Config, size: int) -> int:
-    """Global batches of ``size`` ranks that ``images`` training images make. Raises UserError if they make none."""
-    steps = images // global_batch(config, size)
+    """Number of global batches that ``images`` training images make on ``size`` ranks.
+
+    Raises:
+        UserError: if they make none.
+    """
+    steps = images // global_batch_size(config, size)
     if not steps:
-        raise UserError(f"{images} training images are fewer than one global batch of {global_batch(config, size)} "
-                        f"({size} ranks x {rank_batch(config, size)} x accumulation_steps={config.accumulation_steps}); "
-                        f"use --per_batch_size={max(images // (size * config.accumulation_steps), 1)} or less")
+        raise UserError(
+            f"{images} training images are fewer than one global batch of "
+            f"{global_batch_size(config, size)} ({size} ranks x {micro_batch_size(config, size)} x "
+            f"accumulation_steps={config.accumulation_steps}); "
+            f"use --per_batch_size={max(images // (size * config.accumulation_steps), 1)} or less"
+        )
     return steps
 
 
 class TrainBatches:
     """Training batches of one rank over all epochs: number i is the i-th forward batch of the run.
 
-    The global batch of a step is the same for any number of ranks; the last incomplete global batch of an epoch is left out.
-    With bad_samples=replace an image that cannot be decoded is replaced by the next of the data set that can, with its label.
+    The global batch of a step is the same for any number of ranks. The last incomplete global batch
+    of an epoch is left out. With bad_samples=replace, the next image of the data set that can be
+    decoded, and its label, replace an image that cannot.
 
     Raises:
         UserError: if the data has fewer images than one global batch.
@@ -110,7 +124,10 @@ class TrainBatches:
 
     def __init__(self, images: ImageSet, config: Config, rank: int, size: int) -> None:
         self.images, self.config, self.rank, self.size = images, config, rank, size
-        self.batch, self.global_batch = rank_batch(config, size), global_batch(config, size)
+        self.batch, self.global_batch_size = (
+            micro_batch_size(config, size),
+            global_batch_size(config, size),
+        )
         self.steps_per_epoch = steps_per_epoch(len(images), config, size)
         self._threads = _Threads(config.num_parallel_workers or available_cores())
         self._augmenter = Augmenter(config, len(images), images.num_classes)
@@ -122,8 +139,10 @@ class TrainBatches:
     def __getitem__(self, number: int) -> Batch:
         step, part = divmod(number, self.config.accumulation_steps)
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        indices = self._epoch_order(epoch)[step_in_epoch * self.global_batch:(step_in_epoch + 1) * self.global_batch]
-        mine = rank_share(indices, self.rank, self.size)[part * self.batch:(part + 1) * self.batch]
+        indices = self._epoch_order(epoch)[
+            step_in_epoch * self.global_batch_size : (step_in_epoch + 1) * self.global_batch_size
+        ]
+        mine = shard(indices, self.rank, self.size)[part * self.batch : (part + 1) * self.batch]
         substituted: set[int] = set()
 
         def load(index: int) -> tuple[np.ndarray, int]:
@@ -132,9 +151,17 @@ class TrainBatches:
                 substituted.add(index)
             return image, int(self.images.labels[used])
 
-        labels = (np.zeros((self.batch, self.images.num_classes), np.float32) if self._augmenter.mixes
-                  else np.zeros(self.batch, np.int32))
-        images = self._threads.fill(mine, lambda index: self._augmenter.sample(load, epoch, index), self.config.image_size, labels)
+        labels = (
+            np.zeros((self.batch, self.images.num_classes), np.float32)
+            if self._augmenter.mixes
+            else np.zeros(self.batch, np.int32)
+        )
+        images = self._threads.fill(
+            mine,
+            lambda index: self._augmenter.sample(load, epoch, index),
+            self.config.image_size,
+            labels,
+        )
         return Batch(images, labels, len(substituted))
 
     def _load(self, index: int) -> tuple[int, np.ndarray]:
@@ -146,7 +173,10 @@ class TrainBatches:
             except BadImage as failure:
                 if self.config.bad_samples == "error":
                     raise UserError(f"{failure}; {HOW_TO_GO_ON}") from None
-        raise UserError(f"{_SUBSTITUTES} images in a row from {self.images.name(index)} cannot be decoded; is this the right data?")
+        raise UserError(
+            f"{_SUBSTITUTES} images in a row from {self.images.name(index)} cannot be decoded; "
+            "is this the right data?"
+        )
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if self._order[0] != epoch:
@@ -155,38 +185,46 @@ class TrainBatches:
 
 
 class EvalBatches:
-    """Evaluation batches of one rank: each image of the rank's share once, in order.
+    """Evaluation batches of one rank: each image of its shard once, in order.
 
-    The last batch is filled up with black images labelled PADDING_LABEL, so that one compiled graph serves all. Images
-    that cannot be decoded are black and labelled UNDECODABLE_LABEL.
+    The last batch is filled up with black images labelled PADDING_LABEL, so that one compiled graph
+    serves all batches. Undecodable images are black and labelled UNDECODABLE_LABEL.
     """
 
     def __init__(self, images: ImageSet, config: Config, rank: int, size: int, batch: int) -> None:
         self.images, self.config, self.batch = images, config, batch
-        self.indices = rank_share(np.arange(len(images)), rank, size)
+        self.indices = shard(np.arange(len(images)), rank, size)
         self._threads = _Threads(config.num_parallel_workers or available_cores())
 
     def __len__(self) -> int:
         return math.ceil(len(self.indices) / self.batch)
 
     def __getitem__(self, number: int) -> Batch:
-        mine = self.indices[number * self.batch:(number + 1) * self.batch]
+        mine = self.indices[number * self.batch : (number + 1) * self.batch]
         undecodable: dict[int, str] = {}
 
         def make(index: int) -> tuple[Any, int]:
             try:
-                return eval_transform(self.images.load(index), self.config), int(self.images.labels[index])
+                return eval_transform(self.images.load(index), self.config), int(
+                    self.images.labels[index]
+                )
             except BadImage as failure:
                 undecodable[index] = str(failure)
                 return 0, UNDECODABLE_LABEL
 
         labels = np.full(self.batch, PADDING_LABEL, np.int32)
         images = self._threads.fill(mine, make, self.config.image_size, labels)
-        return Batch(images, labels, undecodable=tuple(undecodable[index] for index in sorted(undecodable)))
+        return Batch(
+            images, labels, undecodable=tuple(undecodable[index] for index in sorted(undecodable))
+        )
 
 
 def prefetch(source: BatchSource, first: int = 0, last: int | None = None) -> Iterator[Batch]:
-    """Yield batches ``first`` to ``last`` of ``source``, made ahead by a thread. Raises what the source raises."""
+    """Yield batches ``first`` to ``last``, made ahead by a thread.
+
+    Raises:
+        Exception: what the source raises.
+    """
     numbers = iter(range(first, len(source) if last is None else last))
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
         pending: deque[Future[Batch]] = deque()
@@ -210,11 +248,20 @@ class _Threads:
         cv2.setNumThreads(0)
         self._count, self._pool = count, ThreadPoolExecutor(count)
 
-    def fill(self, indices: Sequence[int] | np.ndarray, make: Callable[[int], tuple[Any, Any]], size: int,
-             labels: np.ndarray) -> np.ndarray:
-        """Images (len(labels), size, size, 3) uint8, the first of them from ``make(index)``, whose labels go into ``labels``."""
+    def fill(
+        self,
+        indices: Sequence[int] | np.ndarray,
+        make: Callable[[int], tuple[Any, Any]],
+        size: int,
+        labels: np.ndarray,
+    ) -> np.ndarray:
+        """Images (len(labels), size, size, 3) uint8; zeros behind the last index.
+
+        Args:
+            labels: receives the images' labels.
+        """
         images = np.zeros((len(labels), size, size, 3), np.uint8)
-        # Each thread takes the next slot itself: handing one over costs more than the smaller operations on an image.
+        # Each thread takes the next slot itself: a queue costs more than a small operation.
         slots = iter(range(len(indices)))
 
         def work() -> None:

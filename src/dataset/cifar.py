@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009) as their page has them, in the binary and in the Python form."""
+"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009), in the binary and the Python form of their page."""
 
 import io
 import pickle
@@ -13,14 +13,19 @@ from src.dataset.image_set import ImageSet
 from src.utils.errors import UserError
 
 _PIXELS = 3 * 32 * 32
-# What arrays in a pickle are made of. Nothing else that a pickle names is looked up, so that none can run code.
-_HARMLESS = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"),
-             ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")}
+# What arrays in a pickle consist of. No other name in a pickle is looked up, so that no code runs.
+_HARMLESS = {
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("_codecs", "encode"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+}
 
 
 @dataclass(frozen=True)
 class CifarForm:
-    """The files of one form: the folder that the archive makes, and in it the parts and the class names.
+    """The files of one form: the archive's folder, and in it the parts and the class names.
 
     ``telling`` says whether the names of the parts tell what they are; "train" does not.
     """
@@ -59,23 +64,48 @@ class Cifar:
     classes: tuple[str, ...]
 
     def find(self, path: Path) -> tuple[Path, CifarForm] | None:
-        """The folder at or in ``path`` that holds the set, and in which form; None if there is none."""
-        return next(((folder, form) for form in self.forms for folder in (path, path / form.folder) if form.is_in(folder)), None)
+        """The folder at or in ``path`` that holds the set, and its form; None if there is none."""
+        return next(
+            (
+                (folder, form)
+                for form in self.forms
+                for folder in (path, path / form.folder)
+                if form.is_in(folder)
+            ),
+            None,
+        )
 
     def open(self, path: Path, split: str, class_to_index: Mapping[str, int] | None) -> ImageSet:
-        """The training images for "train", else the test images. Raises UserError for files that are missing or damaged."""
+        """The training images for "train", else the test images.
+
+        Raises:
+            UserError: for files that are missing or damaged.
+        """
         found = self.find(path)
         if found is None:
-            raise UserError(f"'{path}' holds no {self.name}; it needs {' or '.join(form.folder for form in self.forms)}")
+            raise UserError(
+                f"'{path}' holds no {self.name}; it needs "
+                f"{' or '.join(form.folder for form in self.forms)}"
+            )
         folder, form = found
-        parts = [self._read(folder / name, form) for name in (form.train if split == "train" else form.test)]
+        parts = [
+            self._read(folder / name, form)
+            for name in (form.train if split == "train" else form.test)
+        ]
         labels = np.concatenate([labels for labels, _ in parts]).astype(np.int32)
         if labels.size == 0 or labels.min() < 0 or labels.max() >= len(self.classes):
             raise UserError(f"{folder} holds labels that {self.name} does not have; fetch it again")
-        pixels = np.concatenate([pixels for _, pixels in parts]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        pixels = (
+            np.concatenate([pixels for _, pixels in parts])
+            .reshape(-1, 3, 32, 32)
+            .transpose(0, 2, 3, 1)
+        )
         names = self._class_names(folder / form.meta, form)
-        return ImageSet(dict(class_to_index or {name: label for label, name in enumerate(names)}), labels,
-                        pixels=np.ascontiguousarray(pixels))
+        return ImageSet(
+            dict(class_to_index or {name: label for label, name in enumerate(names)}),
+            labels,
+            pixels=np.ascontiguousarray(pixels),
+        )
 
     def _read(self, file: Path, form: CifarForm) -> tuple[np.ndarray, np.ndarray]:
         """Labels (N,) and pixels (N, 3072) uint8 of a file."""
@@ -83,23 +113,35 @@ class Cifar:
         if form.is_binary:
             size = self.label_bytes + _PIXELS
             if not content or len(content) % size:
-                raise UserError(f"{file} has {len(content)} bytes, which is no whole number of {self.name} records; fetch it again")
+                raise UserError(
+                    f"{file} has {len(content)} bytes, which is no whole number of {self.name} "
+                    "records; fetch it again"
+                )
             records = np.frombuffer(content, np.uint8).reshape(-1, size)
-            return records[:, self.label_bytes - 1], records[:, self.label_bytes:]
+            return records[:, self.label_bytes - 1], records[:, self.label_bytes :]
         found = _unpickle(content, file)
         try:
             labels, pixels = np.array(found[self.labels_key], np.int64), found["data"]
-            if pixels.dtype == np.uint8 and pixels.shape == (len(labels), _PIXELS) and labels.ndim == 1:
+            if (
+                pixels.dtype == np.uint8
+                and pixels.shape == (len(labels), _PIXELS)
+                and labels.ndim == 1
+            ):
                 return labels, pixels
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             pass
-        raise UserError(f"{file} does not hold {self.labels_key} and data of {self.name}; fetch it again")
+        raise UserError(
+            f"{file} does not hold {self.labels_key} and data of {self.name}; fetch it again"
+        )
 
     def _class_names(self, file: Path, form: CifarForm) -> tuple[str, ...]:
         if not file.is_file():
             return self.classes
-        names = (_content(file).decode("utf-8", "replace").split() if form.is_binary
-                 else [str(name) for name in _unpickle(_content(file), file).get(self.names_key, ())])
+        names = (
+            _content(file).decode("utf-8", "replace").split()
+            if form.is_binary
+            else [str(name) for name in _unpickle(_content(file), file).get(self.names_key, ())]
+        )
         return tuple(names) if len(set(names)) == len(names) == len(self.classes) else self.classes
 
 
@@ -131,11 +173,30 @@ def _unpickle(content: bytes, file: Path) -> dict[str, Any]:
 
 
 _TEN = tuple(f"data_batch_{number}" for number in range(1, 6))
-CIFAR10 = Cifar("CIFAR-10", (
-    CifarForm("cifar-10-batches-bin", tuple(f"{name}.bin" for name in _TEN), ("test_batch.bin",), "batches.meta.txt"),
-    CifarForm("cifar-10-batches-py", _TEN, ("test_batch",), "batches.meta"),
-), 1, "labels", "label_names", ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"))
-CIFAR100 = Cifar("CIFAR-100", (
-    CifarForm("cifar-100-binary", ("train.bin",), ("test.bin",), "fine_label_names.txt"),
-    CifarForm("cifar-100-python", ("train",), ("test",), "meta", telling=False),
-), 2, "fine_labels", "fine_label_names", tuple(str(label) for label in range(100)))
+CIFAR10 = Cifar(
+    "CIFAR-10",
+    (
+        CifarForm(
+            "cifar-10-batches-bin",
+            tuple(f"{name}.bin" for name in _TEN),
+            ("test_batch.bin",),
+            "batches.meta.txt",
+        ),
+        CifarForm("cifar-10-batches-py", _TEN, ("test_batch",), "batches.meta"),
+    ),
+    1,
+    "labels",
+    "label_names",
+    ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+)
+CIFAR100 = Cifar(
+    "CIFAR-100",
+    (
+        CifarForm("cifar-100-binary", ("train.bin",), ("test.bin",), "fine_label_names.txt"),
+        CifarForm("cifar-100-python", ("train",), ("test",), "meta", telling=False),
+    ),
+    2,
+    "fine_labels",
+    "fine_label_names",
+    tuple(str(label) for label in range(100)),
+)

@@ -1,4 +1,4 @@
-"""The one decoder: an image file is the same picture in training, evaluation, prediction and packed sets."""
+"""Decodes image files, the same way in training, evaluation, prediction and packed sets."""
 
 import errno
 import io
@@ -12,6 +12,12 @@ from PIL import Image, ImageOps
 
 from src.utils.errors import UserError
 
+_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG"
+# First bytes of JPEG, PNG, BMP, WebP, TIFF (both byte orders), and the netpbm formats.
+_MAGIC = (_JPEG, _PNG, b"BM", b"RIFF", b"II*\0", b"MM\0*", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6")
+# What the last bytes of a complete file contain; cameras may append some bytes.
+_ENDS = {_JPEG: b"\xff\xd9", _PNG: b"IEND"}
+_LAST_BYTES = 64
 _LARGEST_FILE = 1 << 28
 _MOST_PIXELS = 1 << 26
 _ORIENTATION = 0x0112
@@ -32,14 +38,18 @@ def read_image(path: str) -> np.ndarray:
     try:
         with open_regular(path) as file:
             # Not np.fromfile with a count, which allocates for the count first.
-            encoded = np.frombuffer(file.read(min(os.fstat(file.fileno()).st_size, _LARGEST_FILE)), np.uint8)
+            encoded = np.frombuffer(
+                file.read(min(os.fstat(file.fileno()).st_size, _LARGEST_FILE)), np.uint8
+            )
     except (OSError, ValueError) as failure:
-        raise BadImage(f"cannot read the image {path}: {getattr(failure, 'strerror', failure)}") from None
+        raise BadImage(
+            f"cannot read the image {path}: {getattr(failure, 'strerror', failure)}"
+        ) from None
     return decode_image(encoded, path)
 
 
 def open_regular(path: str) -> io.FileIO:
-    """Open a file for reading, without waiting for anybody. Raises OSError, also for a named pipe or a device."""
+    """Open a file for reading without waiting. Raises OSError, also for a pipe or a device."""
     file = io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -48,10 +58,11 @@ def open_regular(path: str) -> io.FileIO:
 
 
 def decode_image(encoded: np.ndarray, name: str) -> np.ndarray:
-    """The content of an image file, (N,) uint8, as a person sees it, (H, W, 3) uint8 RGB.
+    """Decode the content of an image file, (N,) uint8, to (H, W, 3) uint8 RGB.
 
-    Turned by its EXIF orientation; grey, CMYK and 16-bit pictures are converted; transparent parts lie over white. Files of
-    256 MiB and more and images of more than 2^26 pixels are refused, by their headers: a small file may decode to gigabytes.
+    Follows the EXIF orientation. Grey, CMYK and 16-bit pictures are converted; transparent parts
+    lie over white. Files of 256 MiB or more and images of more than 2^26 pixels are refused from
+    their headers: a small file may decode to gigabytes.
 
     Args:
         name: what to call it in a message.
@@ -68,7 +79,7 @@ def decode_image(encoded: np.ndarray, name: str) -> np.ndarray:
     except Image.DecompressionBombError:
         raise BadImage(f"{name} has too many pixels, as a decompression bomb has") from None
     except Exception as failure:  # many kinds, one for each format's way of being damaged
-        # OpenCV may know it all the same, but without a header that was read nothing bounds what it decodes to.
+        # OpenCV may decode it, but without a header nothing limits the size of the result.
         raise BadImage(f"{name} is not an image that can be decoded") from failure
     with picture:
         if picture.width * picture.height > _MOST_PIXELS:
@@ -93,9 +104,16 @@ def _decoded_by_opencv(encoded: np.ndarray, name: str) -> np.ndarray:
 
 
 def _is_plain(picture: Image.Image) -> bool:
-    """Whether a picture, of which only the header was read, is upright, opaque, of 8 bits, and of a format that OpenCV has."""
-    return (picture.mode in _PLAIN_MODES and picture.format in _OPENCV_FORMATS and "transparency" not in picture.info
-            and picture.getexif().get(_ORIENTATION, 1) == 1)
+    """Whether a picture is upright, opaque, of 8 bits and of one of OpenCV's formats.
+
+    Only its header was read.
+    """
+    return (
+        picture.mode in _PLAIN_MODES
+        and picture.format in _OPENCV_FORMATS
+        and "transparency" not in picture.info
+        and picture.getexif().get(_ORIENTATION, 1) == 1
+    )
 
 
 def _as_seen(picture: Image.Image) -> np.ndarray:
@@ -111,3 +129,20 @@ def _as_seen(picture: Image.Image) -> np.ndarray:
             turned = turned.convert("RGBA")
             turned = Image.alpha_composite(Image.new("RGBA", turned.size, "white"), turned)
         return np.asarray(turned.convert("RGB"))
+
+
+def looks_whole_file(path: str) -> bool:
+    """Whether an image file is likely to be complete, judging from its first and last bytes."""
+    try:
+        with open_regular(path) as file:
+            first = file.read(4)
+            file.seek(max(os.fstat(file.fileno()).st_size - _LAST_BYTES, 0))
+            return looks_whole(first, file.read(_LAST_BYTES))
+    except OSError:
+        return False
+
+
+def looks_whole(first: bytes, last: bytes) -> bool:
+    """``looks_whole_file`` for the first 4 and the last 64 bytes of a file."""
+    end = next((end for magic, end in _ENDS.items() if first.startswith(magic)), b"")
+    return first.startswith(_MAGIC) and end in last

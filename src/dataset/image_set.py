@@ -3,15 +3,25 @@
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from src.dataset.decoding import decode_image, read_image
-from src.dataset.packed import PackedImages
 
-# Class names that ranks compare one by one, for a message that names the first that differs; of the rest, a checksum.
+# Ranks compare this many class names one by one, so that a message can name the first difference;
+# they compare the rest by a checksum.
 _COMPARED_CLASSES = 50
+
+
+class EncodedImages(Protocol):
+    """Encoded image files that are stored together, such as a packed set."""
+
+    def encoded(self, index: int) -> np.ndarray:
+        """The bytes of image ``index``, (N,) uint8."""
+
+    def name(self, index: int) -> str:
+        """How messages refer to image ``index``."""
 
 
 @dataclass(frozen=True)
@@ -25,14 +35,14 @@ class ImageSet:
         pixels: (N, H, W, 3) uint8 RGB, or None.
         packed: encoded images of a packed set, or None.
         rows: (N,) places of the images in ``pixels`` or ``packed``; None for all in order.
-        left_out: files and linked folders beside the images that look like images and are not read.
+        left_out: files and linked folders that look like images and are not read.
     """
 
     class_to_index: dict[str, int]
     labels: np.ndarray
     paths: list[str] | None = None
     pixels: np.ndarray | None = None
-    packed: PackedImages | None = None
+    packed: EncodedImages | None = None
     rows: np.ndarray | None = None
     left_out: tuple[str, ...] = ()
 
@@ -47,30 +57,49 @@ class ImageSet:
         """What to call image ``index`` in a message."""
         if self.paths is not None:
             return self.paths[index]
-        return self.packed.name(self._row(index)) if self.packed is not None else f"record {self._row(index)}"
+        return (
+            self.packed.name(self._row(index))
+            if self.packed is not None
+            else f"record {self._row(index)}"
+        )
 
-    def facts(self, what: str) -> dict[str, Any]:
-        """What ranks compare of their images: how many, their labels, their classes. ``what`` is a word for the set."""
+    def summary(self, what: str) -> dict[str, Any]:
+        """What ranks compare of their images: counts, labels and classes.
+
+        Args:
+            what: a word for the set, as in "training".
+        """
         classes = sorted(self.class_to_index, key=lambda name: self.class_to_index[name])
-        return {f"number of {what} images": len(self), f"number of {what} classes": len(classes),
-                **{f"{what} class {label}": name for label, name in enumerate(classes[:_COMPARED_CLASSES])},
-                f"checksum of {what} class names": zlib.crc32("\0".join(classes).encode("utf-8", "surrogatepass")),
-                f"checksum of {what} labels": zlib.crc32(self.labels.data)}
+        return {
+            f"number of {what} images": len(self),
+            f"number of {what} classes": len(classes),
+            **{
+                f"{what} class {label}": name
+                for label, name in enumerate(classes[:_COMPARED_CLASSES])
+            },
+            f"checksum of {what} class names": zlib.crc32(
+                "\0".join(classes).encode("utf-8", "surrogatepass")
+            ),
+            f"checksum of {what} labels": zlib.crc32(self.labels.data),
+        }
 
     def load(self, index: int) -> np.ndarray:
-        """Image ``index`` as (H, W, 3) uint8 RGB. Raises BadImage that names an undecodable file."""
+        """Image ``index`` as (H, W, 3) uint8 RGB. Raises BadImage for an undecodable file."""
         if self.pixels is not None:
             return self.pixels[self._row(index)]
         if self.packed is not None:
             return decode_image(self.packed.encoded(self._row(index)), self.name(index))
         return read_image(self.name(index))
 
-    def split(self, share: float, seed: int) -> tuple["ImageSet", "ImageSet"]:
-        """(the other images, a part drawn by ``seed``): ``share`` of each class, rounded, but not its only image."""
+    def split(self, fraction: float, seed: int) -> tuple["ImageSet", "ImageSet"]:
+        """(the other images, images drawn by ``seed``): a random split, stratified by class.
+
+        ``fraction`` of each class is drawn, rounded, but never a class's only image.
+        """
         drawn: list[int] = []
         for label in np.unique(self.labels).tolist():
             members = np.flatnonzero(self.labels == label)
-            count = min(max(round(len(members) * share), 1), len(members) - 1)
+            count = min(max(round(len(members) * fraction), 1), len(members) - 1)
             random = np.random.Generator(np.random.Philox(key=np.array([seed, label], np.uint64)))
             drawn += random.permutation(members)[:count].tolist()
         part = np.zeros(len(self), bool)
@@ -80,8 +109,14 @@ class ImageSet:
     def at(self, places: np.ndarray) -> "ImageSet":
         """The images at ``places``, (M,) int."""
         if self.paths is not None:
-            return replace(self, labels=self.labels[places], paths=[self.paths[place] for place in places])
-        return replace(self, labels=self.labels[places], rows=places if self.rows is None else self.rows[places])
+            return replace(
+                self, labels=self.labels[places], paths=[self.paths[place] for place in places]
+            )
+        return replace(
+            self,
+            labels=self.labels[places],
+            rows=places if self.rows is None else self.rows[places],
+        )
 
     def _row(self, index: int) -> int:
         return index if self.rows is None else int(self.rows[index])

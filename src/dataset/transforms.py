@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from src.utils.config import Config
+from src.cli.config import Config
 
 _CROP_ATTEMPTS = 10
 _OPENCV = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
@@ -18,8 +18,9 @@ _PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BI
 class Resizing:
     """How images are resized: the keys interpolation and antialias.
 
-    With antialias a pixel of a smaller image is a weighted mean over all that it covers, as Pillow computes it, and with it
-    torchvision and timm; without, over the nearest 4 (bilinear) or 16 (bicubic), as OpenCV and MindSpore do.
+    With antialias, a pixel of a smaller image is a weighted mean of all pixels that it covers, as
+    in Pillow, torchvision and timm. Without, it is a mean of the nearest 4 (bilinear) or 16
+    (bicubic), as in OpenCV and MindSpore.
     """
 
     interpolation: str = "bilinear"
@@ -34,20 +35,24 @@ class Resizing:
         if image.shape[:2] == (height, width):
             return image
         if self.antialias:
-            return np.asarray(Image.fromarray(image).resize((width, height), _PILLOW[self.interpolation]))
+            return np.asarray(
+                Image.fromarray(image).resize((width, height), _PILLOW[self.interpolation])
+            )
         return cv2.resize(image, (width, height), interpolation=_OPENCV[self.interpolation])
 
 
 def eval_transform(image: np.ndarray, config: Config) -> np.ndarray:
-    """(H, W, 3) -> (image_size, image_size, 3): resize as the key eval_resize_mode says, crop the centre.
+    """(H, W, 3) -> (image_size, image_size, 3): resize, then crop the centre.
 
-    ``square`` makes both sides ``config.resized_side``; ``shorter_side`` the shorter one, the longer in proportion and rounded
-    down. Crops begin where torchvision's do.
+    The key eval_resize_mode says how to resize:
+
+    ``square`` makes both sides ``config.resized_side``. ``shorter_side`` makes the shorter side so
+    long, and the longer one in proportion, rounded down. Crops begin where torchvision's do.
     """
     height, width = eval_size(image.shape[0], image.shape[1], config)
     image = Resizing.of(config)(image, height, width)
     top, left = round((height - config.image_size) / 2), round((width - config.image_size) / 2)
-    return image[top:top + config.image_size, left:left + config.image_size]
+    return image[top : top + config.image_size, left : left + config.image_size]
 
 
 def eval_size(height: int, width: int, config: Config) -> tuple[int, int]:
@@ -59,49 +64,66 @@ def eval_size(height: int, width: int, config: Config) -> tuple[int, int]:
     return height * side // shorter, width * side // shorter
 
 
-def random_resized_crop(image: np.ndarray, random: np.random.Generator, size: int, scale: tuple[float, float],
-                        ratio: tuple[float, float], resize: Resizing) -> np.ndarray:
-    """A random part of ``scale`` of the area and ``ratio`` of width to height, resized to (size, size, 3).
+def random_resized_crop(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    size: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    resize: Resizing,
+) -> np.ndarray:
+    """A random part of the image, resized to (size, size, 3).
 
-    Szegedy et al., arXiv:1409.4842, section 6; the ratio is drawn uniformly in its logarithm, and after ten parts that do not
-    fit the largest central one is taken.
+    The part has ``scale`` of the area and ``ratio`` of width to height. Szegedy et al.,
+    arXiv:1409.4842, section 6. The ratio is uniform in its logarithm; if ten parts do not fit, the
+    largest central one is taken.
     """
     height, width = image.shape[:2]
-    left, top, part_width, part_height = _random_part(random, height, width, scale, ratio)
-    return resize(image[top:top + part_height, left:left + part_width], size, size)
+    left, top, part_width, part_height = _random_part(rng, height, width, scale, ratio)
+    return resize(image[top : top + part_height, left : left + part_width], size, size)
 
 
-def padded_crop(image: np.ndarray, random: np.random.Generator, padding: int) -> np.ndarray:
-    """Pad by ``padding`` black pixels on each side, then crop the original size at random."""
+def padded_crop(image: np.ndarray, rng: np.random.Generator, padding: int) -> np.ndarray:
+    """Pad by ``padding`` black pixels on each side, then crop the original size at rng."""
     height, width = image.shape[:2]
-    top, left = random.integers(0, 2 * padding, size=2, endpoint=True)
+    top, left = rng.integers(0, 2 * padding, size=2, endpoint=True)
     padded = cv2.copyMakeBorder(image, padding, padding, padding, padding, cv2.BORDER_CONSTANT)
-    return padded[top:top + height, left:left + width]
+    return padded[top : top + height, left : left + width]
 
 
-def color_jitter(image: np.ndarray, random: np.random.Generator, brightness: float, contrast: float,
-                 saturation: float) -> np.ndarray:
+def color_jitter(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    brightness: float,
+    contrast: float,
+    saturation: float,
+) -> np.ndarray:
     """Blend with black, with the mean grey and with the grey image, in random order.
 
     Each weight is uniform in [1 - strength, 1 + strength].
     """
-    factors = [1 + strength * random.uniform(-1, 1) for strength in (brightness, contrast, saturation)]
+    factors = [1 + strength * rng.uniform(-1, 1) for strength in (brightness, contrast, saturation)]
     adjust = (_adjust_brightness, _adjust_contrast, _adjust_saturation)
-    for which in random.permutation(3):
+    for which in rng.permutation(3):
         image = adjust[which](image, factors[which])
     return image
 
 
-def _random_part(random: np.random.Generator, height: int, width: int, scale: tuple[float, float],
-                 ratio: tuple[float, float]) -> tuple[int, int, int, int]:
+def _random_part(
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> tuple[int, int, int, int]:
     """(left, top, width, height)."""
     for _ in range(_CROP_ATTEMPTS):
-        area = height * width * random.uniform(*scale)
-        aspect = math.exp(random.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
         part_width, part_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < part_width <= width and 0 < part_height <= height:
-            left = int(random.integers(0, width - part_width, endpoint=True))
-            top = int(random.integers(0, height - part_height, endpoint=True))
+            left = int(rng.integers(0, width - part_width, endpoint=True))
+            top = int(rng.integers(0, height - part_height, endpoint=True))
             return left, top, part_width, part_height
     aspect = min(max(width / height, ratio[0]), ratio[1])
     part_width = min(width, max(round(height * aspect), 1))

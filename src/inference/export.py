@@ -1,29 +1,42 @@
-"""Checkpoints to files for deployment, each loaded back and compared before it counts as written."""
+"""Exports checkpoints for deployment. Each file is loaded back and compared before it counts."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mindspore
 import numpy as np
 from mindspore import Tensor, nn
 
+from src.cli.command import Command
+from src.cli.config import Config
+from src.dataset.image_set import ImageSet
 from src.dataset.sources import open_images
 from src.dataset.transforms import eval_transform
-from src.inference.engines import load_mindir, mindir_sidecar
-from src.inference.onnx_engine import OnnxEngine, export_quietly, write_onnx
-from src.inference.recorded_model import RecordedModel
-from src.models.formats import METADATA, read_weights
-from src.models.fusion import fuse
-from src.models.layers import InputNormalizer
+from src.distributed.communicator import Communicator
+from src.inference.backends import create_backend, load_mindir, mindir_sidecar
+from src.inference.checkpoint_model import CheckpointModel
+from src.inference.evaluation import Evaluator, class_table, tops
+from src.inference.formats import create_format
+from src.inference.onnx import export_quietly
+from src.inference.quantization import quantize
+from src.kernels.library import KernelChoice
+from src.models.blocks import find_block
+from src.models.create import create_network
+from src.models.layers import ImageClassifier, InputNormalizer
 from src.models.networks import NetworkSize, torch_name
+from src.models.reparam import fuse
+from src.models.weight_files import METADATA, Arrays, read_weights
 from src.models.weights import assign_weights
-from src.runs.checkpoint import save_checkpoint
-from src.utils.config import Config
+from src.runs.checkpoint import choose_checkpoint, save_checkpoint
+from src.runs.recorder import Recorder
+from src.runs.run_folder import RunFolder
 from src.utils.errors import UserError
 from src.utils.files import write_whole
+from src.utils.log import Log, create_log
+from src.utils.progress import print_status
 
 _TOLERANCE = 1e-4
 _PROBES = 4
@@ -31,9 +44,12 @@ _PROBES = 4
 
 @dataclass(frozen=True)
 class Exported:
-    """An exported file, its network before and after fusion, and what comparing the file's logits found.
+    """An exported file.
 
-    ``difference`` is the largest over random inputs and real images of |logit - original| / largest |original|.
+    Attributes:
+        original, exported: the size of the network before and after fusion.
+        difference: |logit - original| / largest |original|, the largest over random inputs and
+            real images.
     """
 
     path: Path
@@ -42,45 +58,116 @@ class Exported:
     difference: float
 
 
-def export_checkpoint(path: Path, flags: Mapping[str, Any], file_format: str, fused: bool = True, target: str = "") -> Exported:
-    """Write the network of checkpoint ``path`` as "CKPT", "MINDIR", "ONNX" or "SAFETENSORS".
+def export(command: Command) -> None:
+    """The command export.py: export the checkpoint that the command line names."""
+    config, log = command.config, create_log()
+    path = choose_checkpoint(config.checkpoint_file_path, print_status)
+    exported = export_checkpoint(
+        path, command.flags, config.file_format, config.result_path, fuses=config.fuse
+    )
+    for title, size in (("checkpoint", exported.original), ("exported", exported.exported)):
+        log(
+            f"{title}: {size.parameters:,} parameters, {size.multiply_adds / 1e9:.3f} G "
+            "multiply-adds per image"
+        )
+    log(f"file sizes: {_file_size(path)}, {_file_size(exported.path)}")
+    log(f"exported to {exported.path}: largest relative difference {exported.difference:.1e}")
+    if config.quantize == "int8":
+        _quantize(exported, command, log)
+
+
+def export_checkpoint(
+    path: Path, flags: Mapping[str, Any], file_format: str, target: str = "", fuses: bool = True
+) -> Exported:
+    """Write the network of checkpoint ``path`` in a format of ``formats.EXPORT_FORMATS``.
 
     MINDIR and ONNX take (N, 3, S, S) float32 normalised images, any N.
 
     Args:
-        fused: fuse the blocks, if the network has any.
-        target: the file to write; by default beside the checkpoint, named after it.
+        target: the file to write; by default next to the checkpoint and named after it.
+        fuses: fuse the blocks, if the network has any.
 
     Raises:
-        UserError: if it cannot be written, or differs from the checkpoint by more than 1e-4 (it is removed then).
+        UserError: if it cannot be written, or differs from the checkpoint by more than 1e-4; then
+            it is removed.
     """
     arrays, metadata = read_weights(path)
-    model = RecordedModel.of(arrays, metadata, flags, path)
-    network = model.build()
+    model = CheckpointModel.of(arrays, metadata, flags, path)
+    network = model.create_network()
     assign_weights(network, arrays, path)
     network.set_train(False)
-    fuses = fused and model.has_branches
-    plain = fuse(network) if fuses else network
-    metadata = {**metadata, "config": model.config.model_dump(mode="json"), "class_to_index": model.class_to_index,
-                "fused": fuses or model.fused}
-    written = Path(target) if target else _default_target(path, file_format, fuses)
-    if written.resolve() == path.resolve():
-        raise UserError(f"'{written}' is the checkpoint itself; choose another --result_path")
-    # MindSpore adds it where it is missing, and writes another file than was asked for.
-    if file_format != "SAFETENSORS" and written.suffix.lower() != f".{file_format.lower()}":
-        raise UserError(f"--result_path={target} must end in .{file_format.lower()}, by which the file is known later")
-    size = model.config.image_size
-    _WRITERS[file_format](plain, written, metadata, size)
+    fuses = fuses and model.has_branches
+    written_network = fuse(network) if fuses else network
+    metadata = {
+        **metadata,
+        "config": model.config.model_dump(mode="json"),
+        "class_to_index": model.class_to_index,
+        "fused": fuses or model.fused,
+    }
+    file = Path(target) if target else _default_file(path, file_format, "_fused" if fuses else "")
+    _check_target(file, path, file_format)
+    writer, size = create_format(file_format), model.config.image_size
+    writer.write(written_network, file, metadata, size)
     try:
-        inputs = _probes(model.config)
-        difference = _difference(network(Tensor(inputs)).asnumpy(), _logits_of_file(written, file_format, model, inputs))
+        inputs = _probe_inputs(model.config)
+        expected = network(Tensor(inputs)).asnumpy()
+        found = writer.logits(file, model, inputs)
+        difference = float(np.abs(found - expected).max() / np.abs(expected).max())
         if not difference <= _TOLERANCE:
-            raise UserError(f"the exported file differs from the checkpoint by {difference:.1e}, above {_TOLERANCE:g}")
+            raise UserError(
+                f"the exported file differs from the checkpoint by {difference:.1e}, above "
+                f"{_TOLERANCE:g}"
+            )
     except UserError:
-        for file in (written, mindir_sidecar(written)):
-            file.unlink(missing_ok=True)
+        for leftover in (file, mindir_sidecar(file)):
+            leftover.unlink(missing_ok=True)
         raise
-    return Exported(written, network_size(network, size), network_size(plain, size), difference)
+    sizes = network_size(network, size), network_size(written_network, size)
+    return Exported(file, *sizes, difference)
+
+
+def deploy(
+    network: ImageClassifier,
+    config: Config,
+    communicator: Communicator,
+    images: ImageSet,
+    recorder: Recorder,
+    kernels: KernelChoice,
+) -> None:
+    """Evaluate the trained network; if it has blocks, write its fused form and evaluate that too.
+
+    The ACNet repository does so after training, with the last weights; deploy=best takes those of
+    best.ckpt, and logs the accuracy of each class. Every rank calls it; rank 0 writes fused.ckpt to
+    the run folder, and the others receive its weights.
+
+    Raises:
+        UserError: if the file cannot be written, or differs from the trained network by more than
+            1e-4.
+    """
+    evaluator = Evaluator(images, config, communicator, recorder.log)
+    network.set_train(False)
+    checkpoint = recorder.last_checkpoint()
+    if config.deploy == "best":
+        checkpoint = recorder.best_checkpoint()
+        best = read_weights(checkpoint)[0] if checkpoint else None
+        assign_weights(network, cast(Arrays, communicator.broadcast_object(best)), checkpoint)
+    trained = evaluator(create_backend(network, config, kernels))
+    recorder.log(f"trained: {tops(trained.top1, trained.top5)} {checkpoint}")
+    if config.deploy == "best":
+        recorder.log("\n".join(["of each class:", *class_table(trained, images)]))
+    if not find_block(config.block).kernels:
+        return
+    written = _write_fused(Path(checkpoint)) if checkpoint else None
+    file, difference, arrays = cast(
+        tuple[Path, float, Arrays], communicator.broadcast_object(written)
+    )
+    fused_network = create_network(config, kernels.library, fused=True)
+    assign_weights(fused_network, arrays, file)
+    fused_network.set_train(False)
+    fused = evaluator(create_backend(fused_network, config, kernels))
+    recorder.log(f"fused: {tops(fused.top1, fused.top5)} {file}")
+    change = tops(abs(fused.top1 - trained.top1), abs(fused.top5 - trained.top5))
+    recorder.log(f"difference: {change}, outputs {difference:.1e}")
 
 
 def network_size(network: nn.Cell, image_size: int) -> NetworkSize:
@@ -96,61 +183,114 @@ def network_size(network: nn.Cell, image_size: int) -> NetworkSize:
 
     # Hooks are called in PyNative mode only.
     mindspore.set_context(mode=mindspore.PYNATIVE_MODE)
-    hooks = [cell.register_forward_hook(count) for _, cell in network.cells_and_names()
-             if isinstance(cell, (nn.Conv2d, nn.Dense, nn.BatchNorm2d))]
+    counted = (nn.Conv2d, nn.Dense, nn.BatchNorm2d)
+    cells = [cell for _, cell in network.cells_and_names() if isinstance(cell, counted)]
+    hooks = [cell.register_forward_hook(count) for cell in cells]
     try:
         network(Tensor(np.zeros((1, 3, image_size, image_size), np.float32)))
     finally:
         for hook in hooks:
             hook.remove()
         mindspore.set_context(mode=mindspore.GRAPH_MODE)
-    return NetworkSize(sum(parameter.size for parameter in network.trainable_params()), multiply_adds, activations)
+    parameters = sum(parameter.size for parameter in network.trainable_params())
+    return NetworkSize(parameters, multiply_adds, activations)
 
 
-def _default_target(path: Path, file_format: str, fuses: bool) -> Path:
-    suffix = "_fused" if fuses else "_exported" if file_format == "CKPT" else ""
+class CkptFormat:
+    """MindSpore checkpoints."""
+
+    def write(
+        self, network: nn.Cell, file: Path, metadata: dict[str, Any], image_size: int
+    ) -> None:
+        save_checkpoint(file, network.get_parameters(), metadata)
+
+    def logits(self, file: Path, model: CheckpointModel, inputs: np.ndarray) -> np.ndarray:
+        arrays, metadata = read_weights(file)
+        network = CheckpointModel.of(arrays, metadata, {}, file).create_network()
+        assign_weights(network, arrays, file)
+        return network.set_train(False)(Tensor(inputs)).asnumpy()
+
+
+class SafetensorsFormat(CkptFormat):
+    """Safetensors with torchvision's names."""
+
+    def write(
+        self, network: ImageClassifier, file: Path, metadata: dict[str, Any], image_size: int
+    ) -> None:
+        from safetensors.numpy import save_file
+
+        arrays = {
+            torch_name(p.name, network.network_name): np.ascontiguousarray(p.asnumpy())
+            for p in network.get_parameters()
+        }
+        write_whole(
+            file, lambda partial: save_file(arrays, partial, {METADATA: json.dumps(metadata)})
+        )
+
+
+class MindirFormat:
+    """MindIR, with the metadata in a file next to it."""
+
+    def write(
+        self, network: nn.Cell, file: Path, metadata: dict[str, Any], image_size: int
+    ) -> None:
+        inputs = Tensor(shape=[None, 3, image_size, image_size], dtype=mindspore.float32)
+        write_whole(file, lambda partial: export_quietly(network, inputs, partial, "MINDIR"))
+        text = json.dumps(metadata)
+        write_whole(mindir_sidecar(file), lambda p: p.write_text(text, encoding="utf-8"))
+
+    def logits(self, file: Path, model: CheckpointModel, inputs: np.ndarray) -> np.ndarray:
+        return load_mindir(file)(Tensor(inputs)).asnumpy()
+
+
+def _quantize(exported: Exported, command: Command, log: Log) -> None:
+    quantized = quantize(
+        exported.path, command.flags, command.config.calibration_images, command.kernels, log
+    )
+    for title, result, file in (
+        ("float32", quantized.float32, exported.path),
+        ("int8", quantized.int8, quantized.path),
+    ):
+        log(
+            f"{title}: {tops(result.top1, result.top5)}, {result.images_per_second:.1f} images/s, "
+            f"{file.stat().st_size / 1e6:.2f} MB, {file}"
+        )
+
+
+def _write_fused(checkpoint: Path) -> tuple[Path, float, Arrays]:
+    """(the file written, its difference from ``checkpoint``, its content)."""
+    fused = RunFolder.of_checkpoint(checkpoint).fused
+    exported = export_checkpoint(checkpoint, {}, "CKPT", target=str(fused))
+    return exported.path, exported.difference, read_weights(exported.path)[0]
+
+
+def _default_file(path: Path, file_format: str, suffix: str) -> Path:
+    if not suffix and file_format == "CKPT":
+        suffix = "_exported"
     return path.with_name(f"{path.stem}{suffix}.{file_format.lower()}")
 
 
-def _write_ckpt(network: nn.Cell, target: Path, metadata: dict[str, Any], image_size: int) -> None:
-    save_checkpoint(target, network.get_parameters(), metadata)
+def _check_target(file: Path, path: Path, file_format: str) -> None:
+    if file.resolve() == path.resolve():
+        raise UserError(f"'{file}' is the checkpoint itself; choose another --result_path")
+    # MindSpore appends a missing ending, and would write another file than the user named.
+    ending = f".{file_format.lower()}"
+    if file_format != "SAFETENSORS" and file.suffix.lower() != ending:
+        raise UserError(
+            f"--result_path={file} must end in {ending}, by which the file is recognised later"
+        )
 
 
-def _write_safetensors(network: nn.Cell, target: Path, metadata: dict[str, Any], image_size: int) -> None:
-    from safetensors.numpy import save_file
-    arrays = {torch_name(p.name, network.network_name): np.ascontiguousarray(p.asnumpy()) for p in network.get_parameters()}
-    write_whole(target, lambda partial: save_file(arrays, partial, {METADATA: json.dumps(metadata)}))
+def _file_size(file: Path) -> str:
+    return f"{file} {file.stat().st_size / 1e6:.2f} MB"
 
 
-def _write_mindir(network: nn.Cell, target: Path, metadata: dict[str, Any], image_size: int) -> None:
-    inputs = Tensor(shape=[None, 3, image_size, image_size], dtype=mindspore.float32)
-    write_whole(target, lambda partial: export_quietly(network, inputs, partial, "MINDIR"))
-    write_whole(mindir_sidecar(target), lambda partial: partial.write_text(json.dumps(metadata), encoding="utf-8"))
-
-
-_WRITERS: dict[str, Callable[[nn.Cell, Path, dict[str, Any], int], None]] = {
-    "CKPT": _write_ckpt, "SAFETENSORS": _write_safetensors, "MINDIR": _write_mindir, "ONNX": write_onnx}
-
-
-def _probes(config: Config) -> np.ndarray:
+def _probe_inputs(config: Config) -> np.ndarray:
     """Random inputs and real images, (N, 3, S, S) float32, normalised."""
     size = config.image_size
     random = np.random.default_rng(0).normal(size=(_PROBES, 3, size, size)).astype(np.float32)
     digits = open_images("digits", "val")
-    images = np.stack([eval_transform(digits.load(index), config) for index in range(0, len(digits), len(digits) // _PROBES)])
-    return np.concatenate([random, InputNormalizer(config.mean, config.std)(Tensor(images)).asnumpy()])
-
-
-def _logits_of_file(target: Path, file_format: str, model: RecordedModel, inputs: np.ndarray) -> np.ndarray:
-    if file_format == "ONNX":
-        return OnnxEngine(target, model.config).logits(inputs)
-    if file_format == "MINDIR":
-        return load_mindir(target)(Tensor(inputs)).asnumpy()
-    arrays, metadata = read_weights(target)
-    network = RecordedModel.of(arrays, metadata, {}, target).build().set_train(False)
-    assign_weights(network, arrays, target)
-    return network(Tensor(inputs)).asnumpy()
-
-
-def _difference(expected: np.ndarray, found: np.ndarray) -> float:
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
+    indices = range(0, len(digits), len(digits) // _PROBES)
+    images = np.stack([eval_transform(digits.load(index), config) for index in indices])
+    normalized = InputNormalizer(config.mean, config.std)(Tensor(images)).asnumpy()
+    return np.concatenate([random, normalized])

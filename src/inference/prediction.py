@@ -1,7 +1,8 @@
-"""Predictions for single images: reading any picture a person has, the likeliest classes, files of results, a contact sheet."""
+"""Predictions for single images: reading them, their likeliest classes, result files, a sheet."""
 
 import csv
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,24 +13,51 @@ from typing import Any, TextIO
 import numpy as np
 from scipy.special import softmax
 
+from src.cli.command import Command
 from src.dataset.batches import EvalBatches, prefetch
+from src.dataset.class_folders import list_images
 from src.dataset.decoding import read_image
 from src.dataset.image_set import ImageSet
-from src.dataset.sources import images_in
-from src.inference.engines import Engine, with_flip
-from src.inference.evaluation import count_nonfinite, nonfinite_line, write_results
-from src.inference.recorded_model import RecordedModel
-from src.parallel.long_task import LongTask, note
-from src.utils.errors import UserError
-from src.utils.files import write_whole
-from src.utils.text import escaped
+from src.inference.backends import Backend, open_backend, with_flip
+from src.inference.checkpoint_model import CheckpointModel
+from src.inference.evaluation import count_nonfinite, nonfinite_message, write_results
+from src.runs.checkpoint import choose_checkpoint
+from src.utils.errors import PartialFailure, UserError
+from src.utils.files import check_ending, write_whole
+from src.utils.log import create_log, escaped
+from src.utils.progress import ProgressBar, print_status
 
 _BATCH = 16
 _SHEET_COLUMNS = 5
 _SHEET_IMAGES = 50
-# What a list of images may be called.
+# Endings of lists of images.
 _LISTS = (".txt", ".lst")
 STANDARD_INPUT = "-"
+
+
+def predict(command: Command) -> None:
+    """The command predict.py: classify the images that the command line names."""
+    config, log = command.config, create_log()
+    check_ending("result_path", config.result_path, (".json", ".jsonl", ".csv"))
+    check_ending("save_figure", config.save_figure, (".png",))
+    paths = find_images(command.positional)
+    checkpoint = choose_checkpoint(config.checkpoint_file_path, print_status)
+    opened = open_backend(checkpoint, command.flags, command.kernels)
+    predictions, failures = predict_files(paths, opened.model, opened.backend)
+    for message in failures:
+        log(f"left out: {message}")
+    if config.result_path:
+        write_predictions(config.result_path, predictions)
+        log(f"results in {config.result_path}")
+    else:
+        log(as_table(predictions))
+    if config.save_figure:
+        contact_sheet(predictions, config.save_figure)
+        log(f"figure in {config.save_figure}")
+    if failures:
+        raise PartialFailure(
+            f"{len(failures)} of {len(paths)} images could not be read, the first: {failures[0]}"
+        )
 
 
 @dataclass(frozen=True)
@@ -41,111 +69,175 @@ class Prediction:
     probabilities: list[float]
 
     def as_dict(self) -> dict[str, Any]:
-        return {"image": self.path, "predictions": [{"class": name, "probability": probability}
-                                                    for name, probability in zip(self.classes, self.probabilities)]}
+        pairs = zip(self.classes, self.probabilities)
+        predictions = [{"class": name, "probability": value} for name, value in pairs]
+        return {"image": self.path, "predictions": predictions}
 
 
 def find_images(names: Sequence[str], standard_input: TextIO | None = None) -> list[str]:
-    """Image files that ``names`` stand for: files, folders, lists (.txt) with a file a line, or "-", a list on standard input.
+    """The image files that ``names`` stand for.
+
+    A name is a file, a folder, a list (.txt) with one file per line, or "-", such a list on
+    standard input.
 
     Raises:
         UserError: if there are none.
     """
-    found: list[str] = []
+    images: list[str] = []
     for name in names:
         path = Path(name)
         if name == STANDARD_INPUT:
-            found += _listed(standard_input or sys.stdin, Path(), "standard input")
+            images += _listed(standard_input or sys.stdin, Path(), "standard input")
         elif path.is_dir():
-            listed, others = images_in(path)
-            inside = sorted(listed)
-            if others:
-                note(f"left out of '{name}': {len(others)} files of kinds that are not read, the first is {others[0]}")
-            if not inside:
-                raise UserError(f"the folder '{name}' has no images")
-            found += inside
+            images += _in_folder(path, name)
         elif path.is_file() and path.suffix.lower() in _LISTS:
             try:
                 with open(path, encoding="utf-8", errors="surrogateescape") as file:
-                    found += _listed(file, path.parent, f"the list '{name}'")
+                    images += _listed(file, path.parent, f"the list '{name}'")
             except OSError as failure:
                 raise UserError(f"cannot read the list '{name}': {failure.strerror}") from None
         elif path.is_file():
-            found.append(name)
+            images.append(name)
         else:
             raise UserError(f"image '{name}' does not exist")
-    return found
+    return images
 
 
-def _listed(lines: TextIO, beside: Path, what: str) -> list[str]:
-    """The files of a list, a line each, where they are or beside the list."""
-    names = [line.rstrip("\r\n") for line in lines]
-    found = [name if os.path.exists(name) else str(beside / name) for name in names if name.strip()]
-    if not found:
-        raise UserError(f"{what} names no image; it needs a file a line")
-    # Of some that are missing each is named in the end, and the others are classified.
-    if not any(map(os.path.isfile, found)):
-        raise UserError(f"{what} names '{escaped(found[0])}', which does not exist" + (", nor do the others" if len(found) > 1 else ""))
-    return found
-
-
-def predict(paths: Sequence[str], model: RecordedModel, engine: Engine) -> tuple[list[Prediction], list[str]]:
-    """A Prediction for each image file that can be decoded, and a message for each that cannot.
+def predict_files(
+    paths: Sequence[str], model: CheckpointModel, backend: Backend
+) -> tuple[list[Prediction], list[str]]:
+    """A Prediction for each image file, and a message for each that cannot be decoded.
 
     Args:
-        model: says how images are prepared, what classes are called and how many are wanted.
-        engine: (B, S, S, 3) uint8 images -> (B, C) logits.
+        model: determines preprocessing, class names and the number of classes to show.
+        backend: (B, S, S, 3) uint8 images -> (B, C) logits.
+
+    Raises:
+        UserError: if no image can be decoded.
     """
     names = {label: name for name, label in (model.class_to_index or {}).items()}
     if model.config.test_flip:
-        engine = with_flip(engine)
+        backend = with_flip(backend)
     predictions: list[Prediction] = []
-    bad: list[str] = []
-    with LongTask("classified", len(paths), "image") as task:
-        for path, probabilities, message in _probabilities(paths, model, engine):
-            task.advance()
+    failures: list[str] = []
+    with ProgressBar("classified", len(paths), "image") as progress:
+        for path, probabilities, message in _probabilities(paths, model, backend):
+            progress.advance()
             if message:
-                bad.append(message)
+                failures.append(message)
                 continue
-            best = np.argsort(-probabilities, kind="stable")[:model.config.top_k]
-            predictions.append(Prediction(path, [names.get(int(label), str(label)) for label in best],
-                                          [round(float(probabilities[label]), 6) for label in best]))
+            best = np.argsort(-probabilities, kind="stable")[: model.config.top_k]
+            predictions.append(
+                Prediction(
+                    path,
+                    [names.get(int(label), str(label)) for label in best],
+                    [round(float(probabilities[label]), 6) for label in best],
+                )
+            )
     if not predictions:
-        raise UserError(bad[0] if len(bad) == 1 else f"none of the {len(bad)} images can be decoded: {bad[0]}")
-    return predictions, bad
-
-
-def _probabilities(paths: Sequence[str], model: RecordedModel, engine: Engine) -> Iterator[tuple[str, np.ndarray, str]]:
-    """(file, its probabilities (C,), why it could not be decoded or "") of each of ``paths``."""
-    images = ImageSet({"": 0}, np.zeros(len(paths), np.int32), list(paths))
-    # Always a whole batch, so that one compiled graph serves all.
-    batches = EvalBatches(images, model.config, 0, 1, min(_BATCH, len(paths)))
-    for number, batch in enumerate(prefetch(batches)):
-        logits = engine(batch.images)
-        if nonfinite := count_nonfinite(logits[batch.labels == 0]):
-            raise UserError(nonfinite_line(nonfinite, int(np.count_nonzero(batch.labels == 0))))
-        messages = iter(batch.undecodable)
-        of_batch = paths[number * batches.batch:(number + 1) * batches.batch]
-        for path, probabilities, label in zip(of_batch, softmax(logits, axis=1), batch.labels):
-            yield path, probabilities, "" if label == 0 else next(messages)
+        if len(failures) == 1:
+            raise UserError(failures[0])
+        raise UserError(f"none of the {len(failures)} images can be decoded: {failures[0]}")
+    return predictions, failures
 
 
 def write_predictions(path: str, predictions: Sequence[Prediction]) -> None:
-    """Write predictions as a JSON list, as one JSON object a line (.jsonl), or as a table (.csv) with a line for each class.
+    """Write predictions as a JSON list; .jsonl: one object per line; .csv: one row per class.
 
     Raises:
         UserError: if the file cannot be written.
     """
-    writers: dict[str, Callable[[TextIO, Sequence[Prediction]], None]] = {".jsonl": _write_json_lines, ".csv": _write_table}
+    writers: dict[str, Callable[[TextIO, Sequence[Prediction]], None]] = {
+        ".jsonl": _write_json_lines,
+        ".csv": _write_csv,
+    }
     write = writers.get(Path(path).suffix.lower())
     if write is None:
         write_results(path, [prediction.as_dict() for prediction in predictions])
         return
 
-    def whole(partial_file: Path) -> None:
-        with open(partial_file, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+    def write_file(partial: Path) -> None:
+        with open(partial, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             write(file, predictions)
-    write_whole(path, whole)
+
+    write_whole(path, write_file)
+
+
+def as_table(predictions: Sequence[Prediction]) -> str:
+    """Lines of text, one per image."""
+    width = max(len(escaped(prediction.path)) for prediction in predictions)
+    return "\n".join(
+        f"{escaped(prediction.path):<{width}}  " + "  ".join(_percentages(prediction))
+        for prediction in predictions
+    )
+
+
+def contact_sheet(predictions: Sequence[Prediction], path: str) -> None:
+    """Write a PNG of up to 50 images with their two likeliest classes.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = predictions[:_SHEET_IMAGES]
+    columns = min(_SHEET_COLUMNS, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure = Figure(figsize=(2.4 * columns, 2.9 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes in np.atleast_1d(figure.subplots(rows, columns)).flat:
+        axes.axis("off")
+    for axes, prediction in zip(figure.axes, shown):
+        axes.imshow(read_image(prediction.path))
+        name = escaped(os.path.basename(prediction.path))[:24]
+        title = "\n".join([name, *_percentages(prediction)[:2]])
+        # parse_math: a dollar in a name is not a formula.
+        axes.set_title(title, fontsize=8, parse_math=False)
+    write_whole(path, lambda partial: figure.savefig(partial, dpi=100, format="png"))
+
+
+def _in_folder(path: Path, name: str) -> list[str]:
+    images, others = list_images(path)
+    if others:
+        print_status(
+            f"left out of '{name}': {len(others)} files of formats that are not read, such as "
+            f"{others[0]}"
+        )
+    if not images:
+        raise UserError(f"the folder '{name}' has no images")
+    return sorted(images)
+
+
+def _listed(lines: TextIO, folder: Path, what: str) -> list[str]:
+    """The files of a list, one per line, relative to the working folder or to ``folder``."""
+    names = [line.rstrip("\r\n") for line in lines]
+    paths = [name if os.path.exists(name) else str(folder / name) for name in names if name.strip()]
+    if not paths:
+        raise UserError(f"{what} names no image; it needs one file per line")
+    # If only some are missing, they are reported at the end and the rest are classified.
+    if not any(map(os.path.isfile, paths)):
+        others = ", nor do the others" if len(paths) > 1 else ""
+        raise UserError(f"{what} names '{escaped(paths[0])}', which does not exist{others}")
+    return paths
+
+
+def _probabilities(
+    paths: Sequence[str], model: CheckpointModel, backend: Backend
+) -> Iterator[tuple[str, np.ndarray, str]]:
+    """(file, its probabilities (C,), why it cannot be decoded or "") for each of ``paths``."""
+    images = ImageSet({"": 0}, np.zeros(len(paths), np.int32), list(paths))
+    # All batches have the same size, so that one compiled graph serves them.
+    batches = EvalBatches(images, model.config, 0, 1, min(_BATCH, len(paths)))
+    for number, batch in enumerate(prefetch(batches)):
+        logits = backend(batch.images)
+        decoded = batch.labels == 0
+        if nonfinite := count_nonfinite(logits[decoded]):
+            raise UserError(nonfinite_message(nonfinite, int(np.count_nonzero(decoded))))
+        messages = iter(batch.undecodable)
+        batch_paths = paths[number * batches.batch : (number + 1) * batches.batch]
+        for path, probabilities, label in zip(batch_paths, softmax(logits, axis=1), batch.labels):
+            yield path, probabilities, "" if label == 0 else next(messages)
 
 
 def _write_json_lines(file: TextIO, predictions: Sequence[Prediction]) -> None:
@@ -153,38 +245,15 @@ def _write_json_lines(file: TextIO, predictions: Sequence[Prediction]) -> None:
         file.write(json.dumps(prediction.as_dict()) + "\n")
 
 
-def _write_table(file: TextIO, predictions: Sequence[Prediction]) -> None:
-    table = csv.writer(file)
-    table.writerow(("image", "place", "class", "probability"))
+def _write_csv(file: TextIO, predictions: Sequence[Prediction]) -> None:
+    writer = csv.writer(file)
+    writer.writerow(("image", "place", "class", "probability"))
     for prediction in predictions:
-        table.writerows((prediction.path, place, name, probability)
-                        for place, (name, probability) in enumerate(zip(prediction.classes, prediction.probabilities), 1))
+        pairs = zip(prediction.classes, prediction.probabilities)
+        for place, (name, probability) in enumerate(pairs, 1):
+            writer.writerow((prediction.path, place, name, probability))
 
 
-def as_table(predictions: Sequence[Prediction]) -> str:
-    """Lines of text, one per image."""
-    width = max(len(escaped(prediction.path)) for prediction in predictions)
-    return "\n".join(f"{escaped(prediction.path):<{width}}  " + "  ".join(
-        f"{escaped(name)} {100 * probability:.1f}%" for name, probability in zip(prediction.classes, prediction.probabilities))
-        for prediction in predictions)
-
-
-def contact_sheet(predictions: Sequence[Prediction], path: str) -> None:
-    """Write a PNG of up to 50 images with their two likeliest classes. Raises UserError if it cannot be written."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    shown = predictions[:_SHEET_IMAGES]
-    columns = min(_SHEET_COLUMNS, len(shown))
-    rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(2.4 * columns, 2.9 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes in np.atleast_1d(figure.subplots(rows, columns)).flat:
-        axes.axis("off")
-    for axes, prediction in zip(figure.axes, shown):
-        axes.imshow(read_image(prediction.path))
-        lines = [f"{escaped(name)} {100 * probability:.1f}%" for name, probability in
-                 list(zip(prediction.classes, prediction.probabilities))[:2]]
-        title = "\n".join([escaped(os.path.basename(prediction.path))[:24], *lines])
-        # A dollar in a name is no formula.
-        axes.set_title(title, fontsize=8, parse_math=False)
-    write_whole(path, lambda partial: figure.savefig(partial, dpi=100, format="png"))
+def _percentages(prediction: Prediction) -> list[str]:
+    pairs = zip(prediction.classes, prediction.probabilities)
+    return [f"{escaped(name)} {100 * probability:.1f}%" for name, probability in pairs]

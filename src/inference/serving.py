@@ -1,6 +1,7 @@
-"""A small HTTP server that classifies photographs: requests are batched, sizes bounded, and what was accepted is answered before it ends.
+"""A small HTTP server that classifies photographs.
 
-starlette and uvicorn are an optional extra.
+Requests are batched, sizes are bounded, and accepted requests are answered before it ends. The
+packages starlette and uvicorn are an optional extra.
 """
 
 import asyncio
@@ -14,19 +15,38 @@ from typing import Any
 import numpy as np
 from scipy.special import softmax
 
+from src.cli.command import Command
 from src.dataset.decoding import BadImage, decode_image
 from src.dataset.transforms import eval_transform
-from src.inference.engines import Engine, with_flip
-from src.inference.recorded_model import RecordedModel
+from src.distributed.shutdown import Signals
+from src.inference.backends import Backend, open_backends, with_flip
+from src.inference.checkpoint_model import CheckpointModel
+from src.runs.checkpoint import choose_checkpoint
 from src.utils.errors import UserError
-from src.utils.signals import Signals
+from src.utils.log import create_log
+from src.utils.progress import print_status
 
-# A compiled graph each: of what is waiting, as many images make a batch as the largest of these that is not more.
+# One compiled graph each. A batch takes the largest of these sizes for which enough images wait.
 BATCH_SIZES = (1, 2, 4, 8, 16)
-LARGEST_BODY = 20 * 2 ** 20
+LARGEST_BODY = 20 * 2**20
 _QUEUED = 256
 _TIMED = 3
 _PAGE = Path(__file__).with_name("serving_page.html")
+
+
+def serve(command: Command) -> None:
+    """The command serve.py: serve the checkpoint that the command line names."""
+    import_server()
+    config, log = command.config, create_log()
+    path = choose_checkpoint(config.checkpoint_file_path, print_status)
+    model, backends = open_backends(path, command.flags, command.kernels)
+
+    def log_address(address: str) -> None:
+        log(f"serving {model.config.network} of {path} on {address}")
+
+    app = create_app(model, backends)
+    serve_app(app, config.host, config.port, command.signals, log_address)
+    log("stopped; every accepted request was answered")
 
 
 class Busy(Exception):
@@ -34,26 +54,32 @@ class Busy(Exception):
 
 
 class Batcher:
-    """Images that arrive while others are computed make the next batch.
+    """Collects images that arrive while others are computed into the next batch.
 
     Args:
-        engines: (B, S, S, 3) uint8 images -> (B, C) logits, called in one thread; of several the fastest is taken for each size of a batch.
+        backends: (B, S, S, 3) uint8 images -> (B, C) logits, called in one thread. Each batch size
+            uses the fastest of them.
         image_size: S.
     """
 
-    def __init__(self, engines: Sequence[Engine], image_size: int, queued: int = _QUEUED) -> None:
-        self._engines, self._size = engines, image_size
-        self._fastest = dict.fromkeys(BATCH_SIZES, engines[0])
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        self._waiting: asyncio.Queue[tuple[np.ndarray, asyncio.Future[np.ndarray]]] = asyncio.Queue(queued)
+    def __init__(self, backends: Sequence[Backend], image_size: int, queued: int = _QUEUED) -> None:
+        self._backends, self._size = backends, image_size
+        self._fastest = dict.fromkeys(BATCH_SIZES, backends[0])
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="backend")
+        self._waiting: asyncio.Queue[tuple[np.ndarray, asyncio.Future[np.ndarray]]] = asyncio.Queue(
+            queued
+        )
         self.images = self.batches = 0
 
     def warm_up(self) -> None:
-        """Compile what later batches need, and see which engine computes them fastest."""
+        """Compile a graph for each batch size, and find the fastest backend for it."""
         for size in BATCH_SIZES:
             images = np.zeros((size, self._size, self._size, 3), np.uint8)
-            seconds = [self._thread.submit(_seconds, engine, images).result() for engine in self._engines]
-            self._fastest[size] = self._engines[int(np.argmin(seconds))]
+            seconds = [
+                self._thread.submit(_seconds, backend, images).result()
+                for backend in self._backends
+            ]
+            self._fastest[size] = self._backends[int(np.argmin(seconds))]
 
     async def classify(self, image: np.ndarray) -> np.ndarray:
         """Probabilities (C,) of an image (S, S, 3). Raises Busy."""
@@ -84,31 +110,40 @@ class Batcher:
                 if not answer.done():
                     answer.set_result(probabilities)
 
-    async def _compute(self, engine: Engine, images: np.ndarray) -> np.ndarray:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, engine, images)
+    async def _compute(self, backend: Backend, images: np.ndarray) -> np.ndarray:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, backend, images)
 
 
-def _seconds(engine: Engine, images: np.ndarray) -> float:
+def _seconds(backend: Backend, images: np.ndarray) -> float:
     """The least of some calls, after one that compiles."""
-    engine(images)
+    backend(images)
     times = []
     for _ in range(_TIMED):
         started = time.perf_counter()
-        engine(images)
+        backend(images)
         times.append(time.perf_counter() - started)
     return min(times)
 
 
-def create_app(model: RecordedModel, engines: Sequence[Engine]) -> Any:
-    """The ASGI application: a page at /, POST /predict, GET /health; its engines have computed every size of a batch before.
+def create_app(model: CheckpointModel, backends: Sequence[Backend]) -> Any:
+    """The ASGI application: a page at /, POST /predict, GET /health.
+
+    Args:
+        backends: must have computed every size of a batch before.
 
     Raises:
         UserError: where the packages are missing.
     """
     _, starlette = import_server()
     # Names may have bytes that are no text.
-    names = {label: name.encode("utf-8", "backslashreplace").decode() for name, label in (model.class_to_index or {}).items()}
-    batcher = Batcher([with_flip(engine) for engine in engines] if model.config.test_flip else engines, model.config.image_size)
+    names = {
+        label: name.encode("utf-8", "backslashreplace").decode()
+        for name, label in (model.class_to_index or {}).items()
+    }
+    batcher = Batcher(
+        [with_flip(backend) for backend in backends] if model.config.test_flip else backends,
+        model.config.image_size,
+    )
 
     batcher.warm_up()
 
@@ -120,7 +155,10 @@ def create_app(model: RecordedModel, engines: Sequence[Engine]) -> Any:
         if body is None:
             return _error(413, f"the image has more than {LARGEST_BODY >> 20} MiB")
         if not body or request.headers.get("content-type", "").startswith("multipart/"):
-            return _error(400, "send an image as the body of the request, as curl --data-binary @photo.jpg does")
+            return _error(
+                400,
+                "send an image as the body of the request, as curl --data-binary @photo.jpg does",
+            )
         try:
             image = await asyncio.get_running_loop().run_in_executor(None, prepared, body)
             probabilities = await batcher.classify(image)
@@ -128,16 +166,34 @@ def create_app(model: RecordedModel, engines: Sequence[Engine]) -> Any:
             return _error(400, str(failure))
         except Busy:
             return _error(503, "too many requests are waiting; try again")
-        best = np.argsort(-probabilities, kind="stable")[:model.config.top_k]
-        return starlette.responses.JSONResponse({"predictions": [
-            {"class": names.get(int(label), str(label)), "probability": round(float(probabilities[label]), 6)} for label in best]})
+        best = np.argsort(-probabilities, kind="stable")[: model.config.top_k]
+        return starlette.responses.JSONResponse(
+            {
+                "predictions": [
+                    {
+                        "class": names.get(int(label), str(label)),
+                        "probability": round(float(probabilities[label]), 6),
+                    }
+                    for label in best
+                ]
+            }
+        )
 
     async def health(request: Any) -> Any:
-        return starlette.responses.JSONResponse({"status": "ok", "network": model.config.network, "classes": model.config.num_classes,
-                                                 "images": batcher.images, "batches": batcher.batches})
+        return starlette.responses.JSONResponse(
+            {
+                "status": "ok",
+                "network": model.config.network,
+                "classes": model.config.num_classes,
+                "images": batcher.images,
+                "batches": batcher.batches,
+            }
+        )
 
     async def page(request: Any) -> Any:
-        return starlette.responses.HTMLResponse(_PAGE.read_text(encoding="utf-8").replace("NETWORK", model.config.network))
+        return starlette.responses.HTMLResponse(
+            _PAGE.read_text(encoding="utf-8").replace("NETWORK", model.config.network)
+        )
 
     def _error(status: int, text: str) -> Any:
         return starlette.responses.JSONResponse({"error": text}, status)
@@ -149,8 +205,14 @@ def create_app(model: RecordedModel, engines: Sequence[Engine]) -> Any:
         running.cancel()
 
     route = starlette.routing.Route
-    return starlette.applications.Starlette(lifespan=lifespan, routes=[
-        route("/", page), route("/predict", predict, methods=["POST"]), route("/health", health)])
+    return starlette.applications.Starlette(
+        lifespan=lifespan,
+        routes=[
+            route("/", page),
+            route("/predict", predict, methods=["POST"]),
+            route("/health", health),
+        ],
+    )
 
 
 async def _body(request: Any) -> bytes | None:
@@ -168,7 +230,9 @@ async def _body(request: Any) -> bytes | None:
     return b"".join(parts)
 
 
-def serve(app: Any, host: str, port: int, signals: Signals, ready: Callable[[str], None]) -> None:
+def serve_app(
+    app: Any, host: str, port: int, signals: Signals, ready: Callable[[str], None]
+) -> None:
     """Serve ``app`` until a signal comes; what was accepted is answered first.
 
     Args:
@@ -176,7 +240,7 @@ def serve(app: Any, host: str, port: int, signals: Signals, ready: Callable[[str
         ready: called with the address when requests are taken.
 
     Raises:
-        UserError: if the address cannot be had.
+        UserError: if the address is not available.
     """
     uvicorn, _ = import_server()
 
@@ -190,16 +254,29 @@ def serve(app: Any, host: str, port: int, signals: Signals, ready: Callable[[str
                 place = self.servers[0].sockets[0].getsockname()
                 ready(f"http://{place[0]}:{place[1]}/")
 
-    server = Server(uvicorn.Config(app, host=host, port=port, log_level="critical", access_log=False, timeout_graceful_shutdown=10))
+    server = Server(
+        uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            log_level="critical",
+            access_log=False,
+            timeout_graceful_shutdown=10,
+        )
+    )
 
     def stop(number: int) -> None:
         server.should_exit = True
+
     signals.defer_to(stop)
-    # uvicorn's end of a start that fails; what went wrong is said below.
+    # uvicorn exits so if its start fails; the message is below.
     with suppress(SystemExit):
         server.run()
     if not server.started:
-        raise UserError(f"cannot serve on {host}:{port}: the address is taken, not of this machine or unknown; --port=0 takes a free port")
+        raise UserError(
+            f"cannot serve on {host}:{port}: the address is taken, not of this machine or unknown; "
+            "--port=0 takes a free port"
+        )
 
 
 def import_server() -> tuple[Any, Any]:
@@ -210,5 +287,7 @@ def import_server() -> tuple[Any, Any]:
         import starlette.routing
         import uvicorn
     except ImportError:
-        raise UserError("serving needs two more packages: run 'bash scripts/setup.sh --serve'") from None
+        raise UserError(
+            "serving needs two more packages: run 'bash scripts/setup.sh --serve'"
+        ) from None
     return uvicorn, starlette

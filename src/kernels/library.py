@@ -1,4 +1,7 @@
-"""Choosing, finding and opening the library of kernels that ``python3 -m src.kernels.build`` makes. Imports nothing of MindSpore."""
+"""Finds, opens and chooses the library of kernels that ``python3 -m src.kernels.build`` makes.
+
+Imports nothing of MindSpore.
+"""
 
 import ctypes
 import hashlib
@@ -9,23 +12,39 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
-from src.utils.config import Config
-from src.utils.device import KERNELS_ISA, available_cores
+from src.cli.config import Config
 from src.utils.errors import UserError
+from src.utils.machine import KERNELS_ISA, available_cores
 
 SOURCES = Path(__file__).resolve().parent / "source"
 LIBRARY = "libacnet_kernels.so"
 TESTED = "tested"
+# Branches that one kernel computes together; kMaxBranches in source/batch_norm.h.
+MAX_BRANCHES = 3
 
-# Names that ONEDNN_MAX_CPU_ISA takes -> oneDNN's dnnl_cpu_isa_t; 0 is all that the processor has.
-_ISAS = {"": 0, "DEFAULT": 0, "ALL": 0, "AVX2": 0x7, "AVX2_VNNI": 0xf, "AVX2_VNNI_2": 0x1f, "AVX512_CORE": 0x27, "AVX512_CORE_VNNI": 0x67,
-         "AVX512_CORE_BF16": 0xe7, "AVX512_CORE_FP16": 0x1ef, "AVX10_1_512": 0x1ef, "AVX512_CORE_AMX": 0xfef, "AVX10_1_512_AMX": 0xfef}
-_AVX2, _AVX512, _BFLOAT16 = _ISAS["AVX2"], _ISAS["AVX512_CORE"], _ISAS["AVX512_CORE_BF16"]
+# Values of ONEDNN_MAX_CPU_ISA -> oneDNN's dnnl_cpu_isa_t; 0 is everything the processor has.
+ISAS = {
+    "": 0,
+    "DEFAULT": 0,
+    "ALL": 0,
+    "AVX2": 0x7,
+    "AVX2_VNNI": 0xF,
+    "AVX2_VNNI_2": 0x1F,
+    "AVX512_CORE": 0x27,
+    "AVX512_CORE_VNNI": 0x67,
+    "AVX512_CORE_BF16": 0xE7,
+    "AVX512_CORE_FP16": 0x1EF,
+    "AVX10_1_512": 0x1EF,
+    "AVX512_CORE_AMX": 0xFEF,
+    "AVX10_1_512_AMX": 0xFEF,
+}
+_READY_CAPACITY = 256
 
 
 class KernelsUnavailable(Exception):
-    """Why the kernels cannot be used here, in words for the user."""
+    """The reason why the kernels cannot be used here, worded for the user."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +52,8 @@ class KernelLibrary:
     """An opened library.
 
     Attributes:
-        block: channels of an activation that lie side by side: what one vector register holds.
-        isa: the part of the processor's instructions that oneDNN uses, as its dnnl_cpu_isa_t.
+        block: channels of an activation that are stored side by side: one vector register.
+        isa: the processor's instructions that oneDNN uses, as its dnnl_cpu_isa_t.
     """
 
     path: Path
@@ -42,18 +61,23 @@ class KernelLibrary:
     isa: int
 
     @property
+    def handle(self) -> ctypes.CDLL:
+        """The library's functions other than kernels."""
+        return ctypes.CDLL(str(self.path))
+
+    @property
     def has_bfloat16(self) -> bool:
         """Whether the processor multiplies bfloat16."""
-        return self.isa & _BFLOAT16 == _BFLOAT16
+        return has_isa(self.isa, "AVX512_CORE_BF16")
 
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """What a command computes convolutions with on CPU.
+    """The kernels that a command computes convolutions with on CPU.
 
     Attributes:
         library: oneDNN's kernels, or None for MindSpore's own.
-        reason: why they could not be had, if the user has not asked for MindSpore's own.
+        reason: why oneDNN's kernels are missing, if the user has not asked for MindSpore's own.
     """
 
     library: KernelLibrary | None = None
@@ -61,22 +85,25 @@ class KernelChoice:
 
     @property
     def name(self) -> str:
-        """What must be the same on every rank, and for a run to repeat itself to the bit."""
+        """Names the kernels. A run repeats bit for bit only with kernels of the same name."""
         return f"onednn, {_isa_name(self.library.isa)}" if self.library else "mindspore"
 
     @property
     def hint(self) -> str | None:
-        """What to say to a user who could compute faster, or None."""
+        """A hint if oneDNN's kernels would be faster, else None."""
         if not self.reason:
             return None
-        return f"computing with MindSpore's own kernels; oneDNN's, about twice as fast, are not there: {self.reason}"
+        return (
+            "computing with MindSpore's own kernels; oneDNN's kernels are about twice as fast, "
+            f"but are not available: {self.reason}"
+        )
 
 
 def choose_kernels(config: Config) -> KernelChoice:
-    """By the key ``kernels``, after ``prepare_process``.
+    """Choose kernels from the key ``kernels``. Call it once, after ``prepare_process``.
 
     Raises:
-        UserError: if they are asked for and cannot be had, or for bfloat16 on a processor that does not multiply it.
+        UserError: if kernels=onednn is not available, or for bfloat16 on a processor without it.
     """
     if config.device_target != "CPU":
         return KernelChoice()
@@ -87,22 +114,25 @@ def choose_kernels(config: Config) -> KernelChoice:
             choice = KernelChoice(open_library(available_cores()))
         except KernelsUnavailable as failure:
             if config.kernels == "onednn":
-                raise UserError(f"kernels=onednn cannot be had: {failure}") from None
+                raise UserError(f"kernels=onednn is not available: {failure}") from None
             choice = KernelChoice(reason=str(failure))
     if config.precision != "O0" and not (choice.library and choice.library.has_bfloat16):
-        needed = ("kernels=onednn: " + (choice.reason or "they are switched off") if choice.library is None
-                  else f"a processor with AVX512_BF16 or AMX; this one has {_isa_name(choice.library.isa)}")
+        if choice.library is None:
+            needed = f"kernels=onednn: {choice.reason or 'they are switched off'}"
+        else:
+            found = _isa_name(choice.library.isa)
+            needed = f"a processor with AVX512_BF16 or AMX; this one has {found}"
         raise UserError(f"amp_level={config.amp_level} on CPU, bfloat16, needs {needed}")
     return choice
 
 
 def library_folder() -> Path:
-    """Where the kernels for this project, MindSpore and machine are, or would be, in the virtual environment."""
+    """The kernels' folder in the virtual environment, specific to source, MindSpore and machine."""
     return Path(sys.prefix) / "kernels" / _digest()
 
 
 def open_library(threads: int) -> KernelLibrary:
-    """The kernels, computing with so many ``threads``.
+    """Open the kernels, to compute with ``threads`` threads.
 
     Raises:
         KernelsUnavailable: if they were not built, or do not run here.
@@ -116,35 +146,108 @@ def open_library(threads: int) -> KernelLibrary:
         library = ctypes.CDLL(str(folder / LIBRARY))
     except OSError as failure:
         raise KernelsUnavailable(f"they cannot be loaded: {failure}") from None
-    if library.acnet_configure(threads, wanted_isa()):
-        raise KernelsUnavailable("ONEDNN_MAX_CPU_ISA has changed since they were opened")
+    if library.acnet_configure(threads, allowed_isa()):
+        raise KernelsUnavailable(error_text(library))
     isa = library.acnet_isa()
-    if isa & _AVX2 != _AVX2:
+    if not has_isa(isa, "AVX2"):
         raise KernelsUnavailable("they need a processor with AVX2")
-    return KernelLibrary(folder / LIBRARY, 16 if isa & _AVX512 == _AVX512 else 8, isa)
+    return KernelLibrary(folder / LIBRARY, block_size(isa), isa)
 
 
 def last_error() -> str:
-    """What the kernel that failed last said of it: layer, kernel and reason."""
-    function = ctypes.CDLL(str(library_folder() / LIBRARY)).acnet_last_error
-    function.restype = ctypes.c_char_p
-    return function().decode(errors="replace")
+    """LAYER: KERNEL: REASON of the kernel that failed last."""
+    return error_text(ctypes.CDLL(str(library_folder() / LIBRARY)))
 
 
-def wanted_isa() -> int:
-    """What the user allows of the processor's instructions. Raises UserError for an unknown name."""
+def error_text(library: ctypes.CDLL) -> str:
+    """The last error of an opened library."""
+    library.acnet_last_error.restype = ctypes.c_char_p
+    return library.acnet_last_error().decode(errors="replace")
+
+
+def allowed_isa() -> int:
+    """The processor's instructions that the user allows. Raises UserError for an unknown name."""
     name = os.environ.get(KERNELS_ISA, "").upper()
-    if name not in _ISAS:
-        raise UserError(f"ONEDNN_MAX_CPU_ISA={name} is not known; there are {', '.join(filter(None, _ISAS))}")
-    return _ISAS[name]
+    if name not in ISAS:
+        known = ", ".join(filter(None, ISAS))
+        raise UserError(f"unknown ONEDNN_MAX_CPU_ISA={name}; available: {known}")
+    return ISAS[name]
+
+
+def has_isa(isa: int, name: str) -> bool:
+    """Whether ``isa`` includes the instructions of that name."""
+    return isa & ISAS[name] == ISAS[name]
+
+
+def block_size(isa: int) -> int:
+    """Channels in a block: the floats of one vector register."""
+    return 16 if has_isa(isa, "AVX512_CORE") else 8
+
+
+class ReadyGradient(NamedTuple):
+    """A gradient that is complete.
+
+    Attributes:
+        layer: name of the layer whose kernel computed it.
+        output: index of the tensor in the kernel's call.
+        address: address of its memory.
+    """
+
+    layer: str
+    output: int
+    address: int
+
+
+class _Record(ctypes.Structure):
+    _fields_ = [
+        ("layer", ctypes.c_char * 64),
+        ("output", ctypes.c_int64),
+        ("address", ctypes.c_void_p),
+    ]
+
+
+class ReadyGradients:
+    """Notifications that a gradient is ready while the backward pass is still running."""
+
+    def __init__(self, library: KernelLibrary) -> None:
+        self._library = library.handle
+        self._library.acnet_ready_gradients.argtypes = [
+            ctypes.c_int,
+            ctypes.c_int,
+            ctypes.c_double,
+            ctypes.POINTER(_Record),
+        ]
+        self._records = (_Record * _READY_CAPACITY)()
+
+    def begin(self) -> None:
+        """Clear the list and start notifications."""
+        self._library.acnet_enable_ready_gradients(1)
+
+    def end(self) -> None:
+        """Stop notifications."""
+        self._library.acnet_enable_ready_gradients(0)
+
+    def since(self, seen: int, seconds: float) -> list[ReadyGradient]:
+        """Gradients after the first ``seen``, in order; waits up to ``seconds`` for one.
+
+        Other Python threads run meanwhile.
+        """
+        count = self._library.acnet_ready_gradients(seen, _READY_CAPACITY, seconds, self._records)
+        if count < 0:
+            raise RuntimeError(error_text(self._library))
+        return [
+            ReadyGradient(record.layer.decode(errors="replace"), record.output, record.address or 0)
+            for record in self._records[:count]
+        ]
 
 
 def _isa_name(isa: int) -> str:
-    return max((name for name, flags in _ISAS.items() if flags and flags & isa == flags), key=lambda name: (_ISAS[name], name))
+    names = (name for name, flags in ISAS.items() if flags and has_isa(isa, name))
+    return max(names, key=lambda name: (ISAS[name], name))
 
 
 def _digest() -> str:
-    """Of everything that the library is made of."""
+    """Digest of everything that the library is made from."""
     digest = hashlib.sha256()
     for part in _parts():
         digest.update(part)

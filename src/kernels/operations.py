@@ -1,160 +1,231 @@
-"""oneDNN's kernels as operations of MindSpore, with their gradients.
+"""oneDNN's kernels as MindSpore operations, with their gradients.
 
-Activations are float32 or bfloat16 in blocks of b channels, (N, C / b, H, W, b); the input of a network's first convolution is plain,
-(N, C, H, W). Weights, their gradients and batch-norm statistics are plain float32. Every operation takes the tensors' own memory.
+Activations are float32 or bfloat16 in blocks of b channels, (N, C / b, H, W, b). The input of a
+network's first convolution is plain, (N, C, H, W). Weights, their gradients and batch-norm
+statistics are plain float32. Every operation works on the tensors' own memory.
+
+Running statistics: assigning them inside a graph would double its compile time, and MindSpore may
+give a kernel a copy to write to. So the forward kernel returns the new running mean and variance as
+further outputs, and ``bprop`` returns them in the place of the gradients of the old ones. The
+training step asks for these "gradients" too (``cells.kernel_statistics``) and assigns them itself.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import mindspore
 from mindspore import Tensor, nn, ops
 
+from src.kernels.attributes import ConvSpec, attribute_table
 from src.kernels.library import KernelLibrary
-from src.kernels.settings import Padding, Pair, settings_table, table
 
 
-def custom(library: KernelLibrary, name: str, shape: Any, dtype: Any) -> ops.Custom:
-    """The kernel ``name``; ``shape`` and ``dtype`` of its outputs, or functions of the inputs' ones."""
+def kernel(library: KernelLibrary, name: str, shape: Any, dtype: Any) -> ops.Custom:
+    """The kernel ``name``. ``shape`` and ``dtype``: functions of those of the inputs."""
     return ops.Custom(f"{library.path}:{name}", shape, dtype, func_type="aot")
 
 
 class Convolution(nn.Cell):
-    """(x, shortcut, weight, bias (C',) or (1,) for none) -> convolution, plus the shortcut, through ReLU.
+    """(x, shortcut, weight, bias) -> [relu](conv(x) + bias [+ shortcut]), by ``spec``.
 
-    Args:
-        kernel_size, stride, dilation: rows and columns.
-        relu: False leaves ReLU out.
-        shortcut: False leaves the addition out; the tensor in its place is any.
-        input_gradient: False gives zeros as the gradient of x, for images, of which nobody asks one.
+    The bias has shape (C',), or (1,) for none. Without a shortcut the second input is ignored.
     """
 
-    def __init__(self, library: KernelLibrary, out_channels: int, kernel_size: Pair, stride: Pair, padding: Padding, dilation: Pair,
-                 groups: int, *, relu: bool, shortcut: bool, input_gradient: bool) -> None:
+    def __init__(self, library: KernelLibrary, spec: ConvSpec) -> None:
         super().__init__(auto_prefix=False)
-        self.settings = Tensor(settings_table([padding], stride, dilation, groups, library.block, relu=relu, shortcut=shortcut,
-                                              input_gradient=input_gradient))
-        self.has_shortcut = shortcut
-        convolved = _convolved(library, out_channels, kernel_size, stride, padding, dilation)
-        self.inference = custom(library, "conv_inference", lambda s, x, *others: convolved(x), lambda s, x, *others: x)
-        self.forward = custom(library, "conv_forward", lambda s, x, *others: convolved(x), lambda s, x, *others: x)
-        self.backward = custom(library, "conv_backward",
-                               lambda s, x, dy, y, weight, bias: (x, y if shortcut else (1,), weight, bias),
-                               lambda s, x, dy, y, weight, bias: (x, y, weight, bias))
+        self.attributes = Tensor(spec.attributes(library.block))
+        shortcut = self.has_shortcut = spec.epilogue.has_shortcut
+        output = _conv_shape(library, spec)
+
+        def output_shape(a: Any, x: Any, *others: Any) -> Any:
+            return output(x)
+
+        def output_type(a: Any, x: Any, *others: Any) -> Any:
+            return x
+
+        def gradient_shapes(a: Any, x: Any, dy: Any, y: Any, weight: Any, bias: Any) -> Any:
+            return x, y if shortcut else (1,), weight, bias
+
+        def gradient_types(a: Any, x: Any, dy: Any, y: Any, weight: Any, bias: Any) -> Any:
+            return x, y, weight, bias
+
+        self.inference = kernel(library, "conv_inference", output_shape, output_type)
+        self.forward = kernel(library, "conv_forward", output_shape, output_type)
+        self.backward = kernel(library, "conv_backward", gradient_shapes, gradient_types)
 
     def construct(self, x: Tensor, shortcut: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if not self.training:
-            return self.inference(self.settings, x, shortcut, weight, bias)
-        return self.forward(self.settings, x, shortcut, weight, bias)
+            return self.inference(self.attributes, x, shortcut, weight, bias)
+        return self.forward(self.attributes, x, shortcut, weight, bias)
 
-    def bprop(self, x: Tensor, shortcut: Tensor, weight: Tensor, bias: Tensor, y: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
-        found = self.backward(self.settings, x, dy, y, weight, bias)
-        return found[0], found[1] if self.has_shortcut else ops.zeros_like(shortcut), found[2], found[3]
+    def bprop(
+        self, x: Tensor, shortcut: Tensor, weight: Tensor, bias: Tensor, y: Tensor, dy: Tensor
+    ) -> tuple[Tensor, ...]:
+        dx, dshortcut, dweight, dbias = self.backward(self.attributes, x, dy, y, weight, bias)
+        if not self.has_shortcut:
+            dshortcut = ops.zeros_like(shortcut)
+        return dx, dshortcut, dweight, dbias
 
 
 class ConvolutionNorm(nn.Cell):
-    """(x, shortcut, [weight, gamma, beta, running mean, running variance] of each branch) -> batch norms of the convolutions, added up,
-    plus the shortcut, through ReLU; in training also (statistics, convolution of each branch, [new running mean, new running variance]
-    of each branch), those updated as PyTorch's.
+    """Batch norms of convolutions of x, added up: [relu](sum of the branches [+ shortcut]).
 
-    In inference everything is one convolution.
-
-    Args:
-        paddings, kernel_sizes: of each branch; the first has the largest kernel.
-        momentum: weight of the old running statistics.
+    Called as (x, shortcut, parameters), where the parameters are [weight, gamma, beta, running
+    mean, running variance] of each branch. Returns the output; in training also the statistics, the
+    convolution of each branch, and [new running mean, new running variance] of each branch, updated
+    as PyTorch does. In inference everything is one convolution.
     """
 
-    def __init__(self, library: KernelLibrary, out_channels: int, kernel_sizes: Sequence[Pair], stride: Pair, paddings: Sequence[Padding],
-                 dilation: Pair, groups: int, *, relu: bool, shortcut: bool, input_gradient: bool, eps: float, momentum: float) -> None:
+    def __init__(self, library: KernelLibrary, spec: ConvSpec) -> None:
         super().__init__(auto_prefix=False)
-        branches = self.branches = len(kernel_sizes)
-        self.settings = Tensor(settings_table(paddings, stride, dilation, groups, library.block, relu=relu, shortcut=shortcut,
-                                              input_gradient=input_gradient, eps=eps, momentum=momentum))
-        convolved = _convolved(library, out_channels, kernel_sizes[0], stride, paddings[0], dilation)
+        self.attributes = Tensor(spec.attributes(library.block))
+        branches = self.branches = len(spec.paddings)
+        shortcut = self.has_shortcut = spec.epilogue.has_shortcut
+        out_channels = spec.out_channels
+        output = _conv_shape(library, spec)
 
-        def forward_shape(s: Any, x: Any, *others: Any) -> Any:
-            return (convolved(x), (branches, 2, out_channels), *[convolved(x)] * branches, *[(out_channels,)] * (2 * branches))
+        def output_shapes(a: Any, x: Any, *others: Any) -> Any:
+            running = [(out_channels,)] * (2 * branches)
+            return output(x), (branches, 2, out_channels), *[output(x)] * branches, *running
 
-        def forward_type(s: Any, x: Any, *others: Any) -> Any:
-            return (x, mindspore.float32, *[x] * branches, *[mindspore.float32] * (2 * branches))
+        def output_types(a: Any, x: Any, *others: Any) -> Any:
+            return x, mindspore.float32, *[x] * branches, *[mindspore.float32] * (2 * branches)
 
-        def backward(s: Any, x: Any, dy: Any, y: Any, statistics: Any, *others: Any) -> Any:
-            kept = [others[5 * branch + part] for branch in range(branches) for part in range(3)]
-            return (x, y if shortcut else dy, *kept)
+        def trained(parameters: Any) -> list[Any]:
+            """Weight, gamma and beta of each branch."""
+            return [
+                parameters[5 * branch + part] for branch in range(branches) for part in range(3)
+            ]
 
-        def backward_shape(s: Any, x: Any, dy: Any, y: Any, statistics: Any, *others: Any) -> Any:
-            kept = [others[5 * branch + part] for branch in range(branches) for part in range(3)]
-            return (x, y if shortcut else (1,), *kept)
+        def gradient_shapes(a: Any, x: Any, dy: Any, y: Any, statistics: Any, *others: Any) -> Any:
+            return (x, y if shortcut else (1,), *trained(others))
 
-        self.inference = custom(library, "conv_norm_inference", lambda s, x, *others: convolved(x), lambda s, x, *others: x)
-        self.forward = custom(library, "conv_norm_forward", forward_shape, forward_type)
-        self.backward = custom(library, "conv_norm_backward", backward_shape, backward)
-        self.has_shortcut = shortcut
+        def gradient_types(a: Any, x: Any, dy: Any, y: Any, statistics: Any, *others: Any) -> Any:
+            return (x, y, *trained(others))
 
-    def construct(self, x: Tensor, shortcut: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        self.inference = kernel(
+            library, "conv_norm_inference", lambda a, x, *others: output(x), lambda a, x, *others: x
+        )
+        self.forward = kernel(library, "conv_norm_forward", output_shapes, output_types)
+        self.backward = kernel(library, "conv_norm_backward", gradient_shapes, gradient_types)
+
+    def construct(
+        self, x: Tensor, shortcut: Tensor, parameters: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
         if not self.training:
-            return (self.inference(self.settings, x, shortcut, *parameters),)
-        return self.forward(self.settings, x, shortcut, *parameters)
+            return (self.inference(self.attributes, x, shortcut, *parameters),)
+        return self.forward(self.attributes, x, shortcut, *parameters)
 
-    def bprop(self, x: Tensor, shortcut: Tensor, parameters: tuple[Tensor, ...], out: tuple[Tensor, ...], dout: tuple[Tensor, ...],
-              ) -> tuple[Any, ...]:
-        found = self.backward(self.settings, x, dout[0], out[0], out[1], *parameters, *out[2:2 + self.branches])
+    def bprop(
+        self,
+        x: Tensor,
+        shortcut: Tensor,
+        parameters: tuple[Tensor, ...],
+        out: tuple[Tensor, ...],
+        dout: tuple[Tensor, ...],
+    ) -> tuple[Any, ...]:
+        y, statistics, convolved = out[0], out[1], out[2 : 2 + self.branches]
+        found = self.backward(self.attributes, x, dout[0], y, statistics, *parameters, *convolved)
         gradients: tuple[Tensor, ...] = ()
         for branch in range(self.branches):
+            dweight = 2 + 3 * branch
             running = 2 + self.branches + 2 * branch
-            gradients += (found[2 + 3 * branch], found[3 + 3 * branch], found[4 + 3 * branch], out[running], out[running + 1])
+            # In the place of the running statistics' gradients: their new values.
+            gradients += (found[dweight], found[dweight + 1], found[dweight + 2])
+            gradients += (out[running], out[running + 1])
         return found[0], found[1] if self.has_shortcut else ops.zeros_like(shortcut), gradients
 
 
 class Normalization(nn.Cell):
-    """(x, gamma, beta, running mean, running variance) -> (batch norm through ReLU, statistics (1, 2, C), new running mean, new
-    running variance); in inference the first alone."""
+    """(x, gamma, beta, running mean, running variance) -> [relu](batch norm of x).
 
-    def __init__(self, library: KernelLibrary, channels: int, relu: bool, eps: float, momentum: float) -> None:
+    In training also returns (statistics (1, 2, C), new running mean, new running variance).
+    """
+
+    def __init__(self, library: KernelLibrary, spec: ConvSpec) -> None:
         super().__init__(auto_prefix=False)
-        self.settings = Tensor(settings_table([], (1, 1), (1, 1), 1, library.block, relu=relu, eps=eps, momentum=momentum))
-        self.inference = custom(library, "norm_inference", lambda s, x, *others: x, lambda s, x, *others: x)
-        self.forward = custom(library, "norm_forward", lambda s, x, *others: (x, (1, 2, channels), (channels,), (channels,)),
-                              lambda s, x, *others: (x, *[mindspore.float32] * 3))
-        self.backward = custom(library, "norm_backward", lambda s, dy, x, gamma, beta, *others: (x, gamma, beta),
-                               lambda s, dy, x, gamma, beta, *others: (x, gamma, beta))
+        self.attributes = Tensor(spec.attributes(library.block))
+        channels = spec.out_channels
 
-    def construct(self, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, ...]:
+        def output_shapes(a: Any, x: Any, *others: Any) -> Any:
+            return x, (1, 2, channels), (channels,), (channels,)
+
+        def output_types(a: Any, x: Any, *others: Any) -> Any:
+            return (x, *[mindspore.float32] * 3)
+
+        def gradients(a: Any, dy: Any, x: Any, gamma: Any, beta: Any, *others: Any) -> Any:
+            return x, gamma, beta
+
+        def like_x(a: Any, x: Any, *others: Any) -> Any:
+            return x
+
+        self.inference = kernel(library, "norm_inference", like_x, like_x)
+        self.forward = kernel(library, "norm_forward", output_shapes, output_types)
+        self.backward = kernel(library, "norm_backward", gradients, gradients)
+
+    def construct(
+        self, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor
+    ) -> tuple[Tensor, ...]:
         if not self.training:
-            return (self.inference(self.settings, x, gamma, beta, mean, variance),)
-        return self.forward(self.settings, x, gamma, beta, mean, variance)
+            return (self.inference(self.attributes, x, gamma, beta, mean, variance),)
+        return self.forward(self.attributes, x, gamma, beta, mean, variance)
 
-    def bprop(self, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, out: tuple[Tensor, ...],
-              dout: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        dx, dgamma, dbeta = self.backward(self.settings, dout[0], x, gamma, beta, mean, variance, out[1])
+    def bprop(
+        self,
+        x: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        out: tuple[Tensor, ...],
+        dout: tuple[Tensor, ...],
+    ) -> tuple[Tensor, ...]:
+        dx, dgamma, dbeta = self.backward(
+            self.attributes, dout[0], x, gamma, beta, mean, variance, out[1]
+        )
+        # As in ConvolutionNorm: new running statistics in the place of gradients.
         return dx, dgamma, dbeta, out[2], out[3]
 
 
 class Dense(nn.Cell):
-    """(x (N, I), weight (O, I), bias (O)) -> x times the transposed weight, plus the bias, all plain float32."""
+    """(x (N, I), weight (O, I), bias (O)) -> x weight^T + bias, all plain float32."""
 
     def __init__(self, library: KernelLibrary) -> None:
         super().__init__(auto_prefix=False)
-        self.settings = Tensor(table())
-        self.forward = custom(library, "dense_forward", lambda s, x, weight, bias: (x[0], weight[0]), lambda s, x, weight, bias: x)
-        self.backward = custom(library, "dense_backward", lambda s, x, dy, weight: (x, weight, (weight[0],)),
-                               lambda s, x, dy, weight: (x, weight, weight))
+        self.attributes = Tensor(attribute_table())
+
+        def output_shape(a: Any, x: Any, weight: Any, bias: Any) -> Any:
+            return x[0], weight[0]
+
+        def gradient_shapes(a: Any, x: Any, dy: Any, weight: Any) -> Any:
+            return x, weight, (weight[0],)
+
+        def gradient_types(a: Any, x: Any, dy: Any, weight: Any) -> Any:
+            return x, weight, weight
+
+        self.forward = kernel(library, "dense_forward", output_shape, lambda a, x, w, b: x)
+        self.backward = kernel(library, "dense_backward", gradient_shapes, gradient_types)
 
     def construct(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return self.forward(self.settings, x, weight, bias)
+        return self.forward(self.attributes, x, weight, bias)
 
-    def bprop(self, x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
-        dx, dweight, dbias = self.backward(self.settings, x, dy, weight)
+    def bprop(
+        self, x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, dy: Tensor
+    ) -> tuple[Tensor, ...]:
+        dx, dweight, dbias = self.backward(self.attributes, x, dy, weight)
         return dx, dweight, dbias
 
 
-def _convolved(library: KernelLibrary, out_channels: int, kernel_size: Pair, stride: Pair, padding: Padding,
-               dilation: Pair) -> Callable[[Any], Any]:
-    """(N, ...) of a convolution's input -> the shape of its output."""
-    top, bottom, left, right = padding
+def _conv_shape(library: KernelLibrary, spec: ConvSpec) -> Callable[[Any], Any]:
+    """A function from the shape of a convolution's input to that of its output."""
+    top, bottom, left, right = spec.paddings[0]
+    rows, columns = (
+        dilation * (size - 1) + 1 for dilation, size in zip(spec.dilation, spec.kernel_sizes[0])
+    )
 
     def shape(x: Any) -> Any:
-        rows = (x[2] + top + bottom - dilation[0] * (kernel_size[0] - 1) - 1) // stride[0] + 1
-        columns = (x[3] + left + right - dilation[1] * (kernel_size[1] - 1) - 1) // stride[1] + 1
-        return (x[0], out_channels // library.block, rows, columns, library.block)
+        height = (x[2] + top + bottom - rows) // spec.stride[0] + 1
+        width = (x[3] + left + right - columns) // spec.stride[1] + 1
+        return x[0], spec.out_channels // library.block, height, width, library.block
+
     return shape

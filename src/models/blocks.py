@@ -1,4 +1,7 @@
-"""The table of blocks that train with several branches and convert into one convolution. Imports nothing of MindSpore."""
+"""The table of blocks that train with several branches and become one convolution.
+
+Imports nothing of MindSpore.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,17 +14,19 @@ class Block:
     """One kind of block.
 
     Attributes:
-        builder: "MODULE:CLASS" of a ``fusion.BranchedConv``, called as ``builder(in_channels, out_channels, kernel_size,
-            stride=..., padding=..., groups=..., norm=..., gamma_init=...)``.
-        kernels: sizes of the square convolutions that it replaces, together with the batch norm behind them.
-        marks: parts of parameter names that only its trained form has; by them files of other programs are recognised.
-        fused_marks: the same for files of its fused form.
+        builder: "MODULE:CLASS" of a ``reparam.ReparamConv``, called as ``builder(in_channels,
+            out_channels, kernel_size, stride=..., padding=..., groups=..., norm=...,
+            gamma_init=...)``.
+        kernels: sizes of the square convolutions that it replaces, each with its batch norm.
+        key_patterns: parts of parameter names that occur only before fusion; files of other
+            programs are recognised by them.
+        fused_key_patterns: the same for names after fusion.
     """
 
     builder: str = ""
     kernels: tuple[int, ...] = ()
-    marks: tuple[str, ...] = ()
-    fused_marks: tuple[str, ...] = ()
+    key_patterns: tuple[str, ...] = ()
+    fused_key_patterns: tuple[str, ...] = ()
 
 
 BLOCKS: dict[str, Block] = {
@@ -36,15 +41,17 @@ BLOCKS: dict[str, Block] = {
 def find_block(name: str) -> Block:
     """The Block of that name. Raises UserError for an unknown one."""
     if name not in BLOCKS:
-        raise UserError(f"unknown block={name}{suggestion(name, BLOCKS)}; there are {', '.join(BLOCKS)}")
+        raise UserError(
+            f"unknown block={name}{suggestion(name, BLOCKS)}; there are {', '.join(BLOCKS)}"
+        )
     return BLOCKS[name]
 
 
 def recognise_block(names: Iterable[str]) -> tuple[str, bool]:
-    """(name of the block, whether it is fused) of a file of another program, guessed from its parameters' names."""
+    """(name of the block, whether it is fused), guessed from another program's parameter names."""
     names = list(names)
     for block, kind in BLOCKS.items():
-        for marks, fused in ((kind.marks, False), (kind.fused_marks, True)):
-            if any(mark in name for mark in marks for name in names):
+        for key_patterns, fused in ((kind.key_patterns, False), (kind.fused_key_patterns, True)):
+            if any(mark in name for mark in key_patterns for name in names):
                 return block, fused
     return "base", False

@@ -1,22 +1,28 @@
-"""The CIFAR networks of ACNet (Ding et al., ICCV 2019, section 4.1), with the channel counts of the paper's code."""
+"""The CIFAR networks of ACNet (Ding et al., ICCV 2019, section 4.1).
+
+Channel counts are those of the paper's code.
+"""
 
 from collections import OrderedDict
 from typing import Any
 
 from mindspore import Tensor, nn, ops
 
-from src.models.layers import LayerFactory
+from src.models.layers import ImageClassifier, LayerFactory
 
 
-class CifarQuick(nn.Cell):
-    """Caffe's CIFAR-quick with batch norm: three 5x5 convolutions and two dense layers. (N, 3, S, S) -> (N, num_classes)."""
+class CifarQuick(ImageClassifier):
+    """Caffe's CIFAR-quick with batch norm: three 5x5 convolutions and two dense layers."""
 
-    def __init__(self, num_classes: int, layers: LayerFactory, image_size: int = 32, **unused: Any) -> None:
-        super().__init__()
-        self.conv1 = layers.conv_norm(3, 32, 5, padding=2, relu=True)
-        self.conv2 = layers.conv_norm(32, 32, 5, padding=2, relu=True)
-        self.conv3 = layers.conv_norm(32, 64, 5, padding=2, relu=True)
-        self.max_pool, self.average_pool, self.plain = layers.max_pool(3, 2), layers.average_pool(3, 2), layers.plain()
+    def __init__(
+        self, num_classes: int, layers: LayerFactory, image_size: int = 32, **unused: Any
+    ) -> None:
+        super().__init__(layers)
+        self.conv1 = layers.conv_norm_relu(3, 32, 5, padding=2)
+        self.conv2 = layers.conv_norm_relu(32, 32, 5, padding=2)
+        self.conv3 = layers.conv_norm_relu(32, 64, 5, padding=2)
+        self.max_pool, self.average_pool = layers.max_pool(3, 2), layers.average_pool(3, 2)
+        self.to_nchw = layers.to_nchw()
         self.relu = nn.ReLU()
         size = image_size
         for _ in range(3):
@@ -28,35 +34,37 @@ class CifarQuick(nn.Cell):
     def construct(self, x: Tensor) -> Tensor:
         x = self.max_pool(self.conv1(x))
         x = self.average_pool(self.conv2(x))
-        x = self.plain(self.average_pool(self.conv3(x)))
+        x = self.to_nchw(self.average_pool(self.conv3(x)))
         x = self.relu(self.fc1(ops.reshape(x, (-1, self.flat))))
         return self.classifier(x)
 
 
-class Vgg16Cifar(nn.Cell):
-    """VGG-16 with batch norm and one hidden dense layer of 512. (N, 3, S, S) -> (N, num_classes)."""
+class Vgg16Cifar(ImageClassifier):
+    """VGG-16 with batch norm and one hidden dense layer of 512 units."""
 
     STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
-    def __init__(self, num_classes: int, layers: LayerFactory, image_size: int = 32, **unused: Any) -> None:
-        super().__init__()
-        # By the numbers that they have where each ReLU is a layer of its own, as in the names of published weights.
+    def __init__(
+        self, num_classes: int, layers: LayerFactory, image_size: int = 32, **unused: Any
+    ) -> None:
+        super().__init__(layers)
+        # The indices leave room for a ReLU after each convolution, as published weights do.
         features: OrderedDict[str, nn.Cell] = OrderedDict()
-        number, in_channels = 0, 3
+        index, in_channels = 0, 3
         for stage in self.STAGES:
             for channels in stage:
-                features[str(number)] = layers.conv_norm(in_channels, channels, 3, padding=1, relu=True)
-                number, in_channels = number + 2, channels
-            features[str(number)] = layers.max_pool(2, 2)
-            number += 1
-        self.features, self.plain = nn.SequentialCell(features), layers.plain()
+                features[str(index)] = layers.conv_norm_relu(in_channels, channels, 3, padding=1)
+                index, in_channels = index + 2, channels
+            features[str(index)] = layers.max_pool(2, 2)
+            index += 1
+        self.features, self.to_nchw = nn.SequentialCell(features), layers.to_nchw()
         self.flat = in_channels * (image_size // 32) ** 2
         self.fc1 = layers.dense(self.flat, 512)
         self.relu = nn.ReLU()
         self.classifier = layers.dense(512, num_classes)
 
     def construct(self, x: Tensor) -> Tensor:
-        x = self.plain(self.features(x))
+        x = self.to_nchw(self.features(x))
         x = self.relu(self.fc1(ops.reshape(x, (-1, self.flat))))
         return self.classifier(x)
 
@@ -64,14 +72,16 @@ class Vgg16Cifar(nn.Cell):
 class _BasicBranchBlock(nn.Cell):
     def __init__(self, in_channels: int, channels: int, stride: int, layers: LayerFactory) -> None:
         super().__init__()
-        self.conv1 = layers.conv_norm(in_channels, channels, 3, stride, padding=1, relu=True)
-        self.conv2 = layers.conv_norm(channels, channels, 3, padding=1, shortcut=True)
+        self.conv1 = layers.conv_norm_relu(in_channels, channels, 3, stride, padding=1)
+        self.conv2 = layers.conv_norm_add_relu(channels, channels, 3, padding=1)
         project = stride != 1 or in_channels != channels
-        self.downsample = layers.conv_norm(in_channels, channels, 1, stride) if project else nn.Identity()
-        self.fork = layers.fork()
+        self.downsample = (
+            layers.conv_norm(in_channels, channels, 1, stride) if project else nn.Identity()
+        )
+        self.split = layers.split_residual()
 
     def construct(self, x: Tensor) -> Tensor:
-        x, shortcut = self.fork(x)
+        x, shortcut = self.split(x)
         return self.conv2(self.conv1(x), self.downsample(shortcut))
 
     @property
@@ -80,12 +90,17 @@ class _BasicBranchBlock(nn.Cell):
         return self.conv2
 
 
-class ResNetCifar(nn.Cell):
-    """ResNet of depth 6n + 2 for CIFAR (He et al., section 4.2), with projection shortcuts as in ACNet's code."""
+class ResNetCifar(ImageClassifier):
+    """ResNet of depth 6n + 2 for CIFAR (He et al., section 4.2).
 
-    def __init__(self, num_classes: int, layers: LayerFactory, blocks_per_stage: int = 9, **unused: Any) -> None:
-        super().__init__()
-        self.conv1 = layers.conv_norm(3, 16, 3, padding=1, relu=True)
+    Shortcuts are projections, as in ACNet's code.
+    """
+
+    def __init__(
+        self, num_classes: int, layers: LayerFactory, blocks_per_stage: int = 9, **unused: Any
+    ) -> None:
+        super().__init__(layers)
+        self.conv1 = layers.conv_norm_relu(3, 16, 3, padding=1)
         blocks, in_channels = [], 16
         for stage, channels in enumerate((16, 32, 64)):
             for index in range(blocks_per_stage):
@@ -100,37 +115,56 @@ class ResNetCifar(nn.Cell):
 
 
 class _PreActivationBlock(nn.Cell):
-    def __init__(self, in_channels: int, channels: int, stride: int, project: bool, layers: LayerFactory) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, layers: LayerFactory) -> None:
         super().__init__()
-        self.norm1, self.conv1 = layers.norm(in_channels, relu=True), layers.conv(in_channels, channels, 3, stride, padding=1)
-        self.norm2, self.conv2 = layers.norm(channels, relu=True), layers.conv(channels, channels, 3, padding=1)
-        self.fork, self.sum, self.shortcut = layers.fork(), layers.sum(), nn.Identity()
-        if project:
-            # By the names that they have with ReLU between them.
-            self.shortcut = nn.SequentialCell(OrderedDict([("0", layers.norm(in_channels, relu=True)),
-                                                           ("2", layers.conv(in_channels, channels, 1, stride))]))
+        self.norm1, self.conv1 = (
+            layers.norm_relu(in_channels),
+            layers.conv(in_channels, channels, 3, stride, padding=1),
+        )
+        self.norm2, self.conv2 = (
+            layers.norm_relu(channels),
+            layers.conv(channels, channels, 3, padding=1),
+        )
+        self.split, self.add, self.shortcut = layers.split_residual(), layers.add(), nn.Identity()
+        if in_channels != channels:
+            # Named as if a ReLU stood between them, as in published weights.
+            self.shortcut = nn.SequentialCell(
+                OrderedDict(
+                    [
+                        ("0", layers.norm_relu(in_channels)),
+                        ("2", layers.conv(in_channels, channels, 1, stride)),
+                    ]
+                )
+            )
 
     def construct(self, x: Tensor) -> Tensor:
-        x, shortcut = self.fork(x)
-        return self.sum(self.conv2(self.norm2(self.conv1(self.norm1(x)))), self.shortcut(shortcut))
+        x, shortcut = self.split(x)
+        return self.add(self.conv2(self.norm2(self.conv1(self.norm1(x)))), self.shortcut(shortcut))
 
 
-class WideResNetCifar(nn.Cell):
-    """WRN-16-8 (Zagoruyko and Komodakis, arXiv:1605.07146): pre-activation, two blocks per stage, width 8.
+class WideResNetCifar(ImageClassifier):
+    """WRN-16-8 (Zagoruyko and Komodakis, arXiv:1605.07146): width 8, two blocks per stage.
 
-    As in ACNet's code the first block of each stage has its own batch norm on the shortcut, and no ReLU stands between
-    the last batch norm and the pooling.
+    As in ACNet's code, the first block of each stage has its own batch norm on the shortcut, and
+    there is no ReLU between the last batch norm and the pooling.
     """
 
-    def __init__(self, num_classes: int, layers: LayerFactory, blocks_per_stage: int = 2, width: int = 8, **unused: Any) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        num_classes: int,
+        layers: LayerFactory,
+        blocks_per_stage: int = 2,
+        width: int = 8,
+        **unused: Any,
+    ) -> None:
+        super().__init__(layers)
         self.conv1 = layers.conv(3, 16, 3, padding=1)
         blocks, in_channels = [], 16
         for stage in range(3):
             channels = (16 << stage) * width
             for index in range(blocks_per_stage):
                 stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(_PreActivationBlock(in_channels, channels, stride, index == 0, layers))
+                blocks.append(_PreActivationBlock(in_channels, channels, stride, layers))
                 in_channels = channels
         self.blocks, self.average = nn.SequentialCell(blocks), layers.global_average()
         self.last_norm = layers.norm(in_channels)

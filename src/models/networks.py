@@ -1,22 +1,25 @@
-"""The table of networks. It imports nothing of MindSpore, so a wrong name is reported before seconds are spent on that import."""
+"""The table of networks, with everything that belongs to each.
+
+Imports nothing of MindSpore, so that a wrong name is reported before the seconds that import takes.
+"""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from src.models import name_maps
+from src.models import weight_names
 from src.utils.errors import UserError, suggestion
 
 
 @dataclass(frozen=True)
 class NetworkSize:
-    """What a network costs.
+    """The cost of a network.
 
     Attributes:
-        parameters: trainable ones.
-        multiply_adds: of convolutions and dense layers, for one image.
-        activations: outputs of convolutions, batch norms and dense layers for one image.
+        parameters: number of trainable parameters.
+        multiply_adds: multiply-adds of convolutions and dense layers, for one image.
+        activations: outputs of convolutions, batch norms and dense layers, for one image.
     """
 
     parameters: int
@@ -26,20 +29,24 @@ class NetworkSize:
 
 @dataclass(frozen=True)
 class Network:
-    """One network that can be built by name.
+    """One network that can be created by name.
 
     Attributes:
-        builder: "MODULE:FUNCTION", called as ``builder(num_classes, layers, image_size=..., dropout=..., **arguments)``;
-            returns a Cell of (N, 3, S, S) float images -> (N, num_classes) logits whose last layer is named ``classifier``.
-        least_image_size: smallest side in pixels of an input.
-        image_size: side for which it is built if none is given.
-        aliases: further names, those of the seeds among them.
-        arguments: what distinguishes it from others with the same builder.
+        builder: "MODULE:FUNCTION", called as ``builder(num_classes, layers, image_size=...,
+            dropout=..., **arguments)``; returns a ``layers.ImageClassifier``.
+        least_image_size: smallest side of an input in pixels.
+        image_size: side of an input in pixels if none is given.
+        aliases: other names, including those of the seeds.
+        arguments: arguments that distinguish it from others with the same builder.
+        settings: {key: value} of the configuration that belong to the network: preprocessing,
+            dropout, initial scale of its blocks. Recipes and flags win over them.
+        recipes: {alias: recipe}: aliases that stand for a whole recipe.
+        size: its NetworkSize without blocks, for ``image_size`` and 1000 classes (10 classes if
+            image_size is 32); None if unknown.
         torch_module: our name of a module -> torchvision's and timm's.
-        size: its NetworkSize without blocks, for ``image_size`` and 1000 classes, or 10 if it is one for 32 pixels; None if nobody
-            has counted.
-        acnet_module: (our name of a module, whether it is of a fused network) -> the ACNet repository's; None if it has
-            no such network.
+        acnet_module: our name of a module -> the ACNet repository's; None if that has no such
+            network.
+        acnet_fused_module: the same for a fused network; None if it is not different.
     """
 
     builder: str
@@ -47,35 +54,156 @@ class Network:
     image_size: int = 224
     aliases: tuple[str, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    recipes: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     size: NetworkSize | None = None
     torch_module: Callable[[str], str] = str
-    acnet_module: Callable[[str, bool], str] | None = None
+    acnet_module: Callable[[str], str] | None = None
+    acnet_fused_module: Callable[[str], str] | None = None
 
 
-def _resnet(bottleneck: bool, depths: tuple[int, ...], size: NetworkSize, aliases: tuple[str, ...],
-            acnet_module: Callable[[str, bool], str] | None = None, **widths: int) -> Network:
-    return Network("src.models.resnet:build", 32, aliases=aliases, torch_module=name_maps.torchvision_resnet,
-                   acnet_module=acnet_module, arguments={"bottleneck": bottleneck, "depths": depths, **widths}, size=size)
+# Preprocessing of the MindSpore seeds: both sides to 256, then the central 224, no antialiasing.
+_MODEL_ZOO = {
+    "image_size": 224,
+    "crop_pct": 0.875,
+    "eval_resize_mode": "square",
+    "interpolation": "bilinear",
+    "antialias": False,
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+}
+# ACNet's ImageNet networks: torchvision's transforms on Pillow's images.
+_ACNET_IMAGENET = {"gamma_init": 1, "eval_resize_mode": "shorter_side", "antialias": True}
+# ACNet's CIFAR networks: the whole image.
+_ACNET_CIFAR = {
+    "gamma_init": 0.333,
+    "image_size": 32,
+    "crop_pct": 1.0,
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+}
+
+
+def _resnet(
+    builder: str,
+    depths: tuple[int, ...],
+    size: NetworkSize,
+    alias: str,
+    acnet_module: Callable[[str], str] | None = None,
+    **widths: int,
+) -> Network:
+    return Network(
+        f"src.models.resnet:{builder}",
+        least_image_size=32,
+        aliases=(alias,),
+        arguments={"depths": depths, **widths},
+        settings=_ACNET_IMAGENET if acnet_module else _MODEL_ZOO,
+        size=size,
+        torch_module=weight_names.torchvision_resnet,
+        acnet_module=acnet_module,
+    )
+
+
+def _acnet(network: Network, recipe: str) -> Network:
+    """The network with its first alias standing for ACNet's own recipe."""
+    return replace(network, recipes={network.aliases[0]: recipe})
 
 
 NETWORKS: dict[str, Network] = {
-    "alexnet": Network("src.models.alexnet:AlexNet", 63, torch_module=name_maps.torchvision_alexnet,
-                       size=NetworkSize(61_100_840, 714_188_480, 494_184)),
-    "resnet18": _resnet(False, (2, 2, 2, 2), NetworkSize(11_689_512, 1_814_073_344, 4_968_424), ("sres18",), name_maps.acnet_resnet),
-    "resnet34": _resnet(False, (3, 4, 6, 3), NetworkSize(21_797_672, 3_663_761_408, 7_477_224), ("sres34",), name_maps.acnet_resnet),
-    "resnet50": _resnet(True, (3, 4, 6, 3), NetworkSize(25_557_032, 4_089_184_256, 22_228_968), ("sres50",), name_maps.acnet_resnet50),
-    "resnext50_32x4d": _resnet(True, (3, 4, 6, 3), NetworkSize(25_028_904, 4_230_479_872, 28_802_024), ("resnext50",),
-                               cardinality=32, base_width=4),
-    "resnext101_32x4d": _resnet(True, (3, 4, 23, 3), NetworkSize(44_177_704, 7_969_996_800, 42_449_896), ("resnext101",),
-                                cardinality=32, base_width=4),
-    "cifar_quick": Network("src.models.cifar:CifarQuick", 15, 32, ("cfqkbnc",), acnet_module=name_maps.acnet_quick,
-                           size=NetworkSize(117_034, 10_763_904, 86_282)),
-    "vgg16_cifar": Network("src.models.cifar:Vgg16Cifar", 32, 32, ("vc",), acnet_module=name_maps.acnet_vgg,
-                           size=NetworkSize(14_986_698, 313_463_808, 553_482)),
-    "resnet56_cifar": Network("src.models.cifar:ResNetCifar", 8, 32, ("src56",), acnet_module=name_maps.acnet_resnet56,
-                              size=NetworkSize(855_770, 125_747_840, 1_089_546)),
-    "wrn16_8_cifar": Network("src.models.cifar:WideResNetCifar", 8, 32, ("wrnc16plain",), acnet_module=name_maps.acnet_wrn,
-                             size=NetworkSize(10_962_170, 1_548_145_664, 2_310_154)),
+    "alexnet": Network(
+        "src.models.alexnet:AlexNet",
+        least_image_size=63,
+        settings={**_MODEL_ZOO, "dropout": 0.35},
+        size=NetworkSize(61_100_840, 714_188_480, 494_184),
+        torch_module=weight_names.torchvision_alexnet,
+    ),
+    "resnet18": _acnet(
+        _resnet(
+            "basic",
+            (2, 2, 2, 2),
+            NetworkSize(11_689_512, 1_814_073_344, 4_968_424),
+            "sres18",
+            weight_names.acnet_resnet,
+        ),
+        "acnet_resnet18_imagenet",
+    ),
+    "resnet34": _acnet(
+        _resnet(
+            "basic",
+            (3, 4, 6, 3),
+            NetworkSize(21_797_672, 3_663_761_408, 7_477_224),
+            "sres34",
+            weight_names.acnet_resnet,
+        ),
+        "acnet_resnet34_imagenet",
+    ),
+    "resnet50": _acnet(
+        _resnet(
+            "bottleneck",
+            (3, 4, 6, 3),
+            NetworkSize(25_557_032, 4_089_184_256, 22_228_968),
+            "sres50",
+            weight_names.acnet_resnet50,
+        ),
+        "acnet_resnet50_imagenet",
+    ),
+    "resnext50_32x4d": _resnet(
+        "bottleneck",
+        (3, 4, 6, 3),
+        NetworkSize(25_028_904, 4_230_479_872, 28_802_024),
+        "resnext50",
+        cardinality=32,
+        base_width=4,
+    ),
+    "resnext101_32x4d": _resnet(
+        "bottleneck",
+        (3, 4, 23, 3),
+        NetworkSize(44_177_704, 7_969_996_800, 42_449_896),
+        "resnext101",
+        cardinality=32,
+        base_width=4,
+    ),
+    "cifar_quick": Network(
+        "src.models.cifar:CifarQuick",
+        least_image_size=15,
+        image_size=32,
+        aliases=("cfqkbnc",),
+        settings=_ACNET_CIFAR,
+        recipes={"cfqkbnc": "acnet_cifar_quick_cifar10"},
+        size=NetworkSize(117_034, 10_763_904, 86_282),
+        acnet_module=weight_names.acnet_quick,
+    ),
+    "vgg16_cifar": Network(
+        "src.models.cifar:Vgg16Cifar",
+        least_image_size=32,
+        image_size=32,
+        aliases=("vc",),
+        settings=_ACNET_CIFAR,
+        recipes={"vc": "acnet_vgg16_cifar_cifar10"},
+        size=NetworkSize(14_986_698, 313_463_808, 553_482),
+        acnet_module=weight_names.acnet_vgg,
+    ),
+    "resnet56_cifar": Network(
+        "src.models.cifar:ResNetCifar",
+        least_image_size=8,
+        image_size=32,
+        aliases=("src56",),
+        settings=_ACNET_CIFAR,
+        recipes={"src56": "acnet_resnet56_cifar_cifar10"},
+        size=NetworkSize(855_770, 125_747_840, 1_089_546),
+        acnet_module=weight_names.acnet_resnet56,
+    ),
+    "wrn16_8_cifar": Network(
+        "src.models.cifar:WideResNetCifar",
+        least_image_size=8,
+        image_size=32,
+        aliases=("wrnc16plain",),
+        settings=_ACNET_CIFAR,
+        recipes={"wrnc16plain": "acnet_wrn16_8_cifar_cifar10"},
+        size=NetworkSize(10_962_170, 1_548_145_664, 2_310_154),
+        acnet_module=weight_names.acnet_wrn,
+        acnet_fused_module=weight_names.acnet_wrn_fused,
+    ),
 }
 
 
@@ -85,11 +213,23 @@ def aliases() -> dict[str, str]:
 
 
 def network_name(name: str) -> str:
-    """The name in the table of a network given by name or alias. Raises UserError for any other."""
+    """The name in NETWORKS of a network given by name or alias. Raises UserError if unknown."""
     resolved = aliases().get(name, name)
     if resolved not in NETWORKS:
-        raise UserError(f"unknown network '{name}'{suggestion(name, (*NETWORKS, *aliases()))}; there are {', '.join(NETWORKS)}")
+        near = suggestion(name, (*NETWORKS, *aliases()))
+        raise UserError(f"unknown network '{name}'{near}; available: {', '.join(NETWORKS)}")
     return resolved
+
+
+def network_settings(name: Any) -> Mapping[str, Any]:
+    """``Network.settings`` of a network given by name or alias; {} for an unknown name."""
+    network = NETWORKS.get(aliases().get(name, name))
+    return network.settings if network is not None else {}
+
+
+def recipe_of_alias(name: Any) -> str | None:
+    """The recipe that an alias stands for, or None."""
+    return next((n.recipes[name] for n in NETWORKS.values() if name in n.recipes), None)
 
 
 def check_network(name: str, image_size: int | None = None) -> None:
@@ -97,21 +237,31 @@ def check_network(name: str, image_size: int | None = None) -> None:
     name = network_name(name)
     least = NETWORKS[name].least_image_size
     if image_size is not None and image_size < least:
-        raise UserError(f"image_size={image_size} is too small for {name}, which needs {least} or more")
+        raise UserError(
+            f"image_size={image_size} is too small for {name}, which needs {least} or more"
+        )
 
 
 def torch_name(name: str, network: str) -> str:
-    """torchvision's and timm's name of parameter ``name`` if they have the network, else our name in PyTorch's words."""
-    module, leaf = name_maps.in_torch_words(name)
+    """torchvision's and timm's name of parameter ``name``.
+
+    For a network that those do not have: our name, with PyTorch's words for batch norm.
+    """
+    module, leaf = weight_names.split_torch_name(name)
     return f"{NETWORKS[network_name(network)].torch_module(module)}.{leaf}"
 
 
 def acnet_name(name: str, network: str, fused: bool = False) -> str | None:
-    """The name of parameter ``name`` in the ACNet repository's .hdf5 files; None if it has no such network.
+    """The name of parameter ``name`` in the ACNet repository's .hdf5 files.
 
     Args:
-        fused: True for the deploy form, whose blocks are one convolution named fused_conv.
+        fused: whether the file holds the deploy form, whose blocks are one convolution named
+            fused_conv.
+
+    Returns:
+        None if the repository has no such network.
     """
-    to_acnet = NETWORKS[network_name(network)].acnet_module
-    module, leaf = name_maps.in_torch_words(name)
-    return f"{to_acnet(module, fused)}.{leaf}" if to_acnet is not None else None
+    entry = NETWORKS[network_name(network)]
+    to_acnet = (entry.acnet_fused_module if fused else None) or entry.acnet_module
+    module, leaf = weight_names.split_torch_name(name)
+    return f"{to_acnet(module)}.{leaf}" if to_acnet is not None else None

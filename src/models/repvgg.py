@@ -1,30 +1,46 @@
-"""RepVGG's block: Ding et al., "RepVGG: Making VGG-style ConvNets Great Again", CVPR 2021, arXiv:2101.03697, section 3.2."""
+"""RepVGG's block.
+
+Ding et al., "RepVGG: Making VGG-style ConvNets Great Again", CVPR 2021, arXiv:2101.03697, section
+3.2.
+"""
 
 from collections.abc import Callable
 
 import numpy as np
 from mindspore import Tensor, nn
 
-from src.models.fusion import BranchedConv, fold_batch_norm, kernel_of, set_gamma
+from src.models.reparam import ReparamConv, fold_batch_norm, kernel_of, set_gamma
 
 
-class RepVGGBlock(BranchedConv):
-    """Sum of a k x k convolution, a 1x1 convolution and, if the output has the input's shape, the input itself, each
-    followed by its own batch norm.
+class RepVGGBlock(ReparamConv):
+    """Sum of a k x k convolution, a 1x1 convolution and the input, each with its own batch norm.
 
-    The paper has k = 3; 5x5 convolutions are treated alike. The ReLU behind the block is the network's.
+    Without the input if the output has another shape. The paper has k = 3; 5x5 convolutions are
+    treated alike. The ReLU after the block belongs to the network.
 
     Args:
         norm: makes the batch norm of a branch from its number of channels.
         gamma_init: initial scale of the batch norms; None keeps 1, as in the paper's code.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0,
-                 dilation: int = 1, groups: int = 1, norm: Callable[[int], nn.Cell] = nn.BatchNorm2d,
-                 gamma_init: float | None = None) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        dilation: int = 1,
+        groups: int = 1,
+        norm: Callable[[int], nn.Cell] = nn.BatchNorm2d,
+        gamma_init: float | None = None,
+    ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
         self.dense_conv, self.dense_bn = self.conv(kernel_size), norm(out_channels)
-        self.point_conv, self.point_bn = self.conv(1, padding=max(self.shift, 0)), norm(out_channels)
+        self.point_conv, self.point_bn = (
+            self.conv(1, padding=max(self.shift, 0)),
+            norm(out_channels),
+        )
         self.crop = max(-self.shift, 0)
         self.has_identity = in_channels == out_channels and stride == 1 and self.shift == 0
         set_gamma(gamma_init, self.dense_bn, self.point_bn)
@@ -33,7 +49,7 @@ class RepVGGBlock(BranchedConv):
             set_gamma(gamma_init, self.identity_bn)
 
     def construct(self, x: Tensor) -> Tensor:
-        centre = x if self.crop == 0 else x[:, :, self.crop:-self.crop, self.crop:-self.crop]
+        centre = x if self.crop == 0 else x[:, :, self.crop : -self.crop, self.crop : -self.crop]
         out = self.dense_bn(self.dense_conv(x)) + self.point_bn(self.point_conv(centre))
         return out + self.identity_bn(x) if self.has_identity else out
 

@@ -1,16 +1,13 @@
-"""ResNet (He et al., arXiv:1512.03385, stride on the 3x3 as in torchvision) and ResNeXt (Xie et al., arXiv:1611.05431)."""
+"""ResNet (He et al., arXiv:1512.03385) and ResNeXt (Xie et al., arXiv:1611.05431).
+
+As in torchvision, the 3x3 convolution of a bottleneck has the stride.
+"""
 
 from typing import Any
 
 from mindspore import Tensor, nn
 
-from src.models.layers import LayerFactory
-
-
-def build(num_classes: int, layers: LayerFactory, *, bottleneck: bool, depths: tuple[int, ...], cardinality: int = 1,
-          base_width: int = 64, **unused: Any) -> nn.Cell:
-    """The ResNet with these blocks."""
-    return ResNet(Bottleneck if bottleneck else BasicBlock, depths, num_classes, layers, cardinality, base_width)
+from src.models.layers import ImageClassifier, LayerFactory
 
 
 class BasicBlock(nn.Cell):
@@ -18,15 +15,25 @@ class BasicBlock(nn.Cell):
 
     expansion = 1
 
-    def __init__(self, in_channels: int, width: int, out_channels: int, stride: int, cardinality: int, layers: LayerFactory,
-                 downsample: nn.Cell) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        out_channels: int,
+        stride: int,
+        cardinality: int,
+        layers: LayerFactory,
+        downsample: nn.Cell,
+    ) -> None:
         super().__init__()
-        self.conv1 = layers.conv_norm(in_channels, width, 3, stride, padding=1, groups=cardinality, relu=True)
-        self.conv2 = layers.conv_norm(width, out_channels, 3, padding=1, shortcut=True)
-        self.fork, self.downsample = layers.fork(), downsample
+        self.conv1 = layers.conv_norm_relu(
+            in_channels, width, 3, stride, padding=1, groups=cardinality
+        )
+        self.conv2 = layers.conv_norm_add_relu(width, out_channels, 3, padding=1)
+        self.split, self.downsample = layers.split_residual(), downsample
 
     def construct(self, x: Tensor) -> Tensor:
-        x, shortcut = self.fork(x)
+        x, shortcut = self.split(x)
         return self.conv2(self.conv1(x), self.downsample(shortcut))
 
     @property
@@ -40,16 +47,24 @@ class Bottleneck(nn.Cell):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, width: int, out_channels: int, stride: int, cardinality: int, layers: LayerFactory,
-                 downsample: nn.Cell) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        out_channels: int,
+        stride: int,
+        cardinality: int,
+        layers: LayerFactory,
+        downsample: nn.Cell,
+    ) -> None:
         super().__init__()
-        self.conv1 = layers.conv_norm(in_channels, width, 1, relu=True)
-        self.conv2 = layers.conv_norm(width, width, 3, stride, padding=1, groups=cardinality, relu=True)
-        self.conv3 = layers.conv_norm(width, out_channels, 1, shortcut=True)
-        self.fork, self.downsample = layers.fork(), downsample
+        self.conv1 = layers.conv_norm_relu(in_channels, width, 1)
+        self.conv2 = layers.conv_norm_relu(width, width, 3, stride, padding=1, groups=cardinality)
+        self.conv3 = layers.conv_norm_add_relu(width, out_channels, 1)
+        self.split, self.downsample = layers.split_residual(), downsample
 
     def construct(self, x: Tensor) -> Tensor:
-        x, shortcut = self.fork(x)
+        x, shortcut = self.split(x)
         return self.conv3(self.conv2(self.conv1(x)), self.downsample(shortcut))
 
     @property
@@ -58,37 +73,73 @@ class Bottleneck(nn.Cell):
         return self.conv3
 
 
-class ResNet(nn.Cell):
+class ResNet(ImageClassifier):
     """(N, 3, H, W) float -> (N, num_classes).
 
     Args:
         block: BasicBlock or Bottleneck.
-        depths: blocks in each of the four stages.
-        cardinality, base_width: groups of the 3x3 convolution and channels per group at the first stage (ResNeXt's
-            32x4d: 32 and 4).
+        depths: number of blocks in each of the four stages.
+        cardinality: groups of the 3x3 convolutions; 32 in ResNeXt 32x4d.
+        base_width: channels per group in the first stage; 4 in ResNeXt 32x4d.
     """
 
-    def __init__(self, block: type[BasicBlock | Bottleneck], depths: tuple[int, ...], num_classes: int, layers: LayerFactory,
-                 cardinality: int = 1, base_width: int = 64) -> None:
-        super().__init__()
-        self.conv1 = layers.conv_norm(3, 64, 7, stride=2, padding=3, relu=True)
+    def __init__(
+        self,
+        num_classes: int,
+        layers: LayerFactory,
+        *,
+        block: type[BasicBlock | Bottleneck],
+        depths: tuple[int, ...],
+        cardinality: int = 1,
+        base_width: int = 64,
+    ) -> None:
+        super().__init__(layers)
+        self.conv1 = layers.conv_norm_relu(3, 64, 7, stride=2, padding=3)
         self.pool = layers.max_pool(3, 2, padding=1)
         in_channels = 64
         for stage, depth in enumerate(depths):
             channels = 64 << stage
             width = cardinality * (channels * base_width // 64)
+            out_channels = channels * block.expansion
             blocks = []
             for index in range(depth):
                 stride = 2 if stage > 0 and index == 0 else 1
-                out_channels = channels * block.expansion
-                downsample = nn.Identity() if stride == 1 and in_channels == out_channels else layers.conv_norm(
-                    in_channels, out_channels, 1, stride)
-                blocks.append(block(in_channels, width, out_channels, stride, cardinality, layers, downsample))
+                downsample = nn.Identity()
+                if stride != 1 or in_channels != out_channels:
+                    downsample = layers.conv_norm(in_channels, out_channels, 1, stride)
+                blocks.append(
+                    block(in_channels, width, out_channels, stride, cardinality, layers, downsample)
+                )
                 in_channels = out_channels
             setattr(self, f"layer{stage + 1}", nn.SequentialCell(blocks))
         self.average = layers.global_average()
         self.classifier = layers.dense(in_channels, num_classes)
 
     def construct(self, x: Tensor) -> Tensor:
-        x = self.layer4(self.layer3(self.layer2(self.layer1(self.pool(self.conv1(x))))))
+        x = self.pool(self.conv1(x))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.classifier(self.average(x))
+
+
+def basic(num_classes: int, layers: LayerFactory, depths: tuple[int, ...], **unused: Any) -> ResNet:
+    """A ResNet of basic blocks."""
+    return ResNet(num_classes, layers, block=BasicBlock, depths=depths)
+
+
+def bottleneck(
+    num_classes: int,
+    layers: LayerFactory,
+    depths: tuple[int, ...],
+    cardinality: int = 1,
+    base_width: int = 64,
+    **unused: Any,
+) -> ResNet:
+    """A ResNet or ResNeXt of bottleneck blocks."""
+    return ResNet(
+        num_classes,
+        layers,
+        block=Bottleneck,
+        depths=depths,
+        cardinality=cardinality,
+        base_width=base_width,
+    )

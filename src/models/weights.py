@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from src.models.formats import read_weights, without_optimizer_state
 from src.models.networks import acnet_name, torch_name
+from src.models.weight_files import read_weights, without_optimizer_state
 from src.utils.errors import UserError
 
 _MISMATCHES_SHOWN = 3
@@ -16,17 +16,22 @@ Naming = Callable[[str], str | None]
 
 
 def load_weights(network: nn.Cell, path: str, allow_head_mismatch: bool = False) -> list[str]:
-    """Load a file of weights into ``network``, a result of ``build_model``; see ``assign_weights``."""
+    """Load a file of weights into a network of ``create_model``; see ``assign_weights``."""
     arrays, _ = read_weights(path)
     return assign_weights(network, arrays, path, allow_head_mismatch)
 
 
-def assign_weights(network: nn.Cell, arrays: Mapping[str, np.ndarray], path: object, allow_head_mismatch: bool = False,
-                   without_head: bool = False) -> list[str]:
+def assign_weights(
+    network: nn.Cell,
+    arrays: Mapping[str, np.ndarray],
+    path: object,
+    allow_head_mismatch: bool = False,
+    without_head: bool = False,
+) -> list[str]:
     """Copy {name: array} into ``network``: every name and shape must match.
 
-    Names are this project's, torchvision's and timm's, or the ACNet repository's, whichever fits best. Optimizer state
-    and PyTorch's batch counts are ignored.
+    Names may be this project's, torchvision's and timm's, or the ACNet repository's: the naming
+    that fits best is taken. Optimizer state and PyTorch's batch counts are ignored.
 
     Args:
         path: what to call the file in messages.
@@ -37,24 +42,38 @@ def assign_weights(network: nn.Cell, arrays: Mapping[str, np.ndarray], path: obj
         Names of the parameters that were left out.
 
     Raises:
-        UserError: counts the mismatches and names the first, in the file's names; or names weights that are not finite, of an
-            integer type, or variances below zero.
+        UserError: counts the mismatches and names the first, in the file's names; or names weights
+            that are not finite or of an integer type, or variances below zero.
     """
-    weights = {name: array for name, array in without_optimizer_state(arrays).items() if not name.endswith(_WITHOUT_MEANING)}
+    weights = {
+        name: array
+        for name, array in without_optimizer_state(arrays).items()
+        if not name.endswith(_WITHOUT_MEANING)
+    }
     parameters = {p.name: p for p in network.get_parameters()}
     names = _best_names(parameters, weights, network.network_name)
     mismatches, heads = _compare(parameters, weights, names)
     if mismatches or (heads and not allow_head_mismatch):
         found = mismatches + heads
-        hint = ("; --allow_head_mismatch=1 starts from all but the classifier" if not mismatches
-                else f"; is it of another network or block than {network.network_name}? --network=NAME says which")
-        more = f" and {len(found) - _MISMATCHES_SHOWN} more" if len(found) > _MISMATCHES_SHOWN else ""
-        raise UserError(f"checkpoint '{path}' does not fit: {', '.join(found[:_MISMATCHES_SHOWN])}{more}{hint}")
+        hint = (
+            "; --allow_head_mismatch=1 starts from all but the classifier"
+            if not mismatches
+            else f"; is it of another network or block than {network.network_name}? --network=NAME "
+            "says which"
+        )
+        more = (
+            f" and {len(found) - _MISMATCHES_SHOWN} more" if len(found) > _MISMATCHES_SHOWN else ""
+        )
+        raise UserError(
+            f"checkpoint '{path}' does not fit: {', '.join(found[:_MISMATCHES_SHOWN])}{more}{hint}"
+        )
     _check_values(weights, path)
     skipped = {name for name in parameters if (heads or without_head) and is_classifier(name)}
     for name, parameter in parameters.items():
         if name not in skipped:
-            parameter.set_data(Tensor(np.ascontiguousarray(weights[names[name] or name], np.float32)))
+            parameter.set_data(
+                Tensor(np.ascontiguousarray(weights[names[name] or name], np.float32))
+            )
     return sorted(skipped)
 
 
@@ -66,7 +85,7 @@ def copy_weights(source: nn.Cell, target: nn.Cell) -> None:
 
 
 def _check_values(weights: Mapping[str, np.ndarray], path: object) -> None:
-    """Raise UserError for weights with which no network computes anything sensible; names the first."""
+    """Raise UserError for weights that no network can compute with; names the first."""
     for name, array in weights.items():
         problem = None
         if not np.issubdtype(array.dtype, np.floating):
@@ -79,8 +98,8 @@ def _check_values(weights: Mapping[str, np.ndarray], path: object) -> None:
             raise UserError(f"checkpoint '{path}' is of no use: {name} {problem}")
 
 
-def classes_in(arrays: Mapping[str, np.ndarray], network: str) -> int | None:
-    """Number of classes of the weights {name: array} of the network of that name, or None if its classifier is not found."""
+def count_classes(arrays: Mapping[str, np.ndarray], network: str) -> int | None:
+    """Number of classes of the weights {name: array} of ``network``; None without a classifier."""
     for naming in _namings(network):
         bias = arrays.get(naming("classifier.bias") or "")
         if bias is not None:
@@ -94,19 +113,27 @@ def is_classifier(name: str) -> bool:
 
 
 def _namings(network: str) -> tuple[Naming, ...]:
-    return (lambda name: name, lambda name: torch_name(name, network), lambda name: acnet_name(name, network),
-            lambda name: acnet_name(name, network, fused=True))
+    return (
+        lambda name: name,
+        lambda name: torch_name(name, network),
+        lambda name: acnet_name(name, network),
+        lambda name: acnet_name(name, network, fused=True),
+    )
 
 
-def _best_names(parameters: Mapping[str, Parameter], weights: Mapping[str, np.ndarray],
-                network: str) -> dict[str, str | None]:
+def _best_names(
+    parameters: Mapping[str, Parameter], weights: Mapping[str, np.ndarray], network: str
+) -> dict[str, str | None]:
     """{our name: name in the file} by the naming that finds the most."""
     candidates = [{name: naming(name) for name in parameters} for naming in _namings(network)]
     return max(candidates, key=lambda names: sum(foreign in weights for foreign in names.values()))
 
 
-def _compare(parameters: Mapping[str, Parameter], weights: Mapping[str, np.ndarray],
-             names: Mapping[str, str | None]) -> tuple[list[str], list[str]]:
+def _compare(
+    parameters: Mapping[str, Parameter],
+    weights: Mapping[str, np.ndarray],
+    names: Mapping[str, str | None],
+) -> tuple[list[str], list[str]]:
     """Messages on what does not match outside the classifier, and within it."""
     mismatches: list[str] = []
     heads: list[str] = []
@@ -115,7 +142,9 @@ def _compare(parameters: Mapping[str, Parameter], weights: Mapping[str, np.ndarr
         if foreign not in weights:
             mismatches.append(f"{foreign} is missing")
         elif tuple(weights[foreign].shape) != tuple(parameter.shape):
-            what = f"{foreign} is {tuple(weights[foreign].shape)} instead of {tuple(parameter.shape)}"
+            what = (
+                f"{foreign} is {tuple(weights[foreign].shape)} instead of {tuple(parameter.shape)}"
+            )
             (heads if is_classifier(name) else mismatches).append(what)
     known = set(names.values())
     mismatches += [f"{name} is not in the network" for name in weights if name not in known]

@@ -1,26 +1,117 @@
-"""Checkpoint files: complete or absent on disk."""
+"""Checkpoint files: their names, their content, and the state of training in them."""
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import mindspore
 import numpy as np
-from mindspore import Parameter, Tensor
+from mindspore import Parameter, Tensor, nn
 
-from src.models.formats import CHECKSUM, METADATA, content_checksum
+from src.models.weight_files import CHECKSUM, METADATA, Arrays, content_checksum, read_weights
+from src.models.weights import assign_weights
 from src.utils.errors import UserError
 from src.utils.files import write_whole
 
+# Version 1 had no version number, one random stream for all augmentations, and another name for
+# momentum; version 2 had other formulas of learning rates and smoothed labels under the same keys.
+VERSION = 3
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """The state of training after a step, except for the weights and the optimizer's arrays.
+
+    Attributes:
+        step: number of optimizer steps that are done.
+        epoch: the epoch, from 1, that the last of them belongs to.
+        finished_epoch: whether that epoch was evaluated and recorded.
+        epoch_sums: the fields of EpochSums, over the steps of the unfinished epoch.
+        best_top1: best accuracy on the validation images in percent; -1 for none.
+        best_loss: validation loss at the best epoch.
+        since_best: evaluations since then, none of which was better.
+        steps_per_epoch, world_size: steps in an epoch, number of ranks.
+        labels: checksum of the labels of the training images.
+        threads: number of cores of each rank, which determines how sums are rounded.
+        kernels: name of the kernels, which determine it too.
+        class_to_index: class name -> label.
+        config: the resolved configuration, JSON-serialisable.
+        optimizer, loss_scale: their counters.
+    """
+
+    step: int
+    epoch: int
+    finished_epoch: bool
+    epoch_sums: dict[str, Any]
+    best_top1: float
+    steps_per_epoch: int
+    world_size: int
+    threads: list[int]
+    labels: int
+    class_to_index: dict[str, int]
+    config: dict[str, Any]
+    optimizer: dict[str, Any]
+    loss_scale: dict[str, Any]
+    # Checkpoints of earlier versions do not have these.
+    kernels: str = "mindspore"
+    best_loss: float = math.inf
+    since_best: int = 0
+
+    def write(self, path: Path, network: nn.Cell, optimizer_state: Sequence[Parameter]) -> None:
+        """Write a checkpoint. Raises UserError if it cannot be written."""
+        metadata = {"version": VERSION, "fused": False, **asdict(self)}
+        save_checkpoint(path, [*network.get_parameters(), *optimizer_state], metadata)
+
+
+def read_training_state(path: str) -> tuple[TrainingState, Arrays]:
+    """The state and the arrays of a checkpoint.
+
+    Raises:
+        UserError: if it is damaged, or not a checkpoint of a training run.
+    """
+    arrays, metadata = read_weights(path)
+    names = {field.name for field in fields(TrainingState)}
+    defaults = {f.name: f.default for f in fields(TrainingState) if f.default is not MISSING}
+    metadata = {**defaults, **metadata}
+    if metadata.get("version") != VERSION or not names <= set(metadata):
+        what = "is not a checkpoint of a training run"
+        if "step" in metadata and metadata.get("version") != VERSION:
+            what = "was written by another version of this program"
+        raise UserError(
+            f"'{path}' {what}; start from its weights with --checkpoint_file_path={path}"
+        )
+    return TrainingState(**{name: metadata[name] for name in names}), arrays
+
+
+def restore_arrays(
+    arrays: Arrays, path: Path, network: nn.Cell, optimizer_state: Sequence[Parameter]
+) -> None:
+    """Restore weights, running statistics and the optimizer's arrays.
+
+    Raises:
+        UserError: if they do not fit.
+    """
+    assign_weights(network, arrays, path)
+    for state in optimizer_state:
+        stored = arrays.get(state.name)
+        if stored is None or stored.shape != state.shape:
+            raise UserError(
+                f"'{path}' has no optimizer state {state.name}; start a new run from its weights "
+                f"with --checkpoint_file_path={path}"
+            )
+        state.set_data(Tensor(stored))
+
 
 def save_checkpoint(path: Path, parameters: Iterable[Parameter], metadata: dict[str, Any]) -> None:
-    """Write ``path`` (.ckpt) with a checksum, so that it is complete or absent, whenever the process is killed.
+    """Write ``path`` (.ckpt) with a checksum; it is complete or absent, even after kill -9.
 
     Args:
-        parameters: their names are the checkpoint's.
-        metadata: JSON-serialisable, stored beside the weights.
+        parameters: the checkpoint uses their names.
+        metadata: JSON-serialisable, stored with the weights.
 
     Raises:
         UserError: if the folder cannot be written or the disk is full.
@@ -32,38 +123,53 @@ def save_checkpoint(path: Path, parameters: Iterable[Parameter], metadata: dict[
     write_whole(path, lambda partial: mindspore.save_checkpoint(entries, str(partial)))
 
 
+def checkpoint_name(network: str, epoch: int, steps: int) -> str:
+    """NETWORK-EPOCH_STEPS.ckpt, as the model zoo names checkpoints."""
+    return f"{network}-{epoch}_{steps}.ckpt"
+
+
+def checkpoint_place(file: Path) -> tuple[int, int]:
+    """(epoch, steps in it) from the name of a checkpoint; (0, 0) for another name."""
+    found = re.search(r"-(\d+)_(\d+)$", file.stem)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def in_order(paths: Sequence[Path]) -> list[Path]:
+    """Checkpoints in the order of epochs and steps in their names; others first."""
+    return sorted(paths, key=lambda path: (checkpoint_place(path), str(path)))
+
+
 def find_checkpoints(path: str) -> list[Path]:
-    """The checkpoint files that ``path``, a file or a folder, names. Raises UserError if there is none."""
-    if not path:
-        raise UserError("no checkpoint given: pass --checkpoint_file_path=FILE_OR_FOLDER")
-    place = Path(path)
-    if place.is_dir():
-        found = sorted(file for file in place.glob("*.ckpt") if not file.name.startswith("."))
-        if not found:
-            raise UserError(f"there is no .ckpt file in the folder '{path}'")
-        return found
-    if not place.exists():
-        raise UserError(f"checkpoint '{path}' does not exist")
-    return [place]
-
-
-def choose_checkpoint(path: str, note: Callable[[str], None]) -> Path:
-    """The one checkpoint that ``path`` stands for: a file; of a folder best.ckpt, or the one with the most epochs and steps, which is said.
+    """The checkpoint files that ``path``, a file or a folder, names.
 
     Raises:
         UserError: if there is none.
     """
-    found = find_checkpoints(path)
+    if not path:
+        raise UserError("no checkpoint given: pass --checkpoint_file_path=FILE_OR_FOLDER")
+    location = Path(path)
+    if location.is_dir():
+        files = sorted(f for f in location.glob("*.ckpt") if not f.name.startswith("."))
+        if not files:
+            raise UserError(f"there is no .ckpt file in the folder '{path}'")
+        return files
+    if not location.exists():
+        raise UserError(f"checkpoint '{path}' does not exist")
+    return [location]
+
+
+def choose_checkpoint(path: str, log: Callable[[str], None]) -> Path:
+    """The checkpoint that ``path`` stands for: a file; in a folder best.ckpt, or the latest.
+
+    Args:
+        log: reports the choice in a folder.
+
+    Raises:
+        UserError: if there is none.
+    """
+    files = find_checkpoints(path)
     if not Path(path).is_dir():
-        return found[0]
-    chosen = next((file for file in found if file.name == "best.ckpt"), in_order(found)[-1])
-    note(f"of {len(found)} checkpoints there: {chosen}")
+        return files[0]
+    chosen = next((file for file in files if file.name == "best.ckpt"), in_order(files)[-1])
+    log(f"of {len(files)} checkpoints there: {chosen}")
     return chosen
-
-
-def in_order(paths: Sequence[Path]) -> list[Path]:
-    """Checkpoints by epoch and step as their names, NETWORK-EPOCH_STEPS.ckpt, have them; others first."""
-    def key(path: Path) -> tuple[list[int], str]:
-        numbers = re.search(r"-(\d+)_(\d+)", path.stem)
-        return [int(number) for number in numbers.groups()] if numbers else [0, 0], str(path)
-    return sorted(paths, key=key)

@@ -1,58 +1,60 @@
-"""What a training reports and saves as it goes on."""
+"""Reports and saves what happens during training."""
 
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from mindspore import Parameter, nn
 
-from src.runs.curves import plot_curves
-from src.runs.events import EventWriter
+from src.cli.config import Config
+from src.runs.checkpoint import TrainingState, checkpoint_name
+from src.runs.plots import EventWriter, plot_curves
 from src.runs.run_folder import RunFolder
-from src.runs.training_state import TrainingState
-from src.utils.config import Config
 from src.utils.errors import UserError
+from src.utils.log import Log, no_log
 
-# Counts of an epoch that are reported if they are not 0, and their names in metrics.jsonl.
-COUNTS = {"skipped": "skipped_steps", "replaced": "replaced_images"}
-# At least so long between two drawings of the curves while training goes on; one takes about 0.2 s.
+# Minimum seconds between two drawings of the curves during training; one takes about 0.2 s.
 DRAW_S = 30.0
+_COUNTS = ("skipped_steps", "replaced_images")
 
 
 class Recorder:
-    """Records nothing: the twin of RunRecorder for ranks other than 0, so that the training loop need not ask for its rank.
+    """Records nothing: for ranks other than 0, so that the training loop need not check its rank.
 
     Attributes:
-        shows_progress: whether a person sees what this process prints.
+        log: writes a line.
+        shows_bar: whether training shows a progress bar.
     """
 
-    shows_progress = False
-
-    def log(self, text: str) -> None:
-        """Print a line, and keep it."""
+    log: Log = staticmethod(no_log)
+    shows_bar = False
 
     def start(self, class_to_index: dict[str, int]) -> None:
-        """A new training begins."""
+        """A new run begins."""
 
-    def go_on_from(self, state: TrainingState, class_to_index: dict[str, int]) -> None:
-        """A training goes on from ``state``; what was recorded beyond it goes."""
+    def resume(self, state: TrainingState, class_to_index: dict[str, int]) -> None:
+        """A run resumes from ``state``; later records are discarded."""
 
     def add_epoch(self, metrics: dict[str, Any]) -> None:
-        """Record the figures of an epoch."""
+        """Record the metrics of an epoch."""
 
-    def save(self, state: TrainingState, network: nn.Cell, optimizer_state: Sequence[Parameter]) -> None:
-        """Save a checkpoint of the training. Raises UserError if it cannot be written."""
+    def save(
+        self, state: TrainingState, network: nn.Cell, optimizer_state: Sequence[Parameter]
+    ) -> None:
+        """Save a checkpoint. Raises UserError if it cannot be written."""
 
-    def save_best(self, state: TrainingState, network: nn.Cell, optimizer_state: Sequence[Parameter]) -> None:
+    def save_best(
+        self, state: TrainingState, network: nn.Cell, optimizer_state: Sequence[Parameter]
+    ) -> None:
         """Save the best network so far. Raises UserError if it cannot be written."""
 
     def finish(self) -> None:
-        """The training has come to its end."""
+        """Training has ended."""
 
-    def log_place(self) -> None:
-        """Say where everything lies."""
+    def log_results(self) -> None:
+        """Log the run folder, and the next command."""
 
     def last_checkpoint(self) -> str | None:
         """The file of the newest checkpoint, or None."""
@@ -64,76 +66,89 @@ class Recorder:
 
 
 class LogOnly(Recorder):
-    """Prints and keeps nothing, for a dry run."""
+    """Logs and writes nothing, for a dry run."""
 
-    def __init__(self, log: Callable[[str], None]) -> None:
-        self._log = log
-
-    def log(self, text: str) -> None:
-        self._log(text)
+    def __init__(self, log: Log) -> None:
+        self.log = log
 
 
 class RunRecorder(Recorder):
-    """Records into a run folder.
+    """Records to a run folder.
 
     Args:
-        log: called with a line of text.
         environment: what the run computes with, for the record.
     """
 
-    shows_progress = True
+    shows_bar = True
 
-    def __init__(self, folder: RunFolder, config: Config, log: Callable[[str], None], environment: Mapping[str, Any]) -> None:
-        self.folder, self._config, self._log, self._environment = folder, config, log, environment
+    def __init__(
+        self, folder: RunFolder, config: Config, log: Log, environment: Mapping[str, Any]
+    ) -> None:
+        self.folder, self._config, self._environment = folder, config, environment
+        self.log = log
         self._lock = folder.lock()
-        self._drawn = time.monotonic()
+        self._last_drawn = time.monotonic()
         self._events: EventWriter | None = None
 
-    def log(self, text: str) -> None:
-        self._log(text)
-
     def start(self, class_to_index: dict[str, int]) -> None:
-        self._begin(class_to_index, 0)
+        self._write_start(class_to_index, first_epoch=0)
 
-    def go_on_from(self, state: TrainingState, class_to_index: dict[str, int]) -> None:
+    def resume(self, state: TrainingState, class_to_index: dict[str, int]) -> None:
         self.folder.remove_leftovers()
-        # An epoch that is not finished is reported anew when it is.
-        self.folder.keep_metrics(lambda line: line["step"] <= state.step and (state.finished_epoch or line["epoch"] < state.epoch))
-        self._begin(class_to_index, state.epoch + state.finished_epoch)
+
+        def is_final(line: dict[str, Any]) -> bool:
+            # An epoch that is not finished is reported again when it is.
+            is_past = state.finished_epoch or line["epoch"] < state.epoch
+            return line["step"] <= state.step and is_past
+
+        self.folder.keep_metrics(is_final)
+        self._write_start(class_to_index, first_epoch=state.epoch + state.finished_epoch)
 
     def add_epoch(self, metrics: dict[str, Any]) -> None:
-        text = (f"epoch {metrics['epoch']}/{self._config.max_epoch} loss {metrics['loss']:.4f} "
-                f"{metrics['images_per_second']:.1f} images/s")
+        text = (
+            f"epoch {metrics['epoch']}/{self._config.max_epoch} loss {metrics['loss']:.4f} "
+            f"{metrics['images_per_second']:.1f} images/s"
+        )
         if "top1" in metrics:
             text += f" acc={metrics['top1']:.2f}%(TOP1) acc={metrics['top5']:.2f}%(TOP5)"
-        self._log(text + "".join(f", {metrics[name]} {name.replace('_', ' ')}" for name in COUNTS.values() if name in metrics))
+        for name in _COUNTS:
+            if name in metrics:
+                text += f", {metrics[name]} {name.replace('_', ' ')}"
+        self.log(text)
         self.folder.add_metrics(**metrics)
         if self._events is not None:
             self._events.add_epoch(metrics)
-        if time.monotonic() - self._drawn >= DRAW_S:
-            # A picture is not worth the training; the last one, in ``finish``, must be there.
+        if time.monotonic() - self._last_drawn >= DRAW_S:
+            # A failed drawing must not end the run; the last one, in ``finish``, must succeed.
             with suppress(UserError):
                 self._draw()
-            self._drawn = time.monotonic()
+            self._last_drawn = time.monotonic()
 
-    def save(self, state: TrainingState, network: nn.Cell, optimizer_state: Sequence[Parameter]) -> None:
+    def save(
+        self, state: TrainingState, network: nn.Cell, optimizer_state: Sequence[Parameter]
+    ) -> None:
         steps = state.step - (state.epoch - 1) * state.steps_per_epoch
-        path = self.folder.checkpoints / f"{self._config.network}-{state.epoch}_{steps}.ckpt"
+        name = checkpoint_name(self._config.network, state.epoch, steps)
+        path = self.folder.checkpoints / name
         state.write(path, network, optimizer_state)
         self.folder.point_latest_at(path)
         self.folder.prune_checkpoints(self._config.keep_checkpoint_max)
 
-    def save_best(self, state: TrainingState, network: nn.Cell, optimizer_state: Sequence[Parameter]) -> None:
+    def save_best(
+        self, state: TrainingState, network: nn.Cell, optimizer_state: Sequence[Parameter]
+    ) -> None:
         state.write(self.folder.best, network, optimizer_state)
 
     def finish(self) -> None:
         self._draw()
 
-    def log_place(self) -> None:
+    def log_results(self) -> None:
+        folder = self.folder
         if self._config.deploy == "best":
-            deployed = self.folder.fused if self.folder.fused.exists() else self.folder.best
-            self._log(f"next: python3 predict.py --checkpoint_file_path={shlex.quote(str(deployed))} PHOTO_OR_FOLDER")
-        self._log(f"results in {self.folder.path} (checkpoints in {self.folder.checkpoints}/)")
+            checkpoint = folder.fused if folder.fused.exists() else folder.best
+            path = shlex.quote(str(checkpoint))
+            self.log(f"next: python3 predict.py --checkpoint_file_path={path} PHOTO_OR_FOLDER")
+        self.log(f"results in {folder.path} (checkpoints in {folder.checkpoints}/)")
 
     def last_checkpoint(self) -> str | None:
         return self.folder.last_checkpoint()
@@ -141,10 +156,10 @@ class RunRecorder(Recorder):
     def best_checkpoint(self) -> str | None:
         return str(self.folder.best) if self.folder.best.exists() else None
 
-    def _begin(self, class_to_index: dict[str, int], epoch: int) -> None:
+    def _write_start(self, class_to_index: dict[str, int], first_epoch: int) -> None:
         self.folder.write_start(self._config, class_to_index, self._environment)
         if self._config.tensorboard:
-            self._events = EventWriter(self.folder.path / "tensorboard", epoch)
+            self._events = EventWriter(self.folder.path / "tensorboard", first_epoch)
 
     def _draw(self) -> None:
         plot_curves(self.folder.read_metrics(), self.folder.curves)

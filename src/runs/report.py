@@ -1,47 +1,141 @@
 """One self-contained HTML page on one or several runs: no script, nothing from the network."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-from src.runs.charts import COLOURS, line_chart
+_WIDTH, _HEIGHT = 420, 250
+_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 12, 30, 34
+COLOURS = 6
+
+Line = tuple[str, Sequence[tuple[float, float]]]
+
+
+def line_chart(
+    title: str, lines: Sequence[Line], x_title: str = "epoch", dashed: Sequence[str] = ()
+) -> str:
+    """An SVG of ``lines``, [(name, [(x, y)])], each with its own colour.
+
+    Lines whose names are in ``dashed`` are dashed. Each point has its name and figures as a
+    tooltip. Points that are not finite are left out.
+    """
+    lines = [(name, [(x, y) for x, y in points if math.isfinite(y)]) for name, points in lines]
+    xs = [x for _, points in lines for x, _ in points]
+    ys = [y for _, points in lines for _, y in points]
+    if not xs:
+        return ""
+    across = _Scale(xs, _LEFT, _WIDTH - _RIGHT, least_step=1)
+    up = _Scale(ys, _HEIGHT - _BOTTOM, _TOP)
+    parts = [
+        f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        f'aria-label="{escape(title)}">',
+        f'<text class="title" x="{_LEFT}" y="16">{escape(title)}</text>',
+    ]
+    for tick in up.ticks:
+        y = up(tick)
+        parts += [
+            f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>',
+            f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>',
+        ]
+    for tick in across.ticks:
+        parts.append(
+            f'<text x="{across(tick):.1f}" y="{_HEIGHT - _BOTTOM + 16}" '
+            f'text-anchor="middle">{tick:g}</text>'
+        )
+    parts.append(
+        f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 4}" text-anchor="end">{escape(x_title)}</text>'
+    )
+    for number, (name, points) in enumerate(lines):
+        style = f"c{number % COLOURS}" + (" dashed" if name in dashed else "")
+        path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in points)
+        parts.append(f'<polyline class="{style}" points="{path}"/>')
+        parts += [
+            f'<circle class="{style}" cx="{across(x):.1f}" cy="{up(y):.1f}" '
+            f'r="{2.2 if len(points) < 80 else 1}">'
+            f"<title>{escape(name)}, {escape(x_title)} {x:g}: {y:g}</title></circle>"
+            for x, y in points
+        ]
+    return "".join([*parts, "</svg>"])
+
+
+class _Scale:
+    """Numbers to places between ``begin`` and ``end``, and ticks at round numbers."""
+
+    def __init__(
+        self, values: Sequence[float], begin: float, end: float, least_step: float = 0
+    ) -> None:
+        low, high = min(values), max(values)
+        if high == low:
+            low, high = low - (abs(low) or 1) / 10, high + (abs(high) or 1) / 10
+        step = 10 ** math.floor(math.log10(high - low))
+        step = next(
+            step * factor for factor in (0.2, 0.5, 1, 2, 5) if (high - low) / (step * factor) <= 6
+        )
+        step = max(step, least_step)
+        first = math.ceil(low / step - 1e-9)
+        self.ticks = [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
+        self._low, self._high, self._begin, self._end = low, high, begin, end
+
+    def __call__(self, value: float) -> float:
+        return self._begin + (value - self._low) / (self._high - self._low) * (
+            self._end - self._begin
+        )
+
 
 _CONFUSION_CLASSES = 25
 # Keys that name places of a machine or a process, not what was computed.
 _PLACES = ("output_path", "resume", "log_interval", "device_id")
 
 _STYLE = """
-:root { --back: #fdfdfc; --text: #1d2126; --dim: #68707a; --line: #dcdfe3; --panel: #f3f4f6; --good: 33, 120, 200;
+:root { --back: #fdfdfc; --text: #1d2126; --dim: #68707a; --line: #dcdfe3; --panel: #f3f4f6;
+        --good: 33, 120, 200;
         --c0: #1f6fb5; --c1: #c4501b; --c2: #2a8a4a; --c3: #8a4bb0; --c4: #a98207; --c5: #b8336a; }
 @media (prefers-color-scheme: dark) {
-  :root { --back: #15181c; --text: #e4e7ea; --dim: #98a1ab; --line: #343a42; --panel: #1e2329; --good: 90, 165, 235;
-          --c0: #6db2ee; --c1: #f08b5b; --c2: #6ccb8b; --c3: #c79be6; --c4: #dcb94a; --c5: #ee7fac; } }
+  :root { --back: #15181c; --text: #e4e7ea; --dim: #98a1ab; --line: #343a42; --panel: #1e2329;
+          --good: 90, 165, 235;
+          --c0: #6db2ee; --c1: #f08b5b; --c2: #6ccb8b; --c3: #c79be6; --c4: #dcb94a;
+          --c5: #ee7fac; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 66rem; padding: 1rem 1rem 4rem; background: var(--back); color: var(--text);
+body { margin: 0 auto; max-width: 66rem; padding: 1rem 1rem 4rem;
+       background: var(--back); color: var(--text);
        font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; margin: .5rem 0 0; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 p, figcaption, .dim { color: var(--dim); } p { margin: .3rem 0; }
-code { font: .9em ui-monospace, monospace; overflow-wrap: anywhere; } td:first-child code { white-space: nowrap; }
+code { font: .9em ui-monospace, monospace; overflow-wrap: anywhere; }
+td:first-child code { white-space: nowrap; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem .25rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
+th, td { padding: .25rem .7rem .25rem 0; text-align: left; vertical-align: top;
+         border-bottom: 1px solid var(--line); }
 td.number, th.number { text-align: right; }
-.charts, .sheet { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }
+.charts, .sheet { display: grid; gap: 1rem;
+                  grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }
 .sheet { gap: .7rem; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); }
-figure { margin: 0; } figure img { width: 100%; border-radius: 4px; background: var(--panel); display: block; }
+figure { margin: 0; }
+figure img { width: 100%; border-radius: 4px; background: var(--panel); display: block; }
 figcaption { font-size: .82rem; line-height: 1.3; margin-top: .25rem; overflow-wrap: anywhere; }
 .chart { width: 100%; height: auto; background: var(--panel); border-radius: 6px; }
-.chart text { fill: var(--dim); font-size: 12px; } .chart .title { fill: var(--text); font-size: 13px; }
-.chart .grid { stroke: var(--line); } .chart polyline { fill: none; stroke-width: 1.8; } .dashed { stroke-dasharray: 5 4; }
-.key::before { content: ""; display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .4em;
+.chart text { fill: var(--dim); font-size: 12px; }
+.chart .title { fill: var(--text); font-size: 13px; }
+.chart .grid { stroke: var(--line); } .chart polyline { fill: none; stroke-width: 1.8; }
+.dashed { stroke-dasharray: 5 4; }
+.key::before { content: ""; display: inline-block; width: .8em; height: .8em;
+               border-radius: 2px; margin-right: .4em;
                background: currentColor; }
-.confusion td { text-align: center; padding: .2rem .45rem; min-width: 2.1rem; border: 1px solid var(--line); }
+.confusion td { text-align: center; padding: .2rem .45rem; min-width: 2.1rem;
+                border: 1px solid var(--line); }
 .confusion th { font-weight: normal; font-size: .82rem; padding: .2rem .5rem; }
-.confusion thead th { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left; vertical-align: bottom; }
-.bar { display: flex; height: 1rem; min-width: 9rem; border-radius: 3px; overflow: hidden; background: var(--panel); }
+.confusion thead th { writing-mode: vertical-rl; transform: rotate(180deg);
+                      text-align: left; vertical-align: bottom; }
+.bar { display: flex; height: 1rem; min-width: 9rem; border-radius: 3px; overflow: hidden;
+       background: var(--panel); }
 details { margin: .6rem 0; } summary { cursor: pointer; }
-""" + "".join(f".c{n} {{ stroke: var(--c{n}); }} circle.c{n} {{ fill: var(--c{n}); stroke: none; }} .k{n} {{ color: var(--c{n}); }} "
-              f".b{n} {{ background: var(--c{n}); }}\n" for n in range(COLOURS))
+""" + "".join(
+    f".c{n} {{ stroke: var(--c{n}); }} circle.c{n} {{ fill: var(--c{n}); stroke: none; }} "
+    f".k{n} {{ color: var(--c{n}); }} .b{n} {{ background: var(--c{n}); }}\n"
+    for n in range(COLOURS)
+)
 
 
 @dataclass(frozen=True)
@@ -58,11 +152,11 @@ class RunReport:
 
     Attributes:
         name: what to call it.
-        config, environment, metrics: the content of config.yaml, environment.json and metrics.jsonl.
+        config, environment, metrics: contents of config.yaml, environment.json, metrics.jsonl.
         classes: names in the order of labels.
         confusion: images by label and likeliest class, (classes, classes), or None.
         confused: (label, what it was taken for, how often), the most frequent first.
-        mistakes, samples: the worst mistakes, and images as the training sees them.
+        mistakes, samples: the worst mistakes, and augmented training images.
         missing: why there are no pictures or no confusion, if there are none.
     """
 
@@ -83,11 +177,21 @@ def render(runs: Sequence[RunReport]) -> str:
     """The page."""
     title = f"{runs[0].name}" + (f" and {len(runs) - 1} more" if len(runs) > 1 else "")
     sections = [_summary(runs), _curves(runs), _configuration(runs), _time(runs)]
-    sections += [section for run in runs for section in (_classes(run, len(runs) > 1), _pictures(run, len(runs) > 1))]
+    sections += [
+        section
+        for run in runs
+        for section in (_classes(run, _of(run, runs)), _pictures(run, _of(run, runs)))
+    ]
     sections += [_epochs(run) for run in runs]
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-            f"<style>{_STYLE}</style></head>\n<body><h1>{escape(title)}</h1>\n" + "\n".join(filter(None, sections)) + "\n</body></html>\n")
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"<title>{escape(title)}</title>"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<link rel="icon" href="data:,">'
+        f"<style>{_STYLE}</style></head>\n<body><h1>{escape(title)}</h1>\n"
+        + "\n".join(filter(None, sections))
+        + "\n</body></html>\n"
+    )
 
 
 def _summary(runs: Sequence[RunReport]) -> str:
@@ -96,44 +200,111 @@ def _summary(runs: Sequence[RunReport]) -> str:
         evaluated = [line for line in run.metrics if "top1" in line]
         best = max(evaluated, key=_goodness, default=None)
         last = run.metrics[-1]
-        rows.append([f'<span class="key k{number % COLOURS}"></span>{escape(run.name)}',
-                     f"{escape(run.config['network'])} {escape(run.config['block'])}", f"{last['epoch']} of {run.config['max_epoch']}",
-                     f"{best['top1']:.2f} %" if best else "", str(best["epoch"]) if best else "",
-                     f"{best['top5']:.2f} %" if best else "", f"{last['loss']:.4f}",
-                     f"{last['val_loss']:.4f}" if "val_loss" in last else "", f"{last['images_per_second']:.1f}"])
-    head = ("run", "network", "epochs", "best top-1", "in epoch", "top-5 then", "last loss", "on validation", "images/s")
+        rows.append(
+            [
+                f'<span class="key k{number % COLOURS}"></span>{escape(run.name)}',
+                f"{escape(run.config['network'])} {escape(run.config['block'])}",
+                f"{last['epoch']} of {run.config['max_epoch']}",
+                f"{best['top1']:.2f} %" if best else "",
+                str(best["epoch"]) if best else "",
+                f"{best['top5']:.2f} %" if best else "",
+                f"{last['loss']:.4f}",
+                f"{last['val_loss']:.4f}" if "val_loss" in last else "",
+                f"{last['images_per_second']:.1f}",
+            ]
+        )
+    head = (
+        "run",
+        "network",
+        "epochs",
+        "best top-1",
+        "in epoch",
+        "top-5 then",
+        "last loss",
+        "on validation",
+        "images/s",
+    )
     return _table(head, rows, numbers=range(2, 9), name="summary")
 
 
 def _curves(runs: Sequence[RunReport]) -> str:
     def lines(key: str, label: str = "") -> list[tuple[str, list[tuple[float, float]]]]:
-        return [(f"{run.name}{label}", [(line["epoch"], line[key]) for line in run.metrics if key in line]) for run in runs]
-    both = [line for pair in zip(lines("loss", " training"), lines("val_loss", " validation")) for line in pair]
-    charts = [line_chart("training loss", lines("loss")), line_chart("validation top-1 (%)", lines("top1")),
-              line_chart("validation loss", lines("val_loss")), line_chart("validation top-5 (%)", lines("top5")),
-              line_chart("learning rate", lines("lr")), line_chart("images/s", lines("images_per_second"))]
+        return [
+            (
+                f"{run.name}{label}",
+                [(line["epoch"], line[key]) for line in run.metrics if key in line],
+            )
+            for run in runs
+        ]
+
+    both = [
+        line
+        for pair in zip(lines("loss", " training"), lines("val_loss", " validation"))
+        for line in pair
+    ]
+    charts = [
+        line_chart("training loss", lines("loss")),
+        line_chart("validation top-1 (%)", lines("top1")),
+        line_chart("validation loss", lines("val_loss")),
+        line_chart("validation top-5 (%)", lines("top5")),
+        line_chart("learning rate", lines("lr")),
+        line_chart("images/s", lines("images_per_second")),
+    ]
     if len(runs) == 1:
-        charts[0] = line_chart("loss in training and, dashed, validation", both, dashed=[both[1][0]])
+        charts[0] = line_chart(
+            "loss in training and, dashed, validation", both, dashed=[both[1][0]]
+        )
         charts[2] = ""
-    return '<h2>Curves</h2><div class="charts">' + "".join(f"<div>{chart}</div>" for chart in charts if chart) + "</div>"
+    return (
+        '<h2>Curves</h2><div class="charts">'
+        + "".join(f"<div>{chart}</div>" for chart in charts if chart)
+        + "</div>"
+    )
 
 
 def _configuration(runs: Sequence[RunReport]) -> str:
-    # A global batch decides in place of that of a rank.
-    left_out = (*_PLACES, "per_batch_size") if all(run.config.get("global_batch_size") for run in runs) else _PLACES
+    # The global batch size wins over the one per rank.
+    left_out = (
+        (*_PLACES, "per_batch_size")
+        if all(run.config.get("global_batch_size") for run in runs)
+        else _PLACES
+    )
     keys = [key for key in runs[0].config if key not in left_out]
     values = {key: [_value(run.config.get(key)) for run in runs] for key in keys}
     differing = [key for key in keys if len(set(values[key])) > 1]
     parts = ["<h2>Configuration</h2>"]
     if len(runs) > 1:
-        parts.append("<p>What differs between the runs:</p>" + _table(
-            ("key", *(run.name for run in runs)), [[_code(key), *map(_code, values[key])] for key in differing], name="differing")
-            if differing else "<p>The runs have the same configuration.</p>")
-    changed = [key for key in keys if key not in differing and values[key][0] != _value(runs[0].defaults.get(key))]
-    parts.append("<p>What is not as in default_config.yaml:</p>" + _table(
-        ("key", "value", "default"), [[_code(key), _code(values[key][0]), _code(_value(runs[0].defaults.get(key)))] for key in changed]))
+        parts.append(
+            "<p>What differs between the runs:</p>"
+            + _table(
+                ("key", *(run.name for run in runs)),
+                [[_code(key), *map(_code, values[key])] for key in differing],
+                name="differing",
+            )
+            if differing
+            else "<p>The runs have the same configuration.</p>"
+        )
+    changed = [
+        key
+        for key in keys
+        if key not in differing and values[key][0] != _value(runs[0].defaults.get(key))
+    ]
+    parts.append(
+        "<p>What is not as in default_config.yaml:</p>"
+        + _table(
+            ("key", "value", "default"),
+            [
+                [_code(key), _code(values[key][0]), _code(_value(runs[0].defaults.get(key)))]
+                for key in changed
+            ],
+        )
+    )
     rows = [[_code(key), *map(_code, values[key])] for key in keys]
-    parts.append("<details><summary>Every key</summary>" + _table(("key", *(run.name for run in runs)), rows) + "</details>")
+    parts.append(
+        "<details><summary>Every key</summary>"
+        + _table(("key", *(run.name for run in runs)), rows)
+        + "</details>"
+    )
     return "".join(parts)
 
 
@@ -145,22 +316,48 @@ def _time(runs: Sequence[RunReport]) -> str:
         for rank in range(min(map(len, per_epoch), default=0)):
             parts = [sum(epoch[rank][part] for epoch in per_epoch) for part in range(3)]
             whole = sum(parts) or 1.0
-            bar = "".join(f'<span class="b{number}" style="width:{100 * part / whole:.1f}%"></span>' for number, part in enumerate(parts))
-            rows.append([escape(run.name), str(rank), escape(hosts[rank]) if rank < len(hosts) else "",
-                         *(f"{part:.1f} s" for part in parts), f'<div class="bar">{bar}</div>'])
-    text = "<h2>Where the time went</h2><p>Seconds of each rank over the steps of all epochs: for the next batch, for computing, " \
-           "and for other ranks and the network.</p>"
-    keys = ('run', 'rank', 'host', '<span class="key k0"></span>input', '<span class="key k1"></span>computing',
-            '<span class="key k2"></span>waiting', "")
+            bar = "".join(
+                f'<span class="b{number}" style="width:{100 * part / whole:.1f}%"></span>'
+                for number, part in enumerate(parts)
+            )
+            rows.append(
+                [
+                    escape(run.name),
+                    str(rank),
+                    escape(hosts[rank]) if rank < len(hosts) else "",
+                    *(f"{part:.1f} s" for part in parts),
+                    f'<div class="bar">{bar}</div>',
+                ]
+            )
+    text = (
+        "<h2>Where the time went</h2><p>Seconds of each rank over the steps of all epochs: for the "
+        "next batch, for computing, and for other ranks and the network.</p>"
+    )
+    keys = (
+        "run",
+        "rank",
+        "host",
+        '<span class="key k0"></span>input',
+        '<span class="key k1"></span>computing',
+        '<span class="key k2"></span>waiting',
+        "",
+    )
     facts = ""
     for run in runs:
-        versions = ", ".join(f"{key} {value}" for key, value in run.environment.items() if key != "hosts")
+        versions = ", ".join(
+            f"{key} {value}" for key, value in run.environment.items() if key != "hosts"
+        )
         facts += f"<p>{escape(run.name)}: {escape(versions)}</p>" if versions else ""
     return text + _table(keys, rows, numbers=(1, 3, 4, 5), name="time") + facts
 
 
-def _classes(run: RunReport, named: bool) -> str:
-    heading = "<h2>Classes" + (f" of {escape(run.name)}" if named else "") + "</h2>"
+def _of(run: RunReport, runs: Sequence[RunReport]) -> str:
+    """ " of NAME", or "" for the only run."""
+    return f" of {escape(run.name)}" if len(runs) > 1 else ""
+
+
+def _classes(run: RunReport, of_run: str) -> str:
+    heading = f"<h2>Classes{of_run}</h2>"
     evaluated = [line for line in run.metrics if line.get("class_top1")]
     if not evaluated and run.confusion is None:
         return heading + f"<p>{escape(run.missing or 'The run was not evaluated.')}</p>"
@@ -168,40 +365,77 @@ def _classes(run: RunReport, named: bool) -> str:
     if run.missing:
         parts.append(f"<p>{escape(run.missing)}</p>")
     if run.confusion is not None and len(run.confusion) <= _CONFUSION_CLASSES:
-        parts.append("<p>Images by class (lines) and what the best network takes them for (columns).</p>" + _confusion(run))
+        parts.append(
+            "<p>Images by class (lines) and what the best network takes them for (columns).</p>"
+            + _confusion(run)
+        )
     if run.confused:
-        rows = [[escape(run.classes[label]), escape(run.classes[other]), str(count)] for label, other, count in run.confused]
-        parts.append("<p>Most confused:</p>" + _table(("class", "taken for", "images"), rows, numbers=(2,), name="confused"))
+        rows = [
+            [escape(run.classes[label]), escape(run.classes[other]), str(count)]
+            for label, other, count in run.confused
+        ]
+        parts.append(
+            "<p>Most confused:</p>"
+            + _table(("class", "taken for", "images"), rows, numbers=(2,), name="confused")
+        )
     if evaluated:
         best = max(evaluated, key=_goodness)
-        rows = [[escape(_name(run, label)), f"{share:.2f} %"] for share, label in
-                sorted((share, label) for label, share in enumerate(best["class_top1"]) if share is not None)]
-        table = _table(("class", f"top-1 in epoch {best['epoch']}"), rows, numbers=(1,), name="classes")
+        rows = [
+            [escape(_name(run, label)), f"{accuracy:.2f} %"]
+            for accuracy, label in sorted(
+                (accuracy, label)
+                for label, accuracy in enumerate(best["class_top1"])
+                if accuracy is not None
+            )
+        ]
+        table = _table(
+            ("class", f"top-1 in epoch {best['epoch']}"), rows, numbers=(1,), name="classes"
+        )
         many = len(rows) > _CONFUSION_CLASSES
-        parts.append(f"<details><summary>Every class, the worst first</summary>{table}</details>" if many else table)
+        parts.append(
+            f"<details><summary>Every class, the worst first</summary>{table}</details>"
+            if many
+            else table
+        )
     return "".join(parts)
 
 
 def _confusion(run: RunReport) -> str:
-    head = "".join(f"<th>{escape(_name(run, label))}</th>" for label in range(len(run.confusion or ())))
+    head = "".join(
+        f"<th>{escape(_name(run, label))}</th>" for label in range(len(run.confusion or ()))
+    )
     lines = []
     for label, counts in enumerate(run.confusion or ()):
         whole = max(sum(counts), 1)
-        cells = "".join(f'<td style="background: rgba(var(--good), {0.75 * count / whole:.2f})">{count or ""}</td>' for count in counts)
+        cells = "".join(
+            f'<td style="background: rgba(var(--good), {0.75 * count / whole:.2f})">'
+            f"{count or ''}</td>"
+            for count in counts
+        )
         lines.append(f"<tr><th>{escape(_name(run, label))}</th>{cells}</tr>")
     body = "".join(lines)
-    return f'<div class="wide"><table class="confusion"><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return (
+        f'<div class="wide"><table class="confusion"><thead><tr><td></td>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
 
 
-def _pictures(run: RunReport, named: bool) -> str:
-    of_run = f" of {escape(run.name)}" if named else ""
+def _pictures(run: RunReport, of_run: str) -> str:
     parts = []
-    for title, pictures in ((f"Mistakes{of_run} that the network was surest of", run.mistakes),
-                            (f"Images as the training{of_run} sees them", run.samples)):
+    for title, pictures in (
+        (f"Most confident mistakes{of_run}", run.mistakes),
+        (f"Augmented training images{of_run}", run.samples),
+    ):
         if pictures:
-            parts.append(f"<h2>{title}</h2><div class=\"sheet\">" + "".join(
-                f'<figure><img src="{picture.source}" alt=""><figcaption>{escape(picture.words)}</figcaption></figure>'
-                for picture in pictures) + "</div>")
+            parts.append(
+                f'<h2>{title}</h2><div class="sheet">'
+                + "".join(
+                    f'<figure><img src="{picture.source}" alt="">'
+                    f"<figcaption>{escape(picture.words)}</figcaption></figure>"
+                    for picture in pictures
+                )
+                + "</div>"
+            )
     return "".join(parts)
 
 
@@ -213,14 +447,24 @@ def _epochs(run: RunReport) -> str:
     return f"<details><summary>Every epoch of {escape(run.name)}</summary>{table}</details>"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = (), name: str = "") -> str:
+def _table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = (), name: str = ""
+) -> str:
     """A table of HTML texts; columns ``numbers`` are aligned to the right."""
     if not rows:
         return ""
     kind = [' class="number"' if column in numbers else "" for column in range(len(head))]
     titles = "".join(f"<th{kind[column]}>{text}</th>" for column, text in enumerate(head))
-    lines = "".join("<tr>" + "".join(f"<td{kind[column]}>{text}</td>" for column, text in enumerate(row)) + "</tr>" for row in rows)
-    return f'<div class="wide"><table id="{name}"><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>'
+    lines = "".join(
+        "<tr>"
+        + "".join(f"<td{kind[column]}>{text}</td>" for column, text in enumerate(row))
+        + "</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="wide"><table id="{name}"><thead><tr>{titles}</tr></thead>'
+        f"<tbody>{lines}</tbody></table></div>"
+    )
 
 
 def _goodness(line: Mapping[str, Any]) -> tuple[float, float]:

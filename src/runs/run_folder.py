@@ -1,4 +1,4 @@
-"""What a run leaves behind: its dated folder and the names in it."""
+"""A run's dated folder and the files in it."""
 
 import fcntl
 import json
@@ -9,15 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from src.utils.config import Config, read_layer
+from src.cli.config import Config
+from src.cli.recipes import read_layer
 from src.utils.errors import UserError
 from src.utils.files import remove_partials, write_whole
 
-_RACES = 100
+_ATTEMPTS = 100
 
 
 class RunFolder:
-    """OUTPUT_PATH/2026-01-31_time_12_00_00/ and the names in it."""
+    """OUTPUT_PATH/2026-01-31_time_12_00_00/ and the names of the files in it."""
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
@@ -29,30 +30,58 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.curves = self.path / "curves.png"
         self.report = self.path / "report.html"
+        self.config = self.path / "config.yaml"
 
-    def lock(self) -> int:
-        """Keep other trainings from writing here until this process ends, however it ends; returns the lock's handle.
+    @classmethod
+    def of_checkpoint(cls, path: Path) -> "RunFolder":
+        """The run folder that a checkpoint is in, as best.ckpt or in ckpt_0/.
 
         Raises:
-            UserError: if another one is writing here.
+            UserError: if the checkpoint was moved or copied out of its run folder.
+        """
+        # latest.ckpt is a link into ckpt_0/.
+        path = path.resolve()
+        folder = cls(path.parent.parent if path.parent.name == "ckpt_0" else path.parent)
+        is_inside = path.parent == folder.checkpoints.resolve() or path.name == folder.best.name
+        if not is_inside or not folder.config.is_file():
+            raise UserError(
+                f"'{path}' is not in its run folder, which a resumed run continues to write; move "
+                f"it back, or start a new run from its weights with --checkpoint_file_path={path}"
+            )
+        return folder
+
+    def lock(self) -> int:
+        """Keep other runs from writing here until this process ends. Returns the lock's handle.
+
+        Raises:
+            UserError: if another run is writing here.
         """
         handle = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another training is writing to '{self.path}'; wait for its end, or start anew without --resume") from None
+            raise UserError(
+                f"another run is writing to '{self.path}'; wait until it ends, or start a new run "
+                "without --resume"
+            ) from None
         except OSError:
             pass  # a file system without locks
         return handle
 
-    def write_start(self, config: Config, class_to_index: dict[str, int], environment: Mapping[str, Any]) -> None:
+    def write_start(
+        self, config: Config, class_to_index: dict[str, int], environment: Mapping[str, Any]
+    ) -> None:
         """Write config.yaml, class_indexing.json and environment.json."""
-        for name, text in (("config.yaml", config.to_yaml()), ("class_indexing.json", json.dumps(class_to_index, indent=1)),
-                           ("environment.json", json.dumps(environment, indent=1))):
+        texts = {
+            "config.yaml": config.to_yaml(),
+            "class_indexing.json": json.dumps(class_to_index, indent=1),
+            "environment.json": json.dumps(environment, indent=1),
+        }
+        for name, text in texts.items():
             write_whole(self.path / name, partial(Path.write_text, data=text, encoding="utf-8"))
 
     def add_metrics(self, **values: Any) -> None:
-        """Append one line to metrics.jsonl. Raises UserError if that cannot be written."""
+        """Append a line to metrics.jsonl. Raises UserError if it cannot be written."""
         try:
             with open(self.metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
@@ -63,26 +92,26 @@ class RunFolder:
         """The lines of metrics.jsonl."""
         if not self.metrics.exists():
             return []
-        # A line without its end was being written when the run was killed.
+        # A run can be killed while it writes a line.
         lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("}\n")]
 
     def read_config(self) -> dict[str, Any]:
-        """The keys of config.yaml. Raises UserError if this is no folder of a run."""
-        return read_layer(self.path / "config.yaml")
+        """The keys of config.yaml. Raises UserError if this is not a run folder."""
+        return read_layer(self.config)
 
     def read_environment(self) -> dict[str, Any]:
-        """What environment.json says; {} for a run of a version that wrote none."""
+        """The content of environment.json; {} for a run of a version that wrote none."""
         file = self.path / "environment.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     def keep_metrics(self, keep: Callable[[dict[str, Any]], bool]) -> None:
-        """Remove the other lines of metrics.jsonl, which a resumed run writes again."""
+        """Remove the other lines of metrics.jsonl; a resumed run writes them again."""
         text = "".join(json.dumps(line) + "\n" for line in self.read_metrics() if keep(line))
         write_whole(self.metrics, lambda partial: partial.write_text(text, encoding="utf-8"))
 
     def point_latest_at(self, checkpoint: Path) -> None:
-        """Make latest.ckpt a link to ``checkpoint``, a file in this folder; at every moment it is the old or the new one."""
+        """Make latest.ckpt a link to ``checkpoint``; at any moment it is the old or the new one."""
         link = self.path / f".{os.getpid()}.partial.latest"
         link.unlink(missing_ok=True)
         try:
@@ -92,14 +121,13 @@ class RunFolder:
             raise UserError(f"cannot write '{self.latest}': {failure.strerror}") from None
 
     def last_checkpoint(self) -> str | None:
-        """The file that latest.ckpt stands for, or None."""
+        """The file that latest.ckpt links to, or None."""
         return str(self.latest.resolve()) if self.latest.exists() else None
 
     def prune_checkpoints(self, keep: int) -> None:
-        """Remove the oldest checkpoints in ckpt_0 beyond the newest ``keep``."""
-        files = sorted((file for file in self.checkpoints.glob("*.ckpt") if not file.name.startswith(".")),
-                       key=lambda file: file.stat().st_mtime_ns)
-        for file in files[:-keep]:
+        """Delete all but the newest ``keep`` checkpoints in ckpt_0."""
+        files = [f for f in self.checkpoints.glob("*.ckpt") if not f.name.startswith(".")]
+        for file in sorted(files, key=lambda file: file.stat().st_mtime_ns)[:-keep]:
             os.unlink(file)
 
     def remove_leftovers(self) -> None:
@@ -109,18 +137,23 @@ class RunFolder:
 
 
 def dated_run_folder(output_path: str) -> RunFolder:
-    """A RunFolder of this moment that does not exist yet."""
+    """A RunFolder named after this moment that does not exist yet."""
     stamp = datetime.now().strftime("%Y-%m-%d_time_%H_%M_%S")
-    names = (stamp + suffix for suffix in ("", *(f"_{number}" for number in range(2, 1000))))
-    return RunFolder(next((place for place in (Path(output_path) / name for name in names) if not os.path.lexists(place)),
-                          Path(output_path) / stamp))
+    suffixes = ("", *(f"_{number}" for number in range(2, 1000)))
+    paths = (Path(output_path) / f"{stamp}{suffix}" for suffix in suffixes)
+    free = next((path for path in paths if not os.path.lexists(path)), None)
+    return RunFolder(free or Path(output_path) / stamp)
 
 
 def create_run_folder(planned: RunFolder) -> RunFolder:
-    """Make the folder ``planned``, or another if a run of the same second has taken it. Raises UserError if it cannot be written."""
+    """Create ``planned``, or another folder if a run of the same second has taken it.
+
+    Raises:
+        UserError: if it cannot be created.
+    """
     output_path, folder = planned.path.parent, planned
     try:
-        for _ in range(_RACES):
+        for _ in range(_ATTEMPTS):
             try:
                 folder.checkpoints.mkdir(parents=True)
                 return folder
@@ -129,5 +162,6 @@ def create_run_folder(planned: RunFolder) -> RunFolder:
                     raise
                 folder = dated_run_folder(str(output_path))
     except OSError as failure:
-        raise UserError(f"cannot write to output_path '{output_path}': {failure.strerror}") from None
+        reason = failure.strerror
+        raise UserError(f"cannot write to output_path '{output_path}': {reason}") from None
     raise UserError(f"output_path '{output_path}' has too many runs of this second")

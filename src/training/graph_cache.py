@@ -1,7 +1,8 @@
-"""A compiled graph kept from one run to the next, so that a second run of the same network starts without compiling.
+"""Keeps compiled graphs, so that a second run of the same network starts without compiling.
 
-MindSpore writes and reads such graphs itself, but checks little of what they depend on, and writes in place. Here each has a
-folder of its own, named by a digest of all that it may depend on, complete or absent, and checked before it is used.
+MindSpore can write and read such graphs, but it checks little of what they depend on, and writes
+them in place. Here each graph has its own folder, which is named by a digest of everything that the
+graph may depend on, complete or absent, and checked before use.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from pathlib import Path
 import mindspore
 from mindspore import Tensor, nn
 
-from src.utils.config import PROJECT_ROOT, Affects, Config, keys_affecting
+from src.cli.config import PROJECT_ROOT, Affects, Config, keys_affecting
 
 _CHECKSUMS = "checksums.json"
 _PARTIAL = ".partial."
@@ -27,17 +28,21 @@ _ABANDONED_S = 24 * 3600
 
 
 class GraphCache:
-    """The compiled graphs of one user. A process may compile one graph with it: MindSpore looks at the folder once.
+    """The compiled graphs of one user.
+
+    A process may compile one graph with it, because MindSpore looks at the folder only once.
 
     Args:
-        folder: where to keep them; it is made if need be, and a folder that cannot be written only costs the time to compile.
+        folder: where to keep them. Without permission to write there, nothing is kept.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = Path(folder)
 
-    def compile(self, cell: nn.Cell, inputs: Sequence[Tensor], config: Config, layers: str = "") -> bool:
-        """Compile ``cell`` for ``inputs``, or take the graph that an earlier process compiled for the same.
+    def compile(
+        self, cell: nn.Cell, inputs: Sequence[Tensor], config: Config, layers: str = ""
+    ) -> bool:
+        """Compile ``cell`` for ``inputs``, or take the graph of an earlier process.
 
         Args:
             layers: what the layers of ``cell`` were made with, in words.
@@ -65,16 +70,27 @@ class GraphCache:
         return False
 
     def _prune(self) -> None:
-        """Remove all but the most recently used graphs, and what killed processes left half-written."""
+        """Remove all but the recently used graphs, and the partial ones of killed processes."""
         used = {folder: _last_used(folder) for folder in self._folder.iterdir()}
-        abandoned = [folder for folder in used if _PARTIAL in folder.name and used[folder] < time.time() - _ABANDONED_S]
-        whole = sorted((folder for folder in used if _PARTIAL not in folder.name), key=lambda folder: used[folder], reverse=True)
+        abandoned = [
+            folder
+            for folder in used
+            if _PARTIAL in folder.name and used[folder] < time.time() - _ABANDONED_S
+        ]
+        whole = sorted(
+            (folder for folder in used if _PARTIAL not in folder.name),
+            key=lambda folder: used[folder],
+            reverse=True,
+        )
         for folder in whole[_KEPT:] + abandoned:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def user_graph_cache(config: Config) -> GraphCache | None:
-    """The GraphCache under $XDG_CACHE_HOME or ~/.cache, or None if compile_cache is off or the device is not a CPU."""
+    """The GraphCache under $XDG_CACHE_HOME or ~/.cache.
+
+    None if compile_cache is off or the device is not a CPU.
+    """
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if not config.compile_cache or config.device_target != "CPU" or not os.path.isabs(home):
         return None
@@ -82,16 +98,26 @@ def user_graph_cache(config: Config) -> GraphCache | None:
 
 
 def _digest(cell: nn.Cell, inputs: Sequence[Tensor], config: Config, layers: str) -> str:
-    """Digest of the software, the cell and its parameters, the configuration, the inputs' types and MindSpore's environment variables."""
+    """Digest of what a graph may depend on.
+
+    The software, the cell and its parameters, the configuration, the types of the inputs and
+    MindSpore's environment variables.
+    """
     parts = {
         "software": [mindspore.__version__, platform.python_version(), platform.machine()],
         "sources": _digest_of_files(sorted((PROJECT_ROOT / "src").rglob("*.py"))),
         "cell": _without_addresses(repr(cell)),
-        "parameters": [(p.name, p.shape, str(p.dtype), p.requires_grad) for p in cell.get_parameters()],
+        "parameters": [
+            (p.name, p.shape, str(p.dtype), p.requires_grad) for p in cell.get_parameters()
+        ],
         "layers": _without_addresses(layers),
-        "config": config.model_dump(mode="json", include=keys_affecting(Affects.MODEL, Affects.GRAPH)),
+        "config": config.model_dump(
+            mode="json", include=keys_affecting(Affects.MODEL, Affects.GRAPH)
+        ),
         "inputs": [(tensor.shape, str(tensor.dtype)) for tensor in inputs],
-        "environment": sorted((name, value) for name, value in os.environ.items() if name.startswith("MS_")),
+        "environment": sorted(
+            (name, value) for name, value in os.environ.items() if name.startswith("MS_")
+        ),
     }
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -109,8 +135,12 @@ def _digest_of_files(files: Iterable[Path]) -> str:
 
 @contextmanager
 def _mindspore_keeps_graphs_in(folder: Path) -> Iterator[None]:
-    """Let MindSpore take the graph that ``folder`` holds, without looking further, or write it there."""
-    changes = {"MS_COMPILER_CACHE_ENABLE": "1", "MS_COMPILER_CACHE_PATH": str(folder), "MS_DEV_FORCE_USE_COMPILE_CACHE": "1"}
+    """Let MindSpore take the graph in ``folder`` without further checks, or write it there."""
+    changes = {
+        "MS_COMPILER_CACHE_ENABLE": "1",
+        "MS_COMPILER_CACHE_PATH": str(folder),
+        "MS_DEV_FORCE_USE_COMPILE_CACHE": "1",
+    }
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:
@@ -124,9 +154,9 @@ def _mindspore_keeps_graphs_in(folder: Path) -> Iterator[None]:
 
 
 def _complete(growing: Path, kept: Path) -> None:
-    """Record the checksums of what was written and give it its name, unless another process was first.
+    """Record checksums of a graph's files and rename its folder, unless another process was first.
 
-    A whole graph is never taken away, for another process may be reading it.
+    A whole graph is never removed: another process may be reading it.
     """
     try:
         (growing / _CHECKSUMS).write_text(json.dumps(_checksums(growing)))
@@ -162,5 +192,8 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
-            for file in sorted(folder.rglob("*")) if file.is_file() and file.name != _CHECKSUMS}
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != _CHECKSUMS
+    }

@@ -1,26 +1,33 @@
-"""One optimizer step: forward and backward as a graph, then the means over ranks, then the update. The same on every device."""
+"""One optimizer step: forward and backward as a graph, the reduction over ranks, the update."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import mindspore
 import mindspore.amp
-from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+import numpy as np
+from mindspore import Parameter, ParameterTuple, Tensor, nn
 
-from src.dataset.batches import Batch
-from src.kernels.cells import updated_statistics
-from src.parallel.communicator import Communicator
-from src.training.convolutions import speed_up_gradients
-from src.training.dropout import DropoutMasks
+from src.cli.config import Config
+from src.dataset.batches import Batch, micro_batch_size
+from src.distributed.communicator import Communicator
+from src.distributed.reducers import Reducer, create_reducer
+from src.kernels.layers import kernel_statistics
+from src.models.layers import ImageClassifier
+from src.training.conv_gradients import replace_conv_gradients
 from src.training.graph_cache import GraphCache
-from src.training.loss_scale import LossScale
+from src.training.losses import create_loss
 from src.training.optimizers import Optimizer, create_optimizer
-from src.training.reducers import Reducer, create_reducer
-from src.utils.config import Config
 
-Masks = Callable[[int, int], tuple[Tensor, ...]]
+# (step, micro-step) -> the further inputs of the network.
+ExtraInputs = Callable[[int, int], tuple[Tensor, ...]]
+_DROPOUT_BITS = 16
+_STEPS_TO_DOUBLE = 2000
+_MAX_SCALE = 2.0**24
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,7 @@ class StepResult:
 
     Attributes:
         loss: mean over the rank's images.
-        skipped: whether gradients overflowed under loss scaling, so that weights and optimizer state stayed as they were.
+        skipped: whether gradients overflowed under loss scaling, so that nothing was updated.
         nonfinite_parameter: name of the first parameter whose gradient is not finite, or None.
         seconds: duration of each part: forward_backward, allreduce, optimizer.
     """
@@ -40,125 +47,176 @@ class StepResult:
     seconds: dict[str, float]
 
 
-class NetworkWithLoss(nn.Cell):
-    """(uint8 images (N, S, S, 3), labels, dropout mask or None) -> mean cross-entropy with label smoothing, a float32 scalar.
+def create_train_step(
+    network: ImageClassifier,
+    config: Config,
+    communicator: Communicator,
+    graph_cache: GraphCache | None = None,
+) -> "TrainStep":
+    """The train step of ``network`` for the device of ``config``.
 
-    Labels are (N,) int32 or class probabilities (N, C) float32. Smoothing e spreads its mass over all classes (Szegedy et al.,
-    arXiv:1512.00567, section 7), as in PyTorch: (1 - e) * (-log p[label]) + e * mean over classes of (-log p);
-    ``Config.smoothing`` turns a share of the other classes into such an e.
+    Args:
+        graph_cache: takes the compiled graph of an earlier run; None compiles it.
+    """
+    if config.device_target == "CPU":
+        replace_conv_gradients(network)
+    grad_scaler = GradScaler.of(config)
+    normalizer = network.layers.input_normalizer(config.mean, config.std)
+    model = network
+    if config.device_target != "CPU" and config.precision != "O0":
+        model = mindspore.amp.auto_mixed_precision(network, config.precision)
+    network_with_loss = NetworkWithLoss(model, normalizer, create_loss(config))
+    parameters, statistics = model.trainable_params(), kernel_statistics(model)
+    kind = ScaledForwardBackward if grad_scaler.active else ForwardBackward
+    compile_graph = None
+    if graph_cache is not None:
+        layers = repr(network.layers)
+        compile_graph = partial(graph_cache.compile, config=config, layers=layers)
+    return TrainStep(
+        kind(network_with_loss, [*parameters, *statistics]),
+        create_optimizer(config, parameters),
+        create_reducer(config, communicator, network.layers.ready_gradients()),
+        running_statistics(model),
+        dropout_masks(network, config, communicator),
+        grad_scaler,
+        compile_graph,
+        statistics,
+    )
+
+
+class TrainStep:
+    """Called with the micro-batches of a step; leaves all ranks with the same weights and state.
+
+    Args:
+        forward_backward: a ForwardBackward, or a ScaledForwardBackward if ``grad_scaler`` is
+            active.
+        statistics: running means and variances, which are averaged over ranks.
+        extra_inputs: gives the network its dropout masks.
+        compile_graph: called with (cell, inputs) before the first pass, to take its graph from a
+            cache; None compiles it.
+        kernel_statistics: those of the statistics whose new values ``forward_backward`` returns
+            after the gradients.
     """
 
-    def __init__(self, network: nn.Cell, normalizer: nn.Cell, smoothing: float) -> None:
+    def __init__(
+        self,
+        forward_backward: nn.Cell,
+        optimizer: Optimizer,
+        reducer: Reducer,
+        statistics: Sequence[Parameter],
+        extra_inputs: ExtraInputs,
+        grad_scaler: "GradScaler",
+        compile_graph: Callable[[nn.Cell, tuple[Tensor, ...]], object] | None = None,
+        kernel_statistics: Sequence[Parameter] = (),
+    ) -> None:
+        self._forward_backward = forward_backward.set_train(True)
+        self.optimizer, self.reducer, self.grad_scaler = optimizer, reducer, grad_scaler
+        self._statistics, self._kernel_statistics = list(statistics), list(kernel_statistics)
+        self._extra_inputs, self._compile_graph = extra_inputs, compile_graph
+
+    def __call__(self, micro_batches: Iterable[Batch], lr: float, step: int) -> StepResult:
+        """Train on the micro-batches of ``step``, counted from 0, with learning rate ``lr``."""
+        started = time.perf_counter()
+        losses: list[float] = []
+        gradients: Any = None
+        for micro_step, batch in enumerate(micro_batches):
+            with self.reducer.backward():
+                loss, new_gradients = self._compute_gradients(batch, step, micro_step)
+            losses.append(float(loss.asnumpy()))
+            gradients = self.reducer.add(gradients, new_gradients)
+        computed = time.perf_counter()
+        gradients, arrivals = self.reducer.reduce(gradients, len(losses), self._statistics)
+        reduced = time.perf_counter()
+        # An overflow on one rank is in the mean, so that every rank skips the same steps.
+        nonfinite = self.optimizer(lr, gradients, self.grad_scaler.value, arrivals)
+        self.grad_scaler.update(overflow=nonfinite is not None)
+        waited = arrivals.waited if arrivals is not None else 0.0
+        updated = time.perf_counter()
+        name = None if nonfinite is None else self.optimizer.parameters[nonfinite].name
+        return StepResult(
+            loss=sum(losses) / len(losses),
+            skipped=nonfinite is not None and self.grad_scaler.active,
+            nonfinite_parameter=name,
+            seconds={
+                "forward_backward": computed - started,
+                "allreduce": reduced - computed + waited,
+                "optimizer": updated - reduced - waited,
+            },
+        )
+
+    def _compute_gradients(
+        self, batch: Batch, step: int, micro_step: int
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        inputs = (Tensor(batch.images), Tensor(batch.labels), *self._extra_inputs(step, micro_step))
+        if self.grad_scaler.active:
+            inputs = (Tensor(self.grad_scaler.value, mindspore.float32), *inputs)
+        if self._compile_graph is not None:
+            self._compile_graph(self._forward_backward, inputs)
+            self._compile_graph = None
+        loss, outputs = self._forward_backward(*inputs)
+        trainable = len(outputs) - len(self._kernel_statistics)
+        for parameter, value in zip(self._kernel_statistics, outputs[trainable:]):
+            parameter.asnumpy()[...] = value.asnumpy()
+        return loss, outputs[:trainable]
+
+
+class NetworkWithLoss(nn.Cell):
+    """(uint8 images (N, S, S, 3), targets, dropout mask or None) -> loss, a float32 scalar."""
+
+    def __init__(self, network: nn.Cell, normalizer: nn.Cell, loss: nn.Cell) -> None:
         super().__init__(auto_prefix=False)
-        self.network, self.normalizer, self.smoothing = network, normalizer, smoothing
-        # nn.CrossEntropyLoss takes the logarithm apart, whose last bit on CPU depends on where its memory lies; the gradient of
-        # log_softmax is reference code of oneDNN's.
-        self.cross_entropy = ops.SparseSoftmaxCrossEntropyWithLogits()
+        self.network, self.normalizer, self.loss = network, normalizer, loss
 
-    def construct(self, images: Tensor, labels: Tensor, kept: Tensor | None = None) -> Tensor:
+    def construct(self, images: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
         images = self.normalizer(images)
-        logits = ops.cast(self.network(images) if kept is None else self.network(images, kept), mindspore.float32)
-        classes = logits.shape[1]
-        if labels.ndim == 1:
-            labels = self._one_hot(labels, classes)
-        targets = (1 - self.smoothing) * labels + self.smoothing / classes
-        # -log p[c] is that of the likeliest class, which no exponential underflows for, and the difference of the two logits.
-        likeliest = logits.argmax(1).astype(mindspore.int32)
-        return self.cross_entropy(logits, likeliest) + ((self._one_hot(likeliest, classes) - targets) * logits).sum(1).mean()
-
-    def _one_hot(self, labels: Tensor, classes: int) -> Tensor:
-        return ops.one_hot(labels, classes, Tensor(1.0, mindspore.float32), Tensor(0.0, mindspore.float32))
+        logits = self.network(images) if mask is None else self.network(images, mask)
+        return self.loss(logits.astype(mindspore.float32), targets)
 
 
 class ForwardBackward(nn.Cell):
-    """(images, labels, dropout mask or None) -> (loss, gradients of the parameters, in their order).
+    """(images, targets, dropout mask or None) -> (loss, gradients of the parameters, in order).
 
-    In place of gradients, the kernels of ``src/kernels`` return new values for running statistics.
+    For running statistics, the kernels return new values in the place of gradients
+    (src/kernels/operations.py).
     """
 
     def __init__(self, network_with_loss: nn.Cell, parameters: Sequence[Parameter]) -> None:
         super().__init__(auto_prefix=False)
         # A child, so that set_train reaches the network: value_and_grad hides it from the Cell.
         self.network_with_loss = network_with_loss
-        # As a member of a Cell this compiles to one forward and one backward pass; calling the network for the loss
-        # beside GradOperation for the gradients runs the forward pass twice.
-        self.value_and_grad = mindspore.value_and_grad(network_with_loss, None, ParameterTuple(parameters))
+        # As a member of a Cell this compiles to one forward and one backward pass. Calling the
+        # network for the loss, next to GradOperation for the gradients, runs the forward pass
+        # twice.
+        self.value_and_grad = mindspore.value_and_grad(
+            network_with_loss, None, ParameterTuple(parameters)
+        )
 
-    def construct(self, images: Tensor, labels: Tensor, kept: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        if kept is None:
-            return self.value_and_grad(images, labels)
-        return self.value_and_grad(images, labels, kept)
+    def construct(
+        self, images: Tensor, targets: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if mask is None:
+            return self.value_and_grad(images, targets)
+        return self.value_and_grad(images, targets, mask)
 
 
 class ScaledForwardBackward(nn.Cell):
-    """(loss scale, images, labels, dropout mask or None) -> (loss, gradients times the loss scale)."""
+    """(loss scale, images, targets, dropout mask or None) -> (loss, gradients times the scale)."""
 
     def __init__(self, network_with_loss: nn.Cell, parameters: Sequence[Parameter]) -> None:
         super().__init__(auto_prefix=False)
         self.scaled_loss = _ScaledLoss(network_with_loss)
-        self.value_and_grad = mindspore.value_and_grad(self.scaled_loss, None, ParameterTuple(parameters))
+        self.value_and_grad = mindspore.value_and_grad(
+            self.scaled_loss, None, ParameterTuple(parameters)
+        )
 
-    def construct(self, loss_scale: Tensor, images: Tensor, labels: Tensor,
-                  kept: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        if kept is None:
-            loss, gradients = self.value_and_grad(loss_scale, images, labels)
+    def construct(
+        self, loss_scale: Tensor, images: Tensor, targets: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if mask is None:
+            loss, gradients = self.value_and_grad(loss_scale, images, targets)
         else:
-            loss, gradients = self.value_and_grad(loss_scale, images, labels, kept)
+            loss, gradients = self.value_and_grad(loss_scale, images, targets, mask)
         return loss / loss_scale, gradients
-
-
-class TrainStep:
-    """Called with the forward batches of a step; leaves the same weights, optimizer state and statistics on every rank.
-
-    Args:
-        forward_backward: a ForwardBackward, or a ScaledForwardBackward if ``loss_scale`` is active.
-        statistics: running means and variances, which are averaged over ranks.
-        masks: (step, forward batch) -> the further inputs of the network.
-        compile_with: called with (cell, inputs) before the first pass, to take its graph from a cache; None compiles.
-        updated: those of the statistics whose new values ``forward_backward`` returns behind the gradients.
-    """
-
-    def __init__(self, forward_backward: nn.Cell, optimizer: Optimizer, reducer: Reducer, statistics: Sequence[Parameter],
-                 masks: Masks, loss_scale: LossScale, compile_with: Callable[[nn.Cell, tuple[Tensor, ...]], object] | None = None,
-                 updated: Sequence[Parameter] = ()) -> None:
-        self._forward_backward = forward_backward.set_train(True)
-        self.optimizer, self.reducer, self.loss_scale = optimizer, reducer, loss_scale
-        self._statistics, self._updated = list(statistics), list(updated)
-        self._masks, self._compile_with = masks, compile_with
-
-    def __call__(self, batches: Iterable[Batch], lr: float, number: int) -> StepResult:
-        """Train on the forward batches of step ``number``, counted from 0, with learning rate ``lr``."""
-        started = time.perf_counter()
-        losses, total = [], None
-        for part, batch in enumerate(batches):
-            with self.reducer.computing():
-                loss, gradients = self._gradients(batch, number, part)
-            losses.append(float(loss.asnumpy()))
-            total = self.reducer.add(total, gradients)
-        computed = time.perf_counter()
-        total, arrivals = self.reducer.mean(total, len(losses), self._statistics)
-        reduced = time.perf_counter()
-        # An overflow on one rank is in the mean, so that every rank skips the same steps.
-        nonfinite = self.optimizer(lr, total, self.loss_scale.value, arrivals)
-        self.loss_scale.adjust(overflow=nonfinite is not None)
-        waited = arrivals.waited if arrivals is not None else 0.0
-        seconds = {"forward_backward": computed - started, "allreduce": reduced - computed + waited,
-                   "optimizer": time.perf_counter() - reduced - waited}
-        return StepResult(sum(losses) / len(losses), nonfinite is not None and self.loss_scale.active,
-                          None if nonfinite is None else self.optimizer.parameters[nonfinite].name, seconds)
-
-    def _gradients(self, batch: Batch, number: int, part: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-        inputs = (Tensor(batch.images), Tensor(batch.labels), *self._masks(number, part))
-        if self.loss_scale.active:
-            inputs = (Tensor(self.loss_scale.value, mindspore.float32), *inputs)
-        if self._compile_with is not None:
-            self._compile_with(self._forward_backward, inputs)
-            self._compile_with = None
-        loss, found = self._forward_backward(*inputs)
-        trainable = len(found) - len(self._updated)
-        for parameter, value in zip(self._updated, found[trainable:]):
-            parameter.asnumpy()[...] = value.asnumpy()
-        return loss, found[:trainable]
 
 
 class _ScaledLoss(nn.Cell):
@@ -166,41 +224,103 @@ class _ScaledLoss(nn.Cell):
         super().__init__(auto_prefix=False)
         self.network_with_loss = network_with_loss
 
-    def construct(self, loss_scale: Tensor, images: Tensor, labels: Tensor, kept: Tensor | None = None) -> Tensor:
-        return self.network_with_loss(images, labels, kept) * loss_scale
+    def construct(
+        self, loss_scale: Tensor, images: Tensor, targets: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        return self.network_with_loss(images, targets, mask) * loss_scale
 
 
-def create_train_step(network: nn.Cell, config: Config, communicator: Communicator,
-                      graph_cache: GraphCache | None = None) -> TrainStep:
-    """The train step of ``network`` for the device of ``config``.
+@dataclass
+class GradScaler:
+    """Loss scaling for float16 gradients (Micikevicius et al., arXiv:1710.03740, section 3.2).
+
+    The loss is multiplied by ``value`` before the backward pass, and the gradients are divided by
+    it after. A step whose gradients are not all finite is skipped. A dynamic scale is halved then,
+    and doubled after 2,000 good steps.
+
+    Attributes:
+        value: the scale of the next step; 1 if not active.
+        dynamic: whether the scale adapts.
+        active: whether losses are scaled at all.
+        good_steps: number of steps without overflow since the scale changed.
+    """
+
+    value: float = 1.0
+    dynamic: bool = False
+    active: bool = False
+    good_steps: int = 0
+
+    @classmethod
+    def of(cls, config: Config) -> "GradScaler":
+        """From the keys amp_level, loss_scale and is_dynamic_loss_scale."""
+        # CPU computes in bfloat16, whose range is that of float32.
+        if config.device_target == "CPU" or config.precision == "O0":
+            return cls()
+        return cls(config.loss_scale, config.is_dynamic_loss_scale, active=True)
+
+    def update(self, overflow: bool) -> None:
+        """Adapt the scale after a step."""
+        self.good_steps = 0 if overflow else self.good_steps + 1
+        if not self.dynamic:
+            return
+        if overflow:
+            self.value = max(self.value / 2, 1.0)
+        elif self.good_steps == _STEPS_TO_DOUBLE:
+            self.value, self.good_steps = min(self.value * 2, _MAX_SCALE), 0
+
+    def state(self) -> dict[str, Any]:
+        """The state that a resumed run needs."""
+        return {"value": self.value, "good_steps": self.good_steps}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Restore what ``state`` returned."""
+        self.value, self.good_steps = state["value"], state["good_steps"]
+
+
+class DropoutMasks:
+    """Dropout masks of one rank, a function of (seed, step, sample).
+
+    So resumed and redistributed runs drop the same units. Sample k of a step's global batch draws
+    from its own stream of a Philox generator (Salmon et al. 2011) keyed by (seed, step), whichever
+    rank has it.
 
     Args:
-        graph_cache: takes the compiled graph of an earlier run; None compiles it.
+        width: number of units per sample that may be dropped.
+        rank, size: the rank has every ``size``-th sample of the global batch, from ``rank`` on.
     """
-    masks = dropout_masks(network, config, communicator)
-    if config.device_target == "CPU":
-        speed_up_gradients(network)
-    layers, normalizer = network.layers, network.layers.input_normalizer(config.mean, config.std)
-    if config.device_target != "CPU" and config.precision != "O0":
-        network = mindspore.amp.auto_mixed_precision(network, config.precision)
-    network_with_loss = NetworkWithLoss(network, normalizer, config.smoothing)
-    parameters, loss_scale = network.trainable_params(), LossScale.of(config)
-    updated = updated_statistics(network)
-    forward_backward = (ScaledForwardBackward if loss_scale.active else ForwardBackward)(network_with_loss, [*parameters, *updated])
-    compile_with = partial(graph_cache.compile, config=config, layers=repr(layers)) if graph_cache is not None else None
-    return TrainStep(forward_backward, create_optimizer(config, parameters), create_reducer(config, communicator, layers.announcements()),
-                     running_statistics(network), masks, loss_scale, compile_with, updated)
+
+    def __init__(self, width: int, config: Config, rank: int, size: int) -> None:
+        self._width, self._seed, self._probability = width, config.seed, config.dropout
+        self._batch, self._rank, self._size = micro_batch_size(config, size), rank, size
+
+    def __call__(self, step: int, micro_step: int) -> Tensor:
+        """(B, width) uint8 Tensor, 1 where a unit is kept, for one micro-batch of ``step``."""
+        first = micro_step * self._batch
+        samples = ((first + slot) * self._size + self._rank for slot in range(self._batch))
+        return Tensor(np.stack([self._row(step, sample) for sample in samples]))
+
+    def _row(self, step: int, sample: int) -> np.ndarray:
+        # The top bits of the second key word keep these streams apart from those of samples and of
+        # the order of an epoch.
+        key = np.array([self._seed, 2**62 + step], np.uint64)
+        counter = np.array([0, sample, 0, 0], np.uint64)
+        words = math.ceil(self._width * _DROPOUT_BITS / 64)
+        draws = np.random.Philox(key=key, counter=counter).random_raw(words).view(np.uint16)
+        limit = round(self._probability * 2**_DROPOUT_BITS)
+        return (draws[: self._width] >= limit).astype(np.uint8)
 
 
-def dropout_masks(network: nn.Cell, config: Config, communicator: Communicator) -> Masks:
-    """A function of (step, forward batch of the step): the further inputs of the network, a mask if it has dropout."""
-    width = getattr(network, "dropout_width", 0)
-    if not width:
-        return lambda step, part: ()
-    masks = DropoutMasks(width, config, communicator.rank, communicator.size)
-    return lambda step, part: (masks(step, part),)
+def dropout_masks(
+    network: ImageClassifier, config: Config, communicator: Communicator
+) -> ExtraInputs:
+    """A function that gives the network its dropout mask, if it has dropout."""
+    if not network.dropout_width:
+        return lambda step, micro_step: ()
+    masks = DropoutMasks(network.dropout_width, config, communicator.rank, communicator.size)
+    return lambda step, micro_step: (masks(step, micro_step),)
 
 
 def running_statistics(network: nn.Cell) -> list[Parameter]:
     """The running means and variances of a network's batch norms."""
-    return [p for p in network.get_parameters() if p.name.endswith(("moving_mean", "moving_variance"))]
+    endings = ("moving_mean", "moving_variance")
+    return [p for p in network.get_parameters() if p.name.endswith(endings)]

@@ -1,254 +1,353 @@
-"""The training loop. It knows steps only; epochs are where it reports, evaluates and saves."""
+"""The training loop. It counts steps only; after each epoch it reports, evaluates and saves."""
 
 import math
 import signal
 import time
 import zlib
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from mindspore import Parameter, nn
 
+from src.cli.config import Config
 from src.dataset.batches import Batch, TrainBatches, prefetch
-from src.dataset.image_set import ImageSet
-from src.inference.engines import NetworkEngine
-from src.inference.evaluation import Evaluator, nonfinite_line, undecodable_line
-from src.parallel.communicator import Communicator
-from src.parallel.stopping import StopRequest
-from src.runs.recorder import COUNTS, Recorder
-from src.runs.resume import ResumePoint, check_batches
-from src.runs.training_state import TrainingState, restore_arrays
-from src.training.graph_cache import GraphCache
-from src.training.progress import Progress
-from src.training.rank_times import RankTimes, slowest_line
-from src.training.schedule import learning_rate
+from src.dataset.splits import TrainingData
+from src.distributed.communicator import Communicator
+from src.distributed.stopping import GracefulStop
+from src.inference.backends import MindSporeBackend
+from src.inference.evaluation import EvalResult, Evaluator, nonfinite_message, undecodable_message
+from src.kernels.library import KernelChoice
+from src.models.layers import ImageClassifier
+from src.models.weight_files import Arrays
+from src.runs.checkpoint import TrainingState, restore_arrays
+from src.runs.recorder import Recorder
+from src.training.graph_cache import user_graph_cache
+from src.training.schedules import create_schedule
 from src.training.step import StepResult, create_train_step
-from src.utils.config import Config
-from src.utils.device import available_cores
-from src.utils.errors import Stopped, UserError
+from src.training.timing import RankTimes, StepRates, slowest_rank_message
+from src.utils.errors import TrainingInterrupted, UserError
+from src.utils.machine import available_cores
+from src.utils.progress import TrainingProgress
 
-# The first steps compile the graph and fill caches; rates leave them out.
+# The first steps compile the graph and fill caches; rates exclude them.
 _WARMUP_STEPS = 2
 
 
-class Trainer:
-    """Trains ``network`` on ``train_images``. Every rank constructs one with the same arguments but for the recorder.
+@dataclass(frozen=True)
+class EpochSums:
+    """Sums over the steps of an epoch.
 
-    Args:
-        eval_images: an ImageSet to evaluate on while training, or None.
-        recorder: takes what there is to report and to save.
-        resumed: the ResumePoint to go on from, or None.
-        graph_cache: the GraphCache to take the compiled training step from, or None.
-        kernels: what ``network`` computes with, for the record.
+    Attributes:
+        loss: losses, each the mean over ranks.
+        skipped: steps that were skipped because gradients overflowed.
+        replaced: images that were replaced because they cannot be decoded.
     """
 
-    def __init__(self, network: nn.Cell, config: Config, communicator: Communicator, train_images: ImageSet,
-                 eval_images: ImageSet | None, recorder: Recorder, resumed: ResumePoint | None = None,
-                 graph_cache: GraphCache | None = None, kernels: str = "mindspore") -> None:
-        self.kernels = kernels
-        self.network, self.config, self.communicator, self.recorder = network, config, communicator, recorder
-        self.batches = TrainBatches(train_images, config, communicator.rank, communicator.size)
+    loss: float = 0.0
+    skipped: int = 0
+    replaced: int = 0
+
+    def metrics(self, steps: int) -> dict[str, Any]:
+        """The epoch's metrics over ``steps`` steps; counts that are 0 are left out."""
+        counts = {"skipped_steps": self.skipped, "replaced_images": self.replaced}
+        loss = round(self.loss / max(steps - self.skipped, 1), 6)
+        return {"loss": loss, **{name: count for name, count in counts.items() if count}}
+
+
+@dataclass(frozen=True)
+class BestSoFar:
+    """The best evaluation of a run.
+
+    Attributes:
+        top1: accuracy in percent; -1 before the first evaluation.
+        loss: validation loss at the best epoch; of equal accuracies the lower loss is better.
+        evaluations_since: evaluations since then, none of which was better.
+    """
+
+    top1: float = -1.0
+    loss: float = math.inf
+    evaluations_since: int = 0
+
+    def after(self, top1: float, loss: float) -> "BestSoFar":
+        """The best after one more evaluation."""
+        if top1 > self.top1 or (top1 == self.top1 and loss < self.loss):
+            return BestSoFar(top1, loss)
+        return replace(self, evaluations_since=self.evaluations_since + 1)
+
+
+class Trainer:
+    """Trains ``network`` on the training images. Every rank creates one.
+
+    Args:
+        recorder: reports and saves.
+        kernels: the kernels that ``network`` computes with, for the record.
+
+    Attributes:
+        class_to_index, labels_checksum: class map and checksum of the labels of the training
+            images.
+        threads: number of cores of each rank.
+    """
+
+    def __init__(
+        self,
+        network: ImageClassifier,
+        config: Config,
+        communicator: Communicator,
+        data: TrainingData,
+        recorder: Recorder,
+        kernels: KernelChoice,
+    ) -> None:
+        self.network, self.config, self.communicator = network, config, communicator
+        self.data, self.recorder, self.kernels = data, recorder, kernels
+        self.batches = TrainBatches(data.train, config, communicator.rank, communicator.size)
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.last_step = self.steps_per_epoch * config.max_epoch
         if config.max_steps:
             self.last_step = min(self.last_step, config.max_steps)
+        self.schedule = create_schedule(config)
+        graph_cache = None if config.dry_run else user_graph_cache(config)
         self.step = create_train_step(network, config, communicator, graph_cache)
-        self.evaluator = Evaluator(eval_images, config, communicator, recorder.log) if eval_images is not None else None
-        self.engine = NetworkEngine(network, config)
-        self.class_to_index, self._labels = train_images.class_to_index, zlib.crc32(train_images.labels.data)
-        self.threads = communicator.gather(available_cores())
-        self.first_step, self.best_top1, self._finished_epoch, self._is_unsaved = 0, -1.0, True, False
-        # The loss on the validation images then, by which equal accuracies differ, and evaluations in a row that were no better.
-        self._best_loss, self._since_best = math.inf, 0
-        # Over the steps of the epoch: losses (means over ranks), steps skipped for overflow, images replaced.
-        self._sums = _no_sums()
-        if resumed is None:
-            recorder.start(self.class_to_index)
-        else:
-            self._go_on_from(resumed)
-        self._rates, self._times = _Rates(self.batches.global_batch), RankTimes()
+        self.backend = MindSporeBackend(network, config)
+        self.evaluator: Evaluator | None = None
+        if data.validation is not None:
+            self.evaluator = Evaluator(data.validation, config, communicator, recorder.log)
+        self.class_to_index = data.train.class_to_index
+        self.labels_checksum = zlib.crc32(data.train.labels.data)
+        self.threads = communicator.all_gather(available_cores())
+        self.first_step, self.best, self.sums = 0, BestSoFar(), EpochSums()
+        # Whether the epoch of the last step was evaluated and recorded, and whether its checkpoint
+        # is still missing.
+        self._epoch_is_finished, self._is_unsaved = True, False
+        self._rates, self._times = StepRates(self.batches.global_batch_size), RankTimes()
 
-    def run(self, stop_request: StopRequest | None = None) -> float:
-        """Train to the end; returns images/s over all ranks, the first steps left out.
+    def restore(self, state: TrainingState, arrays: Arrays, path: Path, is_unsaved: bool) -> None:
+        """Continue after ``state``.
+
+        Args:
+            path: the checkpoint that ``state`` and ``arrays`` come from.
+            is_unsaved: whether the epoch's own checkpoint is still to be written.
+        """
+        restore_arrays(arrays, path, self.network, self.step.optimizer.state_parameters)
+        self.step.optimizer.restore_counters(state.optimizer)
+        self.step.grad_scaler.restore(state.loss_scale)
+        self.first_step = state.step
+        self.best = BestSoFar(state.best_top1, state.best_loss, state.since_best)
+        self.sums = EpochSums(**state.epoch_sums)
+        self._epoch_is_finished, self._is_unsaved = state.finished_epoch, is_unsaved
+        if self._stops_early:
+            self.last_step = self.first_step
+        self.recorder.resume(state, self.class_to_index)
+
+    def fit(self, stop: GracefulStop | None = None) -> float:
+        """Train to the end. Returns images/s over all ranks, without the first steps.
 
         Raises:
-            Stopped: after a signal that ``stop_request`` noted on any rank, when the step is done and saved.
+            TrainingInterrupted: after a signal on any rank, once the step is done and saved.
             UserError: if the loss or a gradient is no longer finite.
         """
-        self.step.reducer.broadcast([*self.network.get_parameters(), *self.step.optimizer.state_parameters])
-        if self._ends_epoch(self.first_step) and not self._finished_epoch:
-            self._finish_epoch(self.first_step)
-        elif self._is_unsaved:
-            self._save_if_due(self.first_step)
-        passes = self.config.accumulation_steps
-        batches = prefetch(self.batches, self.first_step * passes, self.last_step * passes)
-        # A run of one or two steps has nothing else to time.
+        optimizer = self.step.optimizer
+        self.step.reducer.broadcast([*self.network.get_parameters(), *optimizer.state_parameters])
+        self._finish_interrupted_epoch()
+        micro_steps = self.config.accumulation_steps
+        batches = prefetch(
+            self.batches, self.first_step * micro_steps, self.last_step * micro_steps
+        )
+        # A run of one or two steps has no others to time.
         first_timed = min(self.first_step + _WARMUP_STEPS, self.last_step - 1)
-        with Progress(self.batches.global_batch, self.recorder.log, self.config.log_interval, self.recorder.shows_progress) as progress:
+        with self._progress() as progress:
             for step in range(self.first_step, self.last_step):
                 if step == self.first_step or step % self.steps_per_epoch == 0:
                     self._begin_epoch(step, progress)
                 started = time.perf_counter()
-                forward = list(islice(batches, passes))
+                micro_batches = list(islice(batches, micro_steps))
                 fetched = time.perf_counter()
-                lr = learning_rate(step, self.steps_per_epoch, self.config)
-                result = self.step(forward, lr, step)
+                lr = self.schedule(step, self.steps_per_epoch)
+                result = self.step(micro_batches, lr, step)
                 computed = time.perf_counter()
-                loss, stop = self._share_result(result, forward, stop_request)
+                # All ranks must learn of a signal in the same step.
+                loss, stop_signal = self._share_result(result, micro_batches, stop)
                 if step >= first_timed:
-                    ended, reduction = time.perf_counter(), result.seconds["allreduce"]
-                    self._rates.add_step(ended - started)
-                    self._times = self._times.plus(fetched - started, computed - fetched - reduction, ended - computed + reduction)
+                    shared = time.perf_counter()
+                    reduction = result.seconds["allreduce"]
+                    self._rates.add_step(shared - started)
+                    self._times = self._times.plus(
+                        input=fetched - started,
+                        compute=computed - fetched - reduction,
+                        waiting=shared - computed + reduction,
+                    )
                 self._check_finite(result, loss, step, lr)
                 progress.update(step, loss, lr)
-                if stop:
+                if stop_signal:
                     progress.end_epoch()
-                    self._stop(step + 1, stop)
+                    self._stop(step + 1, stop_signal)
                 if self._ends_epoch(step + 1):
                     progress.end_epoch()
                     self._finish_epoch(step + 1)
                     if self._stops_early:
-                        self.recorder.log(f"nothing better in {self._since_best} evaluations: the training ends here")
+                        self.recorder.log(
+                            f"no improvement in {self.best.evaluations_since} evaluations: "
+                            "stopping early"
+                        )
                         break
                 elif self._saves_at(step + 1):
                     self.recorder.save(*self._state(step + 1))
         self.recorder.finish()
         return self._rates.total()
 
-    def _share_result(self, result: StepResult, forward: Sequence[Batch], stop_request: StopRequest | None) -> tuple[float, int]:
-        """(mean loss over ranks, number of the signal that any rank received or 0); adds the step to the epoch's sums."""
-        received = stop_request.signal if stop_request is not None else 0
-        loss, stop, replaced = self.communicator.sum([result.loss, received > 0, sum(batch.substituted for batch in forward)])
-        loss = float(loss) / self.communicator.size
-        self._finished_epoch = False
-        self._sums["replaced"] += int(replaced)
-        self._sums["skipped" if result.skipped else "loss"] += 1 if result.skipped else loss
-        return loss, max(self.communicator.gather(received)) if stop else 0
+    def _progress(self) -> TrainingProgress:
+        return TrainingProgress(
+            self.batches.global_batch_size,
+            self.recorder.log,
+            self.config.log_interval,
+            bar=self.recorder.shows_bar and self.communicator.has_terminal,
+        )
+
+    def _share_result(
+        self, result: StepResult, micro_batches: Sequence[Batch], stop: GracefulStop | None
+    ) -> tuple[float, int]:
+        """Add the step to the epoch's sums.
+
+        Returns:
+            (mean loss over ranks, number of the signal that any rank received, or 0).
+        """
+        received = stop.signal if stop is not None else 0
+        substituted = sum(batch.substituted for batch in micro_batches)
+        total_loss, any_signal, replaced = self.communicator.all_reduce_sum(
+            [result.loss, received > 0, substituted]
+        )
+        loss = float(total_loss) / self.communicator.size
+        self._epoch_is_finished = False
+        self.sums = EpochSums(
+            self.sums.loss + (0.0 if result.skipped else loss),
+            self.sums.skipped + result.skipped,
+            self.sums.replaced + int(replaced),
+        )
+        return loss, max(self.communicator.all_gather(received)) if any_signal else 0
 
     def _check_finite(self, result: StepResult, loss: float, step: int, lr: float) -> None:
         parameter = result.nonfinite_parameter
         if result.skipped or (math.isfinite(loss) and parameter is None):
             return
-        culprit = f"the gradient of {parameter} is not finite" if parameter else "the gradients are finite"
-        last = self.communicator.from_root(self.recorder.last_checkpoint())
-        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
-        raise UserError(f"the loss is {loss:g} at step {step + 1} (epoch {self._epoch_of(step + 1)}) with learning rate "
-                        f"{lr:.6g}, {culprit}; {kept}; try a lower --lr or a longer --warmup_epochs")
+        what = "the gradients are finite"
+        if parameter:
+            what = f"the gradient of {parameter} is not finite"
+        last = self.communicator.broadcast_object(self.recorder.last_checkpoint())
+        saved = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+        raise UserError(
+            f"the loss is {loss:g} at step {step + 1} (epoch {self._epoch_of(step + 1)}) with "
+            f"learning rate {lr:.6g}, {what}; {saved}; try a lower --lr or a longer --warmup_epochs"
+        )
 
     def _stop(self, step: int, number: int) -> None:
         self.recorder.save(*self._state(step))
-        text = (f"stopped by {signal.Signals(number).name} after step {step}, which is saved; go on with "
-                f"the same command and --resume=auto --output_path={self.config.output_path}")
+        text = (
+            f"stopped by {signal.Signals(number).name} after step {step}, which is saved; continue "
+            f"with the same command and --resume=auto --output_path={self.config.output_path}"
+        )
         self.recorder.log(text)
         self.communicator.barrier()
-        raise Stopped(number, text)
+        raise TrainingInterrupted(number, text)
+
+    def _begin_epoch(self, step: int, progress: TrainingProgress) -> None:
+        epoch = step // self.steps_per_epoch + 1
+        self.step.optimizer.backbone_frozen = epoch <= self.config.freeze_epochs
+        first = (epoch - 1) * self.steps_per_epoch
+        steps = min(self.steps_per_epoch, self.last_step - first)
+        progress.begin_epoch(f"epoch {epoch}/{self.config.max_epoch}", first, steps, step)
+
+    def _finish_interrupted_epoch(self) -> None:
+        """Do what an interrupted run did not get to between its last step and the next epoch."""
+        if self._ends_epoch(self.first_step) and not self._epoch_is_finished:
+            self._finish_epoch(self.first_step)
+        elif self._is_unsaved:
+            self._save_if_due(self.first_step)
 
     def _finish_epoch(self, step: int) -> None:
-        """Report the epoch that ended with ``step``, evaluate and save as configured."""
-        epoch, last = self._epoch_of(step), step == self.last_step
-        counted = step - (epoch - 1) * self.steps_per_epoch - self._sums["skipped"]
+        """Report the epoch that ended with ``step``; evaluate and save as configured."""
+        epoch = self._epoch_of(step)
         metrics: dict[str, Any] = {
-            "epoch": epoch, "step": step, "loss": round(self._sums["loss"] / max(counted, 1), 6),
-            "lr": learning_rate(step - 1, self.steps_per_epoch, self.config), "images_per_second": round(self._rates.since_last(), 2)}
-        metrics.update({name: self._sums[key] for key, name in COUNTS.items() if self._sums[key]})
+            "epoch": epoch,
+            "step": step,
+            **self.sums.metrics(step - (epoch - 1) * self.steps_per_epoch),
+            "lr": self.schedule(step - 1, self.steps_per_epoch),
+            "images_per_second": round(self._rates.since_last(), 2),
+        }
         if step % self.steps_per_epoch == 0:
-            self._sums, self._finished_epoch = _no_sums(), True
-        if self.evaluator is not None and (last or epoch % self.config.eval_interval == 0):
-            accuracy = self.evaluator(self.engine)
-            metrics.update(top1=round(accuracy.top1, 4), top5=round(accuracy.top5, 4), val_loss=round(accuracy.loss, 6),
-                           class_top1=accuracy.class_top1)
-            if accuracy.undecodable:
-                self.recorder.log(undecodable_line(accuracy))
-            if accuracy.nonfinite:
-                self.recorder.log(nonfinite_line(accuracy.nonfinite, accuracy.images))
-        times = self.communicator.gather(self._times)
-        metrics["rank_seconds"] = [[round(seconds, 3) for seconds in of_rank] for of_rank in times]
+            self.sums, self._epoch_is_finished = EpochSums(), True
+        is_due = step == self.last_step or epoch % self.config.eval_interval == 0
+        result = self._evaluate() if is_due else None
+        if result is not None:
+            metrics |= {
+                "top1": round(result.top1, 4),
+                "top5": round(result.top5, 4),
+                "val_loss": round(result.loss, 6),
+                "class_top1": result.class_top1,
+            }
+        times = self.communicator.all_gather(self._times)
+        metrics["rank_seconds"] = [[round(seconds, 3) for seconds in rank] for rank in times]
         self._times = RankTimes()
         self.recorder.add_epoch(metrics)
-        if slow := slowest_line(times, self.communicator.hosts):
-            self.recorder.log(slow)
-        if "top1" in metrics and (metrics["top1"], -metrics["val_loss"]) > (self.best_top1, -self._best_loss):
-            self.best_top1, self._best_loss, self._since_best = metrics["top1"], metrics["val_loss"], 0
-            self.recorder.save_best(*self._state(step))
-        elif "top1" in metrics:
-            self._since_best += 1
+        if message := slowest_rank_message(times, self.communicator.hosts):
+            self.recorder.log(message)
+        if result is not None:
+            self.best = self.best.after(metrics["top1"], metrics["val_loss"])
+            if self.best.evaluations_since == 0:
+                self.recorder.save_best(*self._state(step))
         self._save_if_due(step)
         self.communicator.barrier()
 
+    def _evaluate(self) -> EvalResult | None:
+        if self.evaluator is None:
+            return None
+        result = self.evaluator(self.backend)
+        if result.undecodable:
+            self.recorder.log(undecodable_message(result))
+        if result.nonfinite:
+            self.recorder.log(nonfinite_message(result.nonfinite, result.images))
+        return result
+
     def _save_if_due(self, step: int) -> None:
-        if step == self.last_step or self._stops_early or self._epoch_of(step) % self.config.ckpt_interval == 0 or self._saves_at(step):
+        is_last = step == self.last_step or self._stops_early
+        every_interval = self._epoch_of(step) % self.config.ckpt_interval == 0
+        if is_last or every_interval or self._saves_at(step):
             self.recorder.save(*self._state(step))
 
     def _state(self, step: int) -> tuple[TrainingState, nn.Cell, list[Parameter]]:
         """What the recorder saves."""
         state = TrainingState(
-            step=step, epoch=self._epoch_of(step), finished_epoch=self._finished_epoch, epoch_sums=self._sums,
-            best_top1=self.best_top1, best_loss=self._best_loss, since_best=self._since_best,
-            steps_per_epoch=self.steps_per_epoch, world_size=self.communicator.size,
-            threads=self.threads, kernels=self.kernels, labels=self._labels, class_to_index=self.class_to_index,
+            step=step,
+            epoch=self._epoch_of(step),
+            finished_epoch=self._epoch_is_finished,
+            epoch_sums=asdict(self.sums),
+            best_top1=self.best.top1,
+            best_loss=self.best.loss,
+            since_best=self.best.evaluations_since,
+            steps_per_epoch=self.steps_per_epoch,
+            world_size=self.communicator.size,
+            threads=self.threads,
+            kernels=self.kernels.name,
+            labels=self.labels_checksum,
+            class_to_index=self.class_to_index,
             config=self.config.model_dump(mode="json"),
-            optimizer=self.step.optimizer.counters(), loss_scale=self.step.loss_scale.state())
+            optimizer=self.step.optimizer.counters(),
+            loss_scale=self.step.grad_scaler.state(),
+        )
         return state, self.network, self.step.optimizer.state_parameters
-
-    def _go_on_from(self, resumed: ResumePoint) -> None:
-        state = resumed.state
-        check_batches(resumed, self.steps_per_epoch, self._labels)
-        restore_arrays(resumed.arrays, resumed.path, self.network, self.step.optimizer.state_parameters)
-        self.step.optimizer.restore_counters(state.optimizer)
-        self.step.loss_scale.restore(state.loss_scale)
-        self.first_step, self.best_top1 = state.step, state.best_top1
-        self._best_loss, self._since_best = state.best_loss, state.since_best
-        if self._stops_early:
-            self.last_step = self.first_step
-        self._sums, self._finished_epoch = dict(state.epoch_sums), state.finished_epoch
-        self._is_unsaved = resumed.is_best
-        self.recorder.go_on_from(state, self.class_to_index)
-
-    def _begin_epoch(self, step: int, progress: Progress) -> None:
-        epoch = step // self.steps_per_epoch + 1
-        self.step.optimizer.freezes_backbone = epoch <= self.config.freeze_epochs
-        first = (epoch - 1) * self.steps_per_epoch
-        steps = min(self.steps_per_epoch, self.last_step - first)
-        progress.begin_epoch(f"epoch {epoch}/{self.config.max_epoch}", first, steps, step)
 
     @property
     def _stops_early(self) -> bool:
-        return 0 < self.config.early_stopping <= self._since_best
+        return 0 < self.config.early_stopping <= self.best.evaluations_since
 
     def _epoch_of(self, step: int) -> int:
         """The epoch, from 1, that the step before ``step`` belongs to."""
-        return -(-step // self.steps_per_epoch)
+        return math.ceil(step / self.steps_per_epoch)
 
     def _ends_epoch(self, step: int) -> bool:
         return step % self.steps_per_epoch == 0 or step == self.last_step
 
     def _saves_at(self, step: int) -> bool:
-        return self.config.ckpt_interval_steps > 0 and step % self.config.ckpt_interval_steps == 0
-
-
-class _Rates:
-    """Images per second over the steps that are timed."""
-
-    def __init__(self, images_per_step: int) -> None:
-        self._images = images_per_step
-        self._seconds: list[float] = []
-        self._reported = 0
-
-    def add_step(self, seconds: float) -> None:
-        self._seconds.append(seconds)
-
-    def total(self) -> float:
-        return self._rate(self._seconds)
-
-    def since_last(self) -> float:
-        """The rate over the steps since the last call."""
-        recent, self._reported = self._seconds[self._reported:], len(self._seconds)
-        return self._rate(recent)
-
-    def _rate(self, seconds: Sequence[float]) -> float:
-        return len(seconds) * self._images / sum(seconds) if seconds else 0.0
-
-
-def _no_sums() -> dict[str, float]:
-    return {"loss": 0.0, "skipped": 0, "replaced": 0}
+        interval = self.config.ckpt_interval_steps
+        return interval > 0 and step % interval == 0

@@ -1,54 +1,73 @@
-"""Device set-up that must happen before MindSpore is imported, and the choice of the device after."""
+"""Prepares a process for its device before MindSpore is imported, and selects the device after."""
 
 import os
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 
 from PIL.Image import DecompressionBombWarning
 
 from src.utils.errors import UserError
 from src.utils.gpu import check_device, prepare_gpu
+from src.utils.gpu_kernels import compile_kernels
+from src.utils.machine import KERNELS_ISA
+from src.utils.progress import ProgressBar, print_status
 
-# The environment variable that keeps what ONEDNN_MAX_CPU_ISA said before this program set it for MindSpore.
-KERNELS_ISA = "ACNET_KERNELS_ISA"
+_NEEDS = {
+    "GPU": "an NVIDIA driver and the CUDA 11 libraries",
+    "Ascend": "an Ascend driver and CANN",
+}
 
 
 def prepare_process(device_target: str = "CPU") -> None:
-    """Set the environment and load the libraries that ``device_target`` needs; call it before MindSpore is imported.
+    """Set the environment and load the libraries that ``device_target`` needs.
+
+    Call it before MindSpore is imported.
 
     Raises:
         UserError: if a driver or library of the device is missing.
     """
-    # MindSpore's C++ warnings say nothing to a user that our own errors do not.
+    # MindSpore's C++ warnings tell a user nothing that our own errors do not.
     os.environ.setdefault("GLOG_v", "3")
-    # Our own kernels may use all that the user allows (src/kernels/library.py).
+    # Our own kernels may use everything that the user allows (src/kernels/library.py).
     os.environ.setdefault(KERNELS_ISA, os.environ.get("ONEDNN_MAX_CPU_ISA", ""))
-    # With AVX-512, the oneDNN inside MindSpore falls back to its reference convolution for plain layouts: a step is
-    # 6 to 25 times slower than with its AVX2 kernels (benchmarks/README.md).
+    # With AVX-512, the oneDNN inside MindSpore falls back to its reference convolution for plain
+    # layouts: a step is 6 to 25 times slower than with AVX2 (benchmarks/README.md).
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
-    # The decoder refuses such images itself, in our words.
+    # The decoder refuses such images itself, with our own message.
     warnings.filterwarnings("ignore", category=DecompressionBombWarning)
     if device_target == "GPU":
         prepare_gpu()
 
 
-def available_cores() -> int:
-    """Number of processor cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
-
-
-def select_device(target: str, device_id: int = 0, collectives: bool = False) -> None:
-    """Make MindSpore run whole graphs on ``target`` ("CPU", "GPU" or "Ascend").
+def select_device(
+    target: str,
+    device_id: int = 0,
+    compiles_kernels: bool = True,
+    barrier: Callable[[], object] = lambda: None,
+    collectives: bool = False,
+) -> None:
+    """Import MindSpore and make it run whole graphs on ``target`` ("CPU", "GPU" or "Ascend").
 
     Args:
-        device_id: number of the GPU or Ascend on this machine.
+        device_id: index of the GPU or Ascend on this machine.
+        compiles_kernels: whether this rank compiles MindSpore's kernels for a GPU that is newer
+            than they are; one rank per machine does.
+        barrier: waits for the other ranks.
         collectives: connect the devices of all processes, for their own collective operations.
 
     Raises:
-        UserError: if MindSpore has no such device here.
+        UserError: if MindSpore cannot use the device here.
     """
-    import mindspore
     if target == "GPU":
+        if compiles_kernels:
+            compile_for_new_gpu(device_id)
+        barrier()
         check_device(device_id)
+    import mindspore
+
     mindspore.set_context(mode=mindspore.GRAPH_MODE)
     try:
         if target == "CPU":
@@ -58,7 +77,26 @@ def select_device(target: str, device_id: int = 0, collectives: bool = False) ->
             if collectives:
                 mindspore.communication.init()
     except (RuntimeError, ValueError, ImportError, TypeError) as failure:
-        needs = {"GPU": "an NVIDIA driver and the CUDA 11 libraries", "Ascend": "an Ascend driver and CANN"}.get(target)
         reason = str(failure).strip().splitlines()[0].strip(". ")
-        raise UserError(f"device_target={target} cannot be used here: MindSpore says '{reason}'; it needs {needs}. "
-                        "--device_target=CPU works on this machine") from None
+        raise UserError(
+            f"device_target={target} cannot be used here: MindSpore reports '{reason}'; it needs "
+            f"{_NEEDS.get(target)}. --device_target=CPU works on this machine"
+        ) from None
+
+
+def compile_for_new_gpu(device_id: int) -> None:
+    """Compile MindSpore's kernels for a GPU that is newer than they are, once per machine."""
+
+    @contextmanager
+    def watch(count: int) -> Iterator[ProgressBar]:
+        print_status(
+            "this GPU is newer than MindSpore's kernels: compiling them for it, once for this "
+            "machine (10 minutes of one core)"
+        )
+        with ProgressBar("compiled", count, "kernel module") as progress:
+            yield progress
+
+    mindspore = find_spec("mindspore")
+    if mindspore is not None and mindspore.origin:
+        plugin = Path(mindspore.origin).parent / "lib" / "plugin" / "gpu" / "libcuda_ops.so.11"
+        compile_kernels(plugin, device_id, watch)

@@ -34,7 +34,10 @@ def write_whole(target: str | Path, write: Callable[[Path], Any]) -> None:
     except UserError:
         raise
     except Exception as failure:  # libraries have their own kinds for a disk that is full
-        reason = getattr(failure, "strerror", None) or (str(failure).strip().splitlines() or [type(failure).__name__])[0]
+        reason = (
+            getattr(failure, "strerror", None)
+            or (str(failure).strip().splitlines() or [type(failure).__name__])[0]
+        )
         raise UserError(f"cannot write '{target}': {reason}") from None
     finally:
         # A writer may have one of its own behind it: MindSpore writes NAME.tmp first.
@@ -57,9 +60,16 @@ def _partial_of(target: Path) -> Path:
 
 
 def check_ending(key: str, path: str, endings: Sequence[str]) -> None:
-    """Raise UserError if the file that ``key`` names, if any, would not be known later for what it is."""
+    """Raise UserError if the ending of a file's name does not tell its format.
+
+    Args:
+        path: the file that ``key`` names; "" passes.
+    """
     if path and not path.lower().endswith(tuple(endings)):
-        raise UserError(f"{key}={path}: the file is written as {' or '.join(endings)}, as which its name must end")
+        raise UserError(
+            f"{key}={path}: the file is written as {' or '.join(endings)}, as which its name must "
+            "end"
+        )
 
 
 def checksum(path: Path) -> int:

@@ -1,4 +1,7 @@
-"""Making the CUDA 11 libraries of PyPI visible to MindSpore, whose wheel carries a GPU plug-in but no way to them."""
+"""Makes the CUDA 11 libraries of PyPI visible to MindSpore.
+
+MindSpore's wheel has a GPU plug-in but not the libraries, nor a way to find them.
+"""
 
 import ctypes
 import os
@@ -9,7 +12,8 @@ from pathlib import Path
 
 from src.utils.errors import UserError
 
-# What libmindspore_gpu.so.11.6 needs (its NEEDED entries) and what those load while they run, with the package that has each.
+# What libmindspore_gpu.so.11.6 needs (its NEEDED entries) and what those load at run time, with the
+# package of each.
 LIBRARIES = {
     "libcudart.so.11.0": "nvidia-cuda-runtime-cu11",
     "libcublasLt.so.11": "nvidia-cublas-cu11",
@@ -35,9 +39,10 @@ _CPU_WORKS = "--device_target=CPU works on this machine"
 
 
 def prepare_gpu(packages: Path | None = None) -> None:
-    """Load the driver and the CUDA libraries, and tell MindSpore which of its plug-ins fits; before MindSpore is imported.
+    """Load the driver and the CUDA libraries, and tell MindSpore which of its plug-ins fits.
 
-    A library that is loaded is found by its name from then on, so that the user sets no LD_LIBRARY_PATH.
+    Must run before MindSpore is imported. A loaded library is found by its name from then on, so
+    the user need not set LD_LIBRARY_PATH.
 
     Args:
         packages: the site-packages folder to look in; None is this Python's.
@@ -51,31 +56,43 @@ def prepare_gpu(packages: Path | None = None) -> None:
         try:
             ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         except OSError as failure:
-            raise UserError(f"device_target=GPU: {path.name} cannot be loaded ({failure}); run 'bash scripts/setup.sh --gpu' "
-                            f"again, or {_CPU_WORKS}") from None
+            raise UserError(
+                f"device_target=GPU: {path.name} cannot be loaded ({failure}); run 'bash "
+                f"scripts/setup.sh --gpu' again, or {_CPU_WORKS}"
+            ) from None
     if cuda_release(os.environ.get("CUDA_HOME")) not in _PLUGINS:
         os.environ["CUDA_HOME"] = str(_CUDA_HOME)
-    # MindSpore starts ldd to see whether the libraries are there, and complains at length if that finds none.
+    # MindSpore runs ldd to check that the libraries exist, and prints long warnings if it finds
+    # none.
     folders = dict.fromkeys(str(path.parent) for path in found)
-    os.environ["LD_LIBRARY_PATH"] = ":".join([*folders, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])])
+    os.environ["LD_LIBRARY_PATH"] = ":".join(
+        [*folders, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+    )
 
 
 def find_libraries(packages: Path | None = None) -> list[Path]:
-    """Paths of LIBRARIES in the order in which they are to be loaded. Raises UserError for the first that is missing."""
+    """Paths of LIBRARIES, in the order to load them. Raises UserError for the first missing one."""
     root = Path(packages or sysconfig.get_paths()["purelib"]) / "nvidia"
     present = {file.name: file for file in root.glob("*/lib/*.so.*")}
     for name, package in LIBRARIES.items():
         if name not in present:
-            raise UserError(f"device_target=GPU needs {name} (of the package {package}): run 'bash scripts/setup.sh --gpu'; "
-                            f"{_CPU_WORKS}")
+            raise UserError(
+                f"device_target=GPU needs {name} (of the package {package}): run 'bash "
+                f"scripts/setup.sh --gpu'; {_CPU_WORKS}"
+            )
     return [present[name] for name in LIBRARIES]
 
 
 def cuda_release(home: str | Path | None) -> str | None:
-    """"11.6" as the nvcc of the CUDA folder ``home`` says, or None if there is none."""
+    """ "11.6" as the nvcc of the CUDA folder ``home`` says, or None if there is none."""
     try:
-        told = subprocess.run([f"{home}/bin/nvcc", "--version"], capture_output=True, text=True, timeout=10,
-                              check=False).stdout
+        told = subprocess.run(
+            [f"{home}/bin/nvcc", "--version"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        ).stdout
     except (OSError, subprocess.TimeoutExpired):
         return None
     release = re.search(r"release (\d+\.\d+)", told)
@@ -87,15 +104,22 @@ def check_device(device_id: int) -> None:
     driver, count = _load_driver(), ctypes.c_int(0)
     status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
     if status:
-        raise UserError(f"device_target=GPU: the NVIDIA driver finds no GPU (CUDA error {status}); {_CPU_WORKS}")
+        raise UserError(
+            f"device_target=GPU: the NVIDIA driver finds no GPU (CUDA error {status}); {_CPU_WORKS}"
+        )
     if device_id >= count.value:
-        raise UserError(f"device_target=GPU: GPU number {device_id} is asked for and this machine has {count.value}; start one rank "
-                        "per GPU, or choose with --device_id")
+        raise UserError(
+            f"device_target=GPU: there is no GPU number {device_id}; this machine has "
+            f"{count.value}; start one rank per GPU, or choose with --device_id"
+        )
 
 
 def _load_driver() -> ctypes.CDLL:
     try:
         return ctypes.CDLL(_DRIVER, mode=ctypes.RTLD_GLOBAL)
     except OSError:
-        raise UserError(f"device_target=GPU needs an NVIDIA driver: {_DRIVER} is not installed (it comes with the driver, not from "
-                        f"PyPI; in a container, with the NVIDIA container toolkit); {_CPU_WORKS}") from None
+        raise UserError(
+            f"device_target=GPU needs an NVIDIA driver: {_DRIVER} is not installed (it comes with "
+            "the driver, not from PyPI; in a container, with the NVIDIA container toolkit); "
+            f"{_CPU_WORKS}"
+        ) from None

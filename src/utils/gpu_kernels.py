@@ -1,8 +1,9 @@
-"""Compiling the kernels of MindSpore's GPU plug-in for a GPU that is newer than they are: once for a machine, on all its cores.
+"""Compiles the kernels of MindSpore's GPU plug-in for a GPU that is newer than the plug-in.
 
-The plug-in has machine code for compute capability 8 and below. Before the first operation on a newer GPU the driver compiles all of its
-modules, which takes it minutes on one core, and keeps the result ("Just-in-Time Compilation", CUDA C++ Programming Guide).
-Processes that each load a share of the modules fill the same cache.
+The plug-in has machine code for compute capability 8 and below. Before the first operation on a
+newer GPU, the driver compiles all modules, for minutes on one core, and keeps the result
+("Just-in-Time Compilation", CUDA C++ Programming Guide). Here processes load some of the modules
+each, on all cores, and fill the same cache: once per machine.
 """
 
 import ctypes
@@ -17,14 +18,19 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Protocol
 
+_DRIVER = "libcuda.so.1"
 _NEWEST_MACHINE_CODE = 8
-_MAJOR_CAPABILITY, _MINOR_CAPABILITY = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
-# Each takes half a GiB of the GPU's memory; the largest module takes as long as 15 of them for all (an H200, 16 cores).
+_MAJOR_CAPABILITY, _MINOR_CAPABILITY = (
+    75,
+    76,
+)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+# Each takes half a GiB of the GPU's memory. The largest module takes as long as all modules do on
+# 15 processes (an H200, 16 cores).
 _MOST_PROCESSES = 16
-# A module: magic number, version and size of this header, then the size of what follows (fatbinary_section.h of CUDA's toolkit).
+# A module: magic number, version and size of this header, then the size of what follows
+# (fatbinary_section.h of the CUDA toolkit).
 _HEADER = struct.Struct("<IHHQ")
 _MAGIC = struct.pack("<IHH", 0xBA55ED50, 1, _HEADER.size)
-_DRIVER = "libcuda.so.1"
 
 
 class Progress(Protocol):
@@ -33,24 +39,37 @@ class Progress(Protocol):
     def advance(self) -> None: ...
 
 
-def compile_kernels(library: Path, device_id: int, watch: Callable[[int], AbstractContextManager[Progress]]) -> None:
-    """Have the driver compile the modules of ``library`` for GPU ``device_id``, if it has to and has not.
+def compile_kernels(
+    library: Path, device_id: int, watch: Callable[[int], AbstractContextManager[Progress]]
+) -> None:
+    """Have the driver compile the modules of ``library`` for GPU ``device_id``, if not yet done.
 
-    Whatever fails here is left to the driver, which compiles when the library is used.
+    On failure nothing is lost: the driver compiles when the library is used.
 
     Args:
-        watch: called with the number of modules when they are about to be compiled; told of each that is.
+        watch: called with the number of modules before they are compiled, and told of each one.
     """
     with suppress(OSError, ValueError):
-        driver, major, minor, version = ctypes.CDLL(_DRIVER), ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(0)
+        driver, major, minor, version = (
+            ctypes.CDLL(_DRIVER),
+            ctypes.c_int(0),
+            ctypes.c_int(0),
+            ctypes.c_int(0),
+        )
         _check(driver.cuInit(0))
         _check(driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR_CAPABILITY, device_id))
         _check(driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR_CAPABILITY, device_id))
         _check(driver.cuDriverGetVersion(ctypes.byref(version)))
         if major.value <= _NEWEST_MACHINE_CODE or os.environ.get("CUDA_CACHE_DISABLE") == "1":
             return
-        cache, about = Path(os.environ.get("CUDA_CACHE_PATH") or os.path.expanduser("~/.nv/ComputeCache")), library.stat()
-        done = cache / f"compiled-{major.value}.{minor.value}-{version.value}-{about.st_size}-{about.st_mtime_ns}"
+        cache, about = (
+            Path(os.environ.get("CUDA_CACHE_PATH") or os.path.expanduser("~/.nv/ComputeCache")),
+            library.stat(),
+        )
+        done = (
+            cache / f"compiled-{major.value}.{minor.value}-{version.value}-{about.st_size}-"
+            f"{about.st_mtime_ns}"
+        )
         cache.mkdir(parents=True, exist_ok=True)
         with open(cache / "compiling", "w") as lock:
             # Several programs may begin on a machine together; one compiles.
@@ -59,8 +78,13 @@ def compile_kernels(library: Path, device_id: int, watch: Callable[[int], Abstra
                 done.touch()
 
 
-def _compile(library: Path, device_id: int, watch: Callable[[int], AbstractContextManager[Progress]]) -> bool:
-    with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+def _compile(
+    library: Path, device_id: int, watch: Callable[[int], AbstractContextManager[Progress]]
+) -> bool:
+    with (
+        open(library, "rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
         count = len(list(modules(content)))
     processes = min(os.cpu_count() or 1, _MOST_PROCESSES)
     environment = {**os.environ, "CUDA_MODULE_LOADING": "EAGER"}
@@ -70,8 +94,19 @@ def _compile(library: Path, device_id: int, watch: Callable[[int], AbstractConte
         with open(reading, "rb") as lines, watch(count) as progress:
             try:
                 for number in range(processes):
-                    words = [sys.executable, __file__, str(library), str(device_id), str(number), str(processes)]
-                    workers.append(subprocess.Popen(words, stdout=writing, stderr=subprocess.DEVNULL, env=environment))
+                    words = [
+                        sys.executable,
+                        __file__,
+                        str(library),
+                        str(device_id),
+                        str(number),
+                        str(processes),
+                    ]
+                    workers.append(
+                        subprocess.Popen(
+                            words, stdout=writing, stderr=subprocess.DEVNULL, env=environment
+                        )
+                    )
             finally:
                 os.close(writing)
             for _ in lines:
@@ -95,10 +130,19 @@ def modules(content: mmap.mmap) -> Iterator[tuple[int, int]]:
 
 
 def load_share(library: str, device_id: int, number: int, processes: int) -> None:
-    """Load every ``processes``-th module, from the ``number``-th of them by size, and print a line for each. Raises OSError."""
+    """Load every ``processes``-th module by size, from the ``number``-th; print a line for each.
+
+    Raises:
+        OSError: if the driver refuses one.
+    """
     # A rank has been given some of the machine's cores; the others wait for this.
     os.sched_setaffinity(0, range(os.cpu_count() or 1))
-    driver, device, context, module = ctypes.CDLL(_DRIVER), ctypes.c_int(0), ctypes.c_void_p(), ctypes.c_void_p()
+    driver, device, context, module = (
+        ctypes.CDLL(_DRIVER),
+        ctypes.c_int(0),
+        ctypes.c_void_p(),
+        ctypes.c_void_p(),
+    )
     _check(driver.cuInit(0))
     _check(driver.cuDeviceGet(ctypes.byref(device), device_id))
     _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device))

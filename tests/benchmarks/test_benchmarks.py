@@ -8,56 +8,121 @@ from conftest import execute
 
 
 def test_train_step_prints_its_line():
-    run = execute(["python3", "benchmarks/train_step.py", "--network=cifar_quick", "--image_size=32", "--per_batch_size=4",
-                   "--steps=2"])
+    run = execute(
+        [
+            "python3",
+            "benchmarks/train_step.py",
+            "--network=cifar_quick",
+            "--image_size=32",
+            "--per_batch_size=4",
+            "--steps=2",
+        ]
+    )
     assert run.status == 0, run
-    assert re.fullmatch(r"train_step network=cifar_quick block=base ranks=1 per_batch_size=4 amp_level=O0 kernels=[\w:]+ "
-                        r"images_per_second=[\d.]+ "
-                        r"forward_backward_s=[\d.]+ allreduce_s=[\d.]+ optimizer_s=[\d.]+ sent_mib=[\d.]+ "
-                        r"peak_rss_mib=\d+", run.out.strip()), run
+    assert re.fullmatch(
+        r"train_step network=cifar_quick block=base ranks=1 per_batch_size=4 amp_level=O0 "
+        r"kernels=[\w:]+ "
+        r"images_per_second=[\d.]+ "
+        r"forward_backward_s=[\d.]+ allreduce_s=[\d.]+ optimizer_s=[\d.]+ sent_mib=[\d.]+ "
+        r"peak_rss_mib=\d+",
+        run.out.strip(),
+    ), run
 
 
 @pytest.mark.extended
 def test_acnet_study_prints_its_lines_and_figures(tmp_path):
-    run = execute(["python3", "benchmarks/acnet_study.py", "--seeds=1", "--epochs=1", "--networks=cifar_quick", f"--output={tmp_path}"])
+    run = execute(
+        [
+            "python3",
+            "benchmarks/acnet_study.py",
+            "--seeds=1",
+            "--epochs=1",
+            "--networks=cifar_quick",
+            f"--output={tmp_path}",
+        ]
+    )
     assert run.status == 0, run
     (line,) = [line for line in run.out.splitlines() if line.startswith("acnet_study ")]
     row = json.loads(line.partition(" ")[2])
-    assert row["network"] == "cifar_quick" and row["fused_top1"] == pytest.approx(row["acb_top1"], abs=0.3)
+    assert row["network"] == "cifar_quick" and row["fused_top1"] == pytest.approx(
+        row["acb_top1"], abs=0.3
+    )
     assert {file.name for file in tmp_path.iterdir()} == {"rotation.png", "skeleton.png"}
 
 
 def test_checkpoint_cost_prints_its_line():
-    run = execute(["python3", "benchmarks/checkpoint_cost.py", "--network=cifar_quick", "--image_size=32", "--per_batch_size=4"])
+    run = execute(
+        [
+            "python3",
+            "benchmarks/checkpoint_cost.py",
+            "--network=cifar_quick",
+            "--image_size=32",
+            "--per_batch_size=4",
+        ]
+    )
     assert run.status == 0, run
-    assert re.fullmatch(r"checkpoint_cost network=cifar_quick block=base mib=[\d.]+ save_s=[\d.]+ read_s=[\d.]+ step_s=[\d.]+ "
-                        r"steps_between_saves_for_1_percent=\d+", run.out.strip()), run
+    assert re.fullmatch(
+        r"checkpoint_cost network=cifar_quick block=base mib=[\d.]+ save_s=[\d.]+ read_s=[\d.]+ "
+        r"step_s=[\d.]+ "
+        r"steps_between_saves_for_1_percent=\d+",
+        run.out.strip(),
+    ), run
 
 
 @pytest.mark.extended
 def test_repeatability_prints_a_line_a_number_of_ranks():
-    run = execute(["python3", "benchmarks/repeatability.py", "--steps=2", "--networks=cifar_quick", "--ranks=1,2"])
+    run = execute(
+        [
+            "python3",
+            "benchmarks/repeatability.py",
+            "--steps=2",
+            "--networks=cifar_quick",
+            "--ranks=1,2",
+        ]
+    )
     assert run.status == 0, run
-    found = re.findall(r"^repeatability network=cifar_quick ranks=(\d) steps=2 last_loss=[\d.]+ largest_relative_difference=(\S+)$",
-                       run.out, re.M)
+    found = re.findall(
+        r"^repeatability network=cifar_quick ranks=(\d) steps=2 last_loss=[\d.]+ "
+        r"largest_relative_difference=(\S+)$",
+        run.out,
+        re.M,
+    )
     assert [ranks for ranks, _ in found] == ["1", "2"], run
 
 
 @pytest.mark.extended
 def test_soak_ends_with_the_same_bits(tmp_path):
-    run = execute(["python3", "benchmarks/soak.py", "--epochs=30", "--kills=1", f"--output={tmp_path}"])
-    assert run.status == 0 and re.search(r"^soak epochs=30 ranks=2 kills=1 .*bit_identical=True ", run.out, re.M), run
+    run = execute(
+        ["python3", "benchmarks/soak.py", "--epochs=30", "--kills=1", f"--output={tmp_path}"]
+    )
+    assert run.status == 0 and re.search(
+        r"^soak epochs=30 ranks=2 kills=1 .*bit_identical=True ", run.out, re.M
+    ), run
 
 
 @pytest.mark.extended
 def test_gpu_check_prints_its_lines():
-    run = execute(["python3", "benchmarks/gpu_check.py", "--device_target=CPU", "--networks=cifar_quick+acb", "--batches=4", "--steps=1",
-                   "--image_size=32"])
+    run = execute(
+        [
+            "python3",
+            "benchmarks/gpu_check.py",
+            "--device_target=CPU",
+            "--networks=cifar_quick+acb",
+            "--batches=4",
+            "--steps=1",
+            "--image_size=32",
+        ]
+    )
     assert run.status == 0, run
     first, second, third = run.out.splitlines()
     # CPU against CPU in two processes: the same numbers.
-    assert first.endswith("compared_with=CPU loss_difference=0.00e+00 largest_gradient_norm_difference=0.00e+00"), run
-    assert re.search(r"amp_level=O0 batch=4 images_per_second=[\d.]+", second) and "fused_images_per_second=" in third, run
+    assert first.endswith(
+        "compared_with=CPU loss_difference=0.00e+00 largest_gradient_norm_difference=0.00e+00"
+    ), run
+    assert (
+        re.search(r"amp_level=O0 batch=4 images_per_second=[\d.]+", second)
+        and "fused_images_per_second=" in third
+    ), run
 
 
 @pytest.mark.slow
@@ -65,65 +130,148 @@ def test_start_up_prints_a_line_with_the_cache_and_one_without():
     run = execute(["python3", "benchmarks/start_up.py", "--networks=cifar_quick:32", "--repeats=1"])
     assert run.status == 0, run
     for cached, line in enumerate(run.out.splitlines()):
-        assert re.fullmatch(rf"start_up network=cifar_quick image_size=32 compile_cache={cached} until_first_step_s=[\d.]+ "
-                            r"import_s=[\d.]+ data_s=[\d.]+ build_s=[\d.]+ compile_s=[\d.]+ rest_of_first_step_s=[\d.]+ "
-                            r"later_step_s=[\d.]+", line), run
+        assert re.fullmatch(
+            rf"start_up network=cifar_quick image_size=32 compile_cache={cached} "
+            r"until_first_step_s=[\d.]+ "
+            r"import_s=[\d.]+ data_s=[\d.]+ build_s=[\d.]+ compile_s=[\d.]+ "
+            r"rest_of_first_step_s=[\d.]+ "
+            r"later_step_s=[\d.]+",
+            line,
+        ), run
 
 
 def test_allreduce_prints_its_line():
-    run = execute(["python3", "benchmarks/allreduce.py", "--networks=cifar_quick", "--ranks=2", "--repeats=2", "--mccl=0"])
+    run = execute(
+        [
+            "python3",
+            "benchmarks/allreduce.py",
+            "--networks=cifar_quick",
+            "--ranks=2",
+            "--repeats=2",
+            "--mccl=0",
+        ]
+    )
     assert run.status == 0, run
-    assert re.fullmatch(r"allreduce network=cifar_quick ranks=2 tensors=13 mib=[\d.]+ ours_s=[\d.]+ raw_mpi_s=[\d.]+ of_raw_rate=[\d.]+",
-                        run.out.strip()), run
+    assert re.fullmatch(
+        r"allreduce network=cifar_quick ranks=2 tensors=13 mib=[\d.]+ ours_s=[\d.]+ "
+        r"raw_mpi_s=[\d.]+ of_raw_rate=[\d.]+",
+        run.out.strip(),
+    ), run
 
 
 def test_input_pipeline_prints_its_lines():
-    run = execute(["python3", "benchmarks/input_pipeline.py", "--images=24", "--batch=8", "--rounds=1", "--pytorch=0"])
+    run = execute(
+        [
+            "python3",
+            "benchmarks/input_pipeline.py",
+            "--images=24",
+            "--batch=8",
+            "--rounds=1",
+            "--pytorch=0",
+        ]
+    )
     assert run.status == 0, run
     train, evaluation, reading, operations = run.out.splitlines()
-    assert re.fullmatch(r"input_pipeline reading_alone_images_per_second packed=\d+ mindrecord=\d+ files=\d+", reading), run
+    assert re.fullmatch(
+        r"input_pipeline reading_alone_images_per_second packed=\d+ mindrecord=\d+ files=\d+",
+        reading,
+    ), run
     for line, part in ((train, "train"), (evaluation, "eval")):
-        assert re.fullmatch(rf"input_pipeline part={part} workers=2 batch=8 folder_images_per_second=\d+ "
-                            r"packed_256_images_per_second=\d+", line), run
+        assert re.fullmatch(
+            rf"input_pipeline part={part} workers=2 batch=8 folder_images_per_second=\d+ "
+            r"packed_256_images_per_second=\d+",
+            line,
+        ), run
     assert "decode=" in operations and "normalise_s=" in operations
 
 
 @pytest.mark.extended
 def test_compare_pytorch_prints_its_line():
     pytest.importorskip("torch", reason="PyTorch is not installed")
-    run = execute(["python3", "benchmarks/compare_pytorch.py", "--cases=cifar_quick+acb:4", "--image_size=32",
-                   "--steps=1", "--rounds=1"])
+    run = execute(
+        [
+            "python3",
+            "benchmarks/compare_pytorch.py",
+            "--cases=cifar_quick+acb:4",
+            "--image_size=32",
+            "--steps=1",
+            "--rounds=1",
+        ]
+    )
     assert run.status == 0, run
-    assert re.search(r"^compare_pytorch mode=train precision=float32 network=cifar_quick block=acb ranks=\d per_batch_size=4 "
-                     r"images_per_second=[\d.]+ pytorch_images_per_second=[\d.]+ pytorch_layout=\w+ ratio=[\d.]+", run.out, re.M), run
+    assert re.search(
+        r"^compare_pytorch mode=train precision=float32 network=cifar_quick block=acb ranks=\d "
+        r"per_batch_size=4 "
+        r"images_per_second=[\d.]+ pytorch_images_per_second=[\d.]+ pytorch_layout=\w+ "
+        r"ratio=[\d.]+",
+        run.out,
+        re.M,
+    ), run
 
 
 @pytest.mark.extended
 def test_kernels_prints_a_line_a_layer():
-    run = execute(["python3", "benchmarks/kernels.py", "--network=cifar_quick", "--image_size=32", "--per_batch_size=4", "--steps=1"])
+    run = execute(
+        [
+            "python3",
+            "benchmarks/kernels.py",
+            "--network=cifar_quick",
+            "--image_size=32",
+            "--per_batch_size=4",
+            "--steps=1",
+        ]
+    )
     assert run.status == 0, run
-    assert re.search(r"^kernels kind=convolution pass=weight_gradient shape=mb4_ic32oc32_\S+ per_step=1 ms=[\d.]+ gflops=\d+ "
-                     r"implementation=(jit|brg)\S+$", run.out, re.M), run
+    assert re.search(
+        r"^kernels kind=convolution pass=weight_gradient shape=mb4_ic32oc32_\S+ per_step=1 "
+        r"ms=[\d.]+ gflops=\d+ "
+        r"implementation=(jit|brg)\S+$",
+        run.out,
+        re.M,
+    ), run
 
 
 @pytest.mark.extended
 def test_gradient_compression_prints_a_line_a_form():
-    run = execute(["python3", "benchmarks/gradient_compression.py", "--epochs=1", "--cases=float16:1"])
+    run = execute(
+        ["python3", "benchmarks/gradient_compression.py", "--epochs=1", "--cases=float16:1"]
+    )
     assert run.status == 0, run
-    assert re.fullmatch(r"gradient_compression form=float16 seed=1 ranks=2 epochs=1 first_difference=\S+ largest_difference=\S+ "
-                        r"last_loss=[\d.]+ top1=[\d.]+", run.out.strip()), run
+    assert re.fullmatch(
+        r"gradient_compression form=float16 seed=1 ranks=2 epochs=1 first_difference=\S+ "
+        r"largest_difference=\S+ "
+        r"last_loss=[\d.]+ top1=[\d.]+",
+        run.out.strip(),
+    ), run
 
 
 @pytest.mark.extended
 def test_acb_cost_prints_its_lines():
-    run = execute(["python3", "benchmarks/acb_cost.py", "--networks=cifar_quick", "--batch=4", "--image_size=32", "--steps=1",
-                   "--rounds=1", "--pytorch=0"])
+    run = execute(
+        [
+            "python3",
+            "benchmarks/acb_cost.py",
+            "--networks=cifar_quick",
+            "--batch=4",
+            "--image_size=32",
+            "--steps=1",
+            "--rounds=1",
+            "--pytorch=0",
+        ]
+    )
     assert run.status == 0, run
-    assert re.findall(r"^acb_cost mode=(\w+) (?:engine=(\w+) )?network=cifar_quick .*(?:cost|fused_over_base)=[\d.]+$", run.out, re.M) == [
-        ("train", ""), ("eval", "mindspore"), ("eval", "onnx")], run
+    assert re.findall(
+        r"^acb_cost mode=(\w+) (?:engine=(\w+) )?network=cifar_quick "
+        r".*(?:cost|fused_over_base)=[\d.]+$",
+        run.out,
+        re.M,
+    ) == [("train", ""), ("eval", "mindspore"), ("eval", "onnx")], run
 
 
 def test_scaling_model_reproduces_the_ring_that_alexnets_rows_imply():
     run = execute(["python3", "benchmarks/scaling_model.py"])
     # 2048 images / 20,000 images/s - 256 / 8,500 = 72.3 ms for 7/4 of 244.4 MB
-    assert run.status == 0 and "left_for_reduction_s=0.0723 which_is_a_ring_of_gb_per_second=5.9" in run.out, run
+    assert (
+        run.status == 0
+        and "left_for_reduction_s=0.0723 which_is_a_ring_of_gb_per_second=5.9" in run.out
+    ), run

@@ -1,4 +1,4 @@
-"""Augmentations: an ordered list, each entry with a random stream of its own, each a function of (seed, epoch, sample)."""
+"""Augmentations: an ordered list; an entry's randomness depends on (seed, epoch, sample) alone."""
 
 import math
 
@@ -7,12 +7,20 @@ import pytest
 from conftest import make_config
 from PIL import Image
 
-from src.dataset.augmentations import AUGMENTATIONS, Augmenter, Flip, check_augmentations, sample_generator
+from src.dataset.augmentations import (
+    AUGMENTATIONS,
+    Augmenter,
+    CutMix,
+    Flip,
+    Mixup,
+    RandAugment,
+    RandomErasing,
+    check_augmentations,
+    sample_generator,
+)
 from src.dataset.batches import TrainBatches
 from src.dataset.image_set import ImageSet
-from src.dataset.mixing import CutMix, Mixup
-from src.dataset.randaugment import OPERATIONS, RandAugment
-from src.dataset.random_erasing import RandomErasing
+from src.dataset.randaugment import OPERATIONS
 from src.dataset.sources import open_images
 from src.utils.errors import UserError
 
@@ -28,7 +36,9 @@ def augmented(entries, key=(1, 2, 3), image=None, **values):
     seed, epoch, index = key
     config = make_config(augmentations=entries, seed=seed, **{"image_size": 32, **values})
     image = random_image() if image is None else image
-    return Augmenter(config, 10, 4).sample(lambda sample: (np.roll(image, sample, axis=0), sample % 4), epoch, index)
+    return Augmenter(config, 10, 4).sample(
+        lambda sample: (np.roll(image, sample, axis=0), sample % 4), epoch, index
+    )
 
 
 @pytest.mark.parametrize("entries", [*AUGMENTATIONS, EVERYTHING])
@@ -46,10 +56,19 @@ def test_switching_one_on_does_not_shift_the_draws_of_another():
         image = np.zeros((32, 32, 3), np.uint8)
         image[:, :16] = 255
         # Flipped or not shows in the mean of the left half, whatever else happens to the pixels.
-        return [augmented(entries, (1, 0, index), image, train_crop="resize")[0][:, :16].mean() > 100 for index in range(64)]
+        return [
+            augmented(entries, (1, 0, index), image, train_crop="resize")[0][:, :16].mean() > 100
+            for index in range(64)
+        ]
+
     alone = flips("flip")
     assert 15 < sum(alone) < 49
-    assert flips("crop, flip") == flips("flip, color_jitter") == flips("color_jitter, flip, random_erasing(scale=(0.02, 0.03))") == alone
+    assert (
+        flips("crop, flip")
+        == flips("flip, color_jitter")
+        == flips("color_jitter, flip, random_erasing(scale=(0.02, 0.03))")
+        == alone
+    )
 
 
 def test_the_same_entry_twice_has_two_streams():
@@ -70,9 +89,16 @@ def test_pixels_and_targets_do_not_depend_on_ranks_threads_or_batches(entries):
     images = open_images("digits", "train")
 
     def batches(ranks, threads, **values):
-        config = make_config(config_path="digits", global_batch_size=12, max_epoch=1, num_parallel_workers=threads,
-                             augmentations=entries, **values)
+        config = make_config(
+            config_path="digits",
+            global_batch_size=12,
+            max_epoch=1,
+            num_parallel_workers=threads,
+            augmentations=entries,
+            **values,
+        )
         return [TrainBatches(images, config, rank, ranks)[0] for rank in range(ranks)]
+
     (alone,), three = batches(1, 1), batches(3, 2)
     assert np.array_equal(alone.images, np.stack([three[i % 3].images[i // 3] for i in range(12)]))
     assert np.array_equal(alone.labels, np.stack([three[i % 3].labels[i // 3] for i in range(12)]))
@@ -82,8 +108,16 @@ def test_pixels_and_targets_do_not_depend_on_ranks_threads_or_batches(entries):
 
 def test_targets_of_mixed_samples_are_distributions():
     pixels = np.repeat(np.arange(40, dtype=np.uint8), 32 * 32 * 3).reshape(40, 32, 32, 3)
-    images = ImageSet({str(i): i for i in range(4)}, np.arange(40, dtype=np.int32) % 4, pixels=pixels)
-    config = make_config(augmentations="mixup(alpha=1.0), cutmix", image_size=32, per_batch_size=40, max_epoch=1, num_classes=4)
+    images = ImageSet(
+        {str(i): i for i in range(4)}, np.arange(40, dtype=np.int32) % 4, pixels=pixels
+    )
+    config = make_config(
+        augmentations="mixup(alpha=1.0), cutmix",
+        image_size=32,
+        per_batch_size=40,
+        max_epoch=1,
+        num_classes=4,
+    )
     batch = TrainBatches(images, config, 0, 1)[0]
     assert batch.labels.shape == (40, 4) and batch.labels.dtype == np.float32
     assert np.allclose(batch.labels.sum(axis=1), 1, atol=1e-6) and batch.labels.min() >= 0
@@ -95,18 +129,24 @@ def test_mixup_is_the_weighted_mean_of_images_and_targets():
     first, second = np.eye(2, dtype=np.float32)
     weights = []
     for index in range(2000):
-        mixed, target = Mixup(alpha=0.4).mix(image, first, sample_generator(0, 0, index), lambda: (other, second))
+        mixed, target = Mixup(alpha=0.4).mix(
+            image, first, sample_generator(0, 0, index), lambda: (other, second)
+        )
         assert abs(int(mixed[0, 0, 0]) - (200 * target[0] + 100 * target[1])) <= 0.51
         weights.append(target[0])
     # Beta(a, a): mean 1/2, variance 1 / (4 (2a + 1))
-    assert np.mean(weights) == pytest.approx(0.5, abs=0.03) and np.var(weights) == pytest.approx(1 / (4 * 1.8), rel=0.06)
+    assert np.mean(weights) == pytest.approx(0.5, abs=0.03) and np.var(weights) == pytest.approx(
+        1 / (4 * 1.8), rel=0.06
+    )
 
 
 def test_cutmix_weighs_targets_by_the_area_that_is_seen():
     image, other = np.zeros((20, 30, 3), np.uint8), np.full((20, 30, 3), 255, np.uint8)
     first, second = np.eye(2, dtype=np.float32)
     for index in range(200):
-        mixed, target = CutMix().mix(image, first, sample_generator(0, 0, index), lambda: (other, second))
+        mixed, target = CutMix().mix(
+            image, first, sample_generator(0, 0, index), lambda: (other, second)
+        )
         assert (mixed[:, :, 0] == 255).mean() == pytest.approx(target[1], abs=1e-6)
         rows, columns = np.where(mixed[:, :, 0] == 255)
         if len(rows):  # one rectangle
@@ -117,7 +157,9 @@ def test_cutmix_weighs_targets_by_the_area_that_is_seen():
 def test_mixing_may_leave_samples_alone():
     image, target = random_image(), np.eye(2, dtype=np.float32)[0]
     for kind in (Mixup, CutMix):
-        mixed, same = kind(probability=0.0).mix(image, target, sample_generator(0, 0, 0), lambda: pytest.fail("drawn"))
+        mixed, same = kind(probability=0.0).mix(
+            image, target, sample_generator(0, 0, 0), lambda: pytest.fail("drawn")
+        )
         assert mixed is image and same is target
 
 
@@ -130,8 +172,13 @@ def test_erased_parts_have_the_papers_area_and_aspect():
         if len(rows):
             parts.append((np.ptp(rows) + 1, np.ptp(columns) + 1))
     assert len(parts) == pytest.approx(500, abs=4 * math.sqrt(250))
-    areas, aspects = np.array([h * w / 20_000 for h, w in parts]), np.array([h / w for h, w in parts])
-    assert areas.min() > 0.015 and areas.max() < 0.41 and aspects.min() > 0.25 and aspects.max() < 3.7
+    areas, aspects = (
+        np.array([h * w / 20_000 for h, w in parts]),
+        np.array([h / w for h, w in parts]),
+    )
+    assert (
+        areas.min() > 0.015 and areas.max() < 0.41 and aspects.min() > 0.25 and aspects.max() < 3.7
+    )
     assert (image == 7).all()
 
 
@@ -143,8 +190,12 @@ def test_randaugment_draws_its_operations_uniformly_and_obeys_its_magnitude(monk
             counts[index] += 1
             strengths.append(strength)
             return picture
+
         return operation
-    monkeypatch.setattr("src.dataset.randaugment.OPERATIONS", tuple(map(counting, range(len(OPERATIONS)))))
+
+    monkeypatch.setattr(
+        "src.dataset.augmentations.OPERATIONS", tuple(map(counting, range(len(OPERATIONS))))
+    )
     for index in range(1000):
         RandAugment(layers=3, magnitude=15)(random_image((8, 8)), sample_generator(0, 0, index))
     assert counts.sum() == 3000 and np.abs(counts - 3000 / 14).max() < 4 * math.sqrt(3000 / 14)
@@ -153,16 +204,29 @@ def test_randaugment_draws_its_operations_uniformly_and_obeys_its_magnitude(monk
 
 def test_operations_of_randaugment_do_little_at_strength_zero():
     picture = Image.fromarray(random_image((32, 32)))
-    unchanged = [np.array_equal(np.asarray(operation(picture, 0.0)), np.asarray(picture)) for operation in OPERATIONS]
-    # Equalise and autocontrast have no strength; solarising at 256 and posterising to 8 bits change nothing.
+    unchanged = [
+        np.array_equal(np.asarray(operation(picture, 0.0)), np.asarray(picture))
+        for operation in OPERATIONS
+    ]
+    # Equalise and autocontrast have no strength; solarising at 256 and posterising to 8 bits change
+    # nothing.
     assert unchanged[:12] == [True] * 12
-    changed = [np.array_equal(np.asarray(operation(picture, 1.0)), np.asarray(picture)) for operation in OPERATIONS]
+    changed = [
+        np.array_equal(np.asarray(operation(picture, 1.0)), np.asarray(picture))
+        for operation in OPERATIONS
+    ]
     assert changed[:12] == [True] + [False] * 11
 
 
-@pytest.mark.parametrize("text,message", [
-    ("crop, mixupp", "did you mean 'mixup'"), ("crop, mixup(alpha=0)", r"mixup\(alpha=0\): input should be greater"),
-    ("crop, mixup(beta=1)", "mixup takes no argument 'beta'"), ("crop, mixup(alpha=", "neither a name nor")])
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("crop, mixupp", "did you mean 'mixup'"),
+        ("crop, mixup(alpha=0)", r"mixup\(alpha=0\): input should be greater"),
+        ("crop, mixup(beta=1)", "mixup takes no argument 'beta'"),
+        ("crop, mixup(alpha=", "neither a name nor"),
+    ],
+)
 def test_a_wrong_entry_is_named(text, message):
     with pytest.raises(UserError, match=message):
         check_augmentations(make_config(augmentations=text))
@@ -172,5 +236,7 @@ def test_flip_probability():
     image = np.zeros((8, 8, 3), np.uint8)
     image[:, 0] = 255
     flip = Flip(probability=0.5)
-    flipped = sum(flip(image, sample_generator(0, 0, index))[0, 7, 0] == 255 for index in range(2000))
+    flipped = sum(
+        flip(image, sample_generator(0, 0, index))[0, 7, 0] == 255 for index in range(2000)
+    )
     assert abs(flipped - 1000) < 4 * math.sqrt(500)

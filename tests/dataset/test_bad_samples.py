@@ -1,4 +1,7 @@
-"""Images that cannot be decoded: told, replaced in training, counted as wrong in evaluation, listed by the checker."""
+"""Images that cannot be decoded.
+
+Training replaces them, evaluation counts them as wrong, the checker lists them, and all tell.
+"""
 
 import json
 import struct
@@ -10,7 +13,9 @@ from conftest import execute, make_config
 
 from src.dataset.batches import PADDING_LABEL, UNDECODABLE_LABEL, EvalBatches, TrainBatches
 from src.dataset.decoding import BadImage, read_image
-from src.dataset.sources import find_bad_image, open_images
+from src.dataset.sources import open_images
+from src.dataset.splits import open_training_data
+from src.distributed.communicator import Communicator
 from src.utils.errors import UserError
 
 KEYS = {"image_size": 32, "train_crop": "resize", "per_batch_size": 6}
@@ -30,10 +35,19 @@ def damaged(broken_copy):
 
 def bomb():
     """A PNG of some kilobytes that claims 40,000 x 40,000 pixels."""
+
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
     header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10 ** 6))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(10**6)))
+        + chunk(b"IEND", b"")
+    )
 
 
 def test_decompression_bomb_is_refused_by_its_size(tmp_path):
@@ -42,12 +56,25 @@ def test_decompression_bomb_is_refused_by_its_size(tmp_path):
         read_image(str(tmp_path / "bomb.png"))
 
 
-def test_first_bad_image_of_each_share_is_found(damaged):
-    images = open_images(str(damaged / "train"), "train")
-    assert "ant/000.jpg" in find_bad_image(images, 0, 1)[0]
-    # 20 and 21 of 48 are bee/004 and bee/005
-    assert "bee/005.jpg" in find_bad_image(images, 1, 2)[0]
-    assert find_bad_image(images, 1, 4) == [find_bad_image(images, 1, 2)[0]] and find_bad_image(images, 2, 4) == []
+class Rank(Communicator):
+    """One of several ranks, which alone opens the images."""
+
+    def __init__(self, rank, size):
+        self.rank, self.size = rank, size
+
+
+@pytest.mark.parametrize(
+    "rank,size,name",
+    # 20 and 21 of 48 are bee/004 and bee/005; rank 2 of 4 has neither.
+    [(0, 1, "ant/000.jpg"), (1, 2, "bee/005.jpg"), (1, 4, "bee/005.jpg"), (2, 4, None)],
+)
+def test_each_rank_finds_the_first_bad_image_of_its_shard(damaged, rank, size, name):
+    config = make_config(**KEYS, data_path=f"{damaged}/train", max_epoch=1)
+    if name is None:
+        assert len(open_training_data(config, Rank(rank, size)).train) == 48
+        return
+    with pytest.raises(UserError, match=f"{name}.*--bad_samples=replace"):
+        open_training_data(config, Rank(rank, size))
 
 
 def test_error_names_the_file_and_how_to_go_on(damaged):
@@ -64,12 +91,22 @@ def test_replacement_is_the_next_image_with_its_label_and_is_counted(damaged):
     batches, again = TrainBatches(images, config, 0, 1), TrainBatches(images, config, 0, 1)
     served = [batches[item] for item in range(len(batches))]
     for batch, other in zip(served, (again[item] for item in range(len(again)))):
-        assert np.array_equal(batch.images, other.images) and np.array_equal(batch.labels, other.labels)
-    assert (np.bincount(np.concatenate([batch.labels for batch in served[:8]]))).tolist() == [16, 16, 16]
-    # The colour of the class is in the pixels: none is black, none shows another class than its label.
+        assert np.array_equal(batch.images, other.images) and np.array_equal(
+            batch.labels, other.labels
+        )
+    assert (np.bincount(np.concatenate([batch.labels for batch in served[:8]]))).tolist() == [
+        16,
+        16,
+        16,
+    ]
+    # The colour of the class is in the pixels: none is black, none shows another class than its
+    # label.
     for batch in served:
         assert np.array_equal(batch.images.mean(axis=(1, 2)).argmax(axis=1), 2 - batch.labels)
-    assert sum(batch.substituted for batch in served[:8]) == 3 and sum(batch.substituted for batch in served[8:]) == 3
+    assert (
+        sum(batch.substituted for batch in served[:8]) == 3
+        and sum(batch.substituted for batch in served[8:]) == 3
+    )
 
 
 def test_undecodable_image_of_an_evaluation_is_named_and_counts(damaged):
@@ -83,18 +120,40 @@ def test_undecodable_image_of_an_evaluation_is_named_and_counts(damaged):
 
 
 def test_evaluation_counts_it_as_wrong(trained_run, damaged, tmp_path):
-    run = execute(["python3", "eval.py", f"--data_path={damaged}/val", f"--checkpoint_file_path={trained_run}/best.ckpt",
-                   f"--result_path={tmp_path}/result.json"])
-    assert run.status == 0 and "1 of 67 images cannot be decoded and count as wrong: " in run.out and "cat/000.jpg" in run.out, run
+    run = execute(
+        [
+            "python3",
+            "eval.py",
+            f"--data_path={damaged}/val",
+            f"--checkpoint_file_path={trained_run}/best.ckpt",
+            f"--result_path={tmp_path}/result.json",
+        ]
+    )
+    assert (
+        run.status == 0
+        and "1 of 67 images cannot be decoded and count as wrong: " in run.out
+        and "cat/000.jpg" in run.out
+    ), run
     (result,) = json.loads((tmp_path / "result.json").read_text())
-    assert result["images"] == 67 and result["undecodable"] == 1 and result["top5"] == pytest.approx(100 * 66 / 67)
+    assert (
+        result["images"] == 67
+        and result["undecodable"] == 1
+        and result["top5"] == pytest.approx(100 * 66 / 67)
+    )
 
 
 def test_evaluation_of_nothing_but_bad_images_is_an_error(trained_run, image_root, tmp_path):
     (tmp_path / "ant").mkdir()
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / "ant" / name).write_text("text")
-    run = execute(["python3", "eval.py", f"--data_path={tmp_path}", f"--checkpoint_file_path={trained_run}/best.ckpt"])
+    run = execute(
+        [
+            "python3",
+            "eval.py",
+            f"--data_path={tmp_path}",
+            f"--checkpoint_file_path={trained_run}/best.ckpt",
+        ]
+    )
     assert run.status == 2 and "none of the 2 images can be decoded" in run.error_lines[0], run
 
 
@@ -104,10 +163,29 @@ def test_checker_lists_every_bad_file(damaged, tmp_path):
     content = bytearray(corrupt.read_bytes())
     content[-200:-150] = b"\xff\x00" * 25
     corrupt.write_bytes(content)
-    run = execute(["python3", "scripts/check_dataset.py", f"--data_path={damaged}", f"--result_path={tmp_path}/found.json"])
-    assert run.status == 1 and not run.error_lines, run
-    assert "check_dataset: 116 images, 5 cannot be decoded, 1 damaged" in run.out.splitlines()[-1], run
-    found = {entry["path"].removeprefix(f"{damaged}/"): entry["bad"] for entry in json.loads((tmp_path / "found.json").read_text())}
-    assert found == {"train/ant/000.jpg": True, "train/bee/004.jpg": True, "train/bee/005.jpg": True, "train/cat/bomb.png": True,
-                     "val/bee/000.jpg": False, "val/cat/000.jpg": True}
+    run = execute(
+        [
+            "python3",
+            "scripts/check_dataset.py",
+            f"--data_path={damaged}",
+            f"--result_path={tmp_path}/found.json",
+        ]
+    )
+    assert run.status == 1, run
+    assert run.error_lines == ["error: 5 of 116 images cannot be decoded"], run
+    assert (
+        "check_dataset: 116 images, 5 cannot be decoded, 1 damaged" in run.out.splitlines()[-1]
+    ), run
+    found = {
+        entry["path"].removeprefix(f"{damaged}/"): entry["bad"]
+        for entry in json.loads((tmp_path / "found.json").read_text())
+    }
+    assert found == {
+        "train/ant/000.jpg": True,
+        "train/bee/004.jpg": True,
+        "train/bee/005.jpg": True,
+        "train/cat/bomb.png": True,
+        "val/bee/000.jpg": False,
+        "val/cat/000.jpg": True,
+    }
     assert execute(["python3", "scripts/check_dataset.py", "--data_path=digits"]).status == 0

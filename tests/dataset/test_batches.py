@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from conftest import make_config
 
-from src.dataset.batches import PADDING_LABEL, EvalBatches, TrainBatches, epoch_order, global_batch, prefetch, rank_batch
+from src.dataset.batches import (
+    PADDING_LABEL,
+    EvalBatches,
+    TrainBatches,
+    epoch_order,
+    global_batch_size,
+    micro_batch_size,
+    prefetch,
+)
 from src.dataset.image_set import ImageSet
 from src.dataset.sources import open_images
 from src.utils.errors import UserError
@@ -20,13 +28,18 @@ def numbered():
 
 
 def plain(**values):
-    return make_config(image_size=8, train_crop="resize", flip_probability=0, color_jitter="0,0,0", **values)
+    return make_config(
+        image_size=8, train_crop="resize", flip_probability=0, color_jitter="0,0,0", **values
+    )
 
 
 def served(images, config, ranks, first=0):
     """Labels of each global batch, over all ranks."""
     sources = [TrainBatches(images, config, rank, ranks) for rank in range(ranks)]
-    return [np.sort(np.concatenate([batch.labels for batch in batches])) for batches in zip(*(prefetch(s, first) for s in sources))]
+    return [
+        np.sort(np.concatenate([batch.labels for batch in batches]))
+        for batches in zip(*(prefetch(s, first) for s in sources))
+    ]
 
 
 def test_global_batches_are_the_same_for_every_number_of_ranks(numbered):
@@ -40,7 +53,7 @@ def test_global_batches_are_the_same_for_every_number_of_ranks(numbered):
 def test_accumulation_splits_the_same_global_batch(numbered):
     whole = served(numbered, plain(global_batch_size=12, max_epoch=1), 1)
     parts = served(numbered, plain(global_batch_size=12, accumulation_steps=3, max_epoch=1), 2)
-    merged = [np.sort(np.concatenate(parts[i:i + 3])) for i in range(0, len(parts), 3)]
+    merged = [np.sort(np.concatenate(parts[i : i + 3])) for i in range(0, len(parts), 3)]
     assert all(np.array_equal(a, b) for a, b in zip(whole, merged))
 
 
@@ -59,10 +72,14 @@ def test_batches_can_start_anywhere(numbered):
 
 def test_augmented_pixels_do_not_depend_on_ranks_or_threads():
     images = open_images("digits", "train")
+
     def pixels(ranks, threads):
-        config = make_config(config_path="digits", global_batch_size=12, max_epoch=1, num_parallel_workers=threads)
+        config = make_config(
+            config_path="digits", global_batch_size=12, max_epoch=1, num_parallel_workers=threads
+        )
         sources = [TrainBatches(images, config, rank, ranks) for rank in range(ranks)]
         return np.stack([sources[i % ranks][0].images[i // ranks] for i in range(12)])
+
     assert np.array_equal(pixels(1, 1), pixels(3, 2))
 
 
@@ -79,7 +96,9 @@ def test_evaluation_serves_each_image_exactly_once(numbered, ranks):
 
 def test_more_ranks_than_images(numbered):
     few = ImageSet({"a": 0}, numbered.labels[:1] * 0, pixels=numbered.pixels[:1])
-    assert [len(list(prefetch(EvalBatches(few, plain(), rank, 3, batch=4)))) for rank in range(3)] == [1, 0, 0]
+    assert [
+        len(list(prefetch(EvalBatches(few, plain(), rank, 3, batch=4)))) for rank in range(3)
+    ] == [1, 0, 0]
 
 
 def test_fewer_images_than_a_global_batch_is_refused(numbered):
@@ -97,9 +116,9 @@ def test_undecodable_image_stops_the_iteration_with_its_name(broken_copy):
 
 def test_global_batch_must_divide():
     config = make_config(global_batch_size=10)
-    assert rank_batch(config, 5) == 2 and global_batch(config, 5) == 10
+    assert micro_batch_size(config, 5) == 2 and global_batch_size(config, 5) == 10
     with pytest.raises(UserError, match="does not divide by 3 ranks"):
-        rank_batch(config, 3)
+        micro_batch_size(config, 3)
 
 
 def test_batches_are_made_ahead_and_errors_arrive_as_they_are():
@@ -114,6 +133,7 @@ def test_batches_are_made_ahead_and_errors_arrive_as_they_are():
                 raise UserError("the sixth")
             self.made.append(number)
             return number
+
     source = Source()
     batches = prefetch(source, first=1)
     assert next(batches) == 1

@@ -1,4 +1,4 @@
-"""One image has one meaning: the same pixels in training, evaluation, prediction and packed sets."""
+"""An image file gives the same pixels in training, evaluation, prediction and packed sets."""
 
 import os
 
@@ -8,11 +8,17 @@ from conftest import execute
 from PIL import Image
 
 from src.dataset.decoding import read_image
-from src.dataset.packing import pack
+from src.dataset.packed import pack
 from src.dataset.sources import open_images
 from src.utils.errors import UserError
 
-TURNS = {1: lambda x: x, 3: lambda x: x[::-1, ::-1], 6: lambda x: np.rot90(x, 1), 8: lambda x: np.rot90(x, -1), 2: lambda x: x[:, ::-1]}
+TURNS = {
+    1: lambda x: x,
+    3: lambda x: x[::-1, ::-1],
+    6: lambda x: np.rot90(x, 1),
+    8: lambda x: np.rot90(x, -1),
+    2: lambda x: x[:, ::-1],
+}
 
 
 @pytest.fixture
@@ -28,12 +34,23 @@ def test_exif_orientation_is_applied(picture, tmp_path):
     exif[0x0112] = 6  # turn by 90 degrees clockwise to view
     picture.save(tmp_path / "turned.png", exif=exif)
     seen = read_image(tmp_path / "turned.png")
-    assert seen.shape == (20, 10, 3) and seen[0, 0].tolist() == [255, 0, 0] and seen[-1, 0].tolist() == [0, 0, 255]
+    assert (
+        seen.shape == (20, 10, 3)
+        and seen[0, 0].tolist() == [255, 0, 0]
+        and seen[-1, 0].tolist() == [0, 0, 255]
+    )
 
 
-@pytest.mark.parametrize("mode,suffix", [("L", "png"), ("CMYK", "jpg"), ("RGBA", "png"), ("P", "gif"), ("1", "png"), ("I;16", "png")])
+@pytest.mark.parametrize(
+    "mode,suffix",
+    [("L", "png"), ("CMYK", "jpg"), ("RGBA", "png"), ("P", "gif"), ("1", "png"), ("I;16", "png")],
+)
 def test_other_kinds_of_pictures(picture, tmp_path, mode, suffix):
-    converted = Image.fromarray(np.full((10, 20), 65535, np.uint16)) if mode == "I;16" else picture.convert(mode)
+    converted = (
+        Image.fromarray(np.full((10, 20), 65535, np.uint16))
+        if mode == "I;16"
+        else picture.convert(mode)
+    )
     converted.save(tmp_path / f"x.{suffix}")
     seen = read_image(tmp_path / f"x.{suffix}")
     assert seen.shape == (10, 20, 3) and seen.dtype == np.uint8
@@ -72,7 +89,13 @@ def stored_turned(path, orientation, pixels, **options):
 @pytest.mark.parametrize("orientation", TURNS)
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
 def test_a_picture_that_its_camera_stored_turned_is_the_upright_one(tmp_path, orientation, suffix):
-    options = {"lossless": True} if suffix == "webp" else {"quality": 95, "subsampling": 0} if suffix == "jpg" else {}
+    options = (
+        {"lossless": True}
+        if suffix == "webp"
+        else {"quality": 95, "subsampling": 0}
+        if suffix == "jpg"
+        else {}
+    )
     stored_turned(tmp_path / f"x.{suffix}", orientation, photograph(), **options)
     seen = read_image(tmp_path / f"x.{suffix}")
     assert seen.shape == (40, 60, 3)
@@ -80,7 +103,10 @@ def test_a_picture_that_its_camera_stored_turned_is_the_upright_one(tmp_path, or
 
 
 def test_opencv_and_pillow_decode_the_same_jpeg(tmp_path):
-    """An upright JPEG is decoded by one, the same with an orientation by the other: the same pixels but for rounding."""
+    """One decoder reads an upright JPEG, the other one with an orientation.
+
+    The pixels are the same but for rounding.
+    """
     Image.fromarray(photograph()).save(tmp_path / "plain.jpg", quality=90)
     with Image.open(tmp_path / "plain.jpg") as picture:
         by_pillow = np.asarray(picture.convert("RGB")).astype(int)
@@ -88,18 +114,27 @@ def test_opencv_and_pillow_decode_the_same_jpeg(tmp_path):
 
 
 def test_every_command_and_packed_sets_see_the_same_picture(tmp_path):
-    """Photographs upright, turned by their camera and transparent: training, evaluation and packed sets read what predict.py reads."""
+    """Photographs upright, turned by their camera and transparent.
+
+    Training, evaluation and packed sets read what predict.py reads.
+    """
     for name in ("upright", "turned", "transparent"):
         (tmp_path / "train" / name).mkdir(parents=True)
     Image.fromarray(photograph()).save(tmp_path / "train" / "upright" / "a.png")
     stored_turned(tmp_path / "train" / "turned" / "a.png", 6, photograph())
-    clear = np.dstack([photograph(), np.where(np.arange(60) < 30, 0, 255)[None].repeat(40, 0).astype(np.uint8)])
+    clear = np.dstack(
+        [photograph(), np.where(np.arange(60) < 30, 0, 255)[None].repeat(40, 0).astype(np.uint8)]
+    )
     Image.fromarray(clear).save(tmp_path / "train" / "transparent" / "a.png")
     folder = open_images(str(tmp_path / "train"), "train")
     order = [path.split("/")[-2] for path in folder.paths]
     seen = dict(zip(order, map(folder.load, range(3))))
-    assert np.array_equal(seen["upright"], photograph()) and np.array_equal(seen["turned"], photograph())
-    assert (seen["transparent"][:, :30] == 255).all() and np.array_equal(seen["transparent"][:, 30:], photograph()[:, 30:])
+    assert np.array_equal(seen["upright"], photograph()) and np.array_equal(
+        seen["turned"], photograph()
+    )
+    assert (seen["transparent"][:, :30] == 255).all() and np.array_equal(
+        seen["transparent"][:, 30:], photograph()[:, 30:]
+    )
     for side in (0, 30):
         target = str(tmp_path / f"{side}.safetensors")
         pack(folder, target, side, 95, 1, lambda count: None)
@@ -121,7 +156,9 @@ def pipe(tmp_path):
 def test_a_named_pipe_is_no_image_and_hangs_nothing(pipe):
     with pytest.raises(UserError, match="not a regular file"):
         read_image(str(pipe / "ant" / "pipe.jpg"))
-    run = execute(["python3", "train.py", f"--data_path={pipe}", f"--output_path={pipe}/out"], timeout=60)
+    run = execute(
+        ["python3", "train.py", f"--data_path={pipe}", f"--output_path={pipe}/out"], timeout=60
+    )
     assert run.status == 2 and len(run.error_lines) == 1, run
 
 

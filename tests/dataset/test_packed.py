@@ -9,10 +9,9 @@ import safetensors.numpy
 from conftest import TINY, execute, make_config, write_image_folder
 
 from src.dataset.batches import TrainBatches
-from src.dataset.packed import PackedImages, part_name
-from src.dataset.packing import pack
+from src.dataset.packed import PackedImages, pack, part_name
 from src.dataset.sources import open_images
-from src.models.formats import read_weights
+from src.models.weight_files import read_weights
 from src.utils.errors import UserError
 
 
@@ -32,12 +31,18 @@ def test_packed_batches_are_those_of_the_folder(images, tmp_path):
     folder = tmp_path / "a folder, 50 % #1?"
     folder.mkdir()
     packed = packed_into(folder / "train.safetensors", images)
-    assert set(os.listdir(folder)) == {"train.safetensors", "train.safetensors.1", "train.safetensors.2"}
+    assert set(os.listdir(folder)) == {
+        "train.safetensors",
+        "train.safetensors.1",
+        "train.safetensors.2",
+    }
     config = make_config(image_size=32, per_batch_size=7, max_epoch=2)
     ours, theirs = TrainBatches(packed, config, 0, 1), TrainBatches(images, config, 0, 1)
     assert len(ours) == len(theirs) and packed.class_to_index == images.class_to_index
     for item in range(len(ours)):
-        assert np.array_equal(ours[item].images, theirs[item].images) and np.array_equal(ours[item].labels, theirs[item].labels)
+        assert np.array_equal(ours[item].images, theirs[item].images) and np.array_equal(
+            ours[item].labels, theirs[item].labels
+        )
 
 
 def test_the_safetensors_library_reads_the_same(images, tmp_path):
@@ -45,7 +50,10 @@ def test_the_safetensors_library_reads_the_same(images, tmp_path):
     tensors = safetensors.numpy.load_file(tmp_path / "a.safetensors")
     assert tensors["labels"].tolist() == images.labels.tolist()
     for index, path in enumerate(images.paths):
-        assert tensors["images"][tensors["ends"][index]:tensors["ends"][index + 1]].tobytes() == open(path, "rb").read()
+        assert (
+            tensors["images"][tensors["ends"][index] : tensors["ends"][index + 1]].tobytes()
+            == open(path, "rb").read()
+        )
 
 
 def test_long_images_are_resized_and_short_ones_keep_their_bytes(tmp_path):
@@ -53,7 +61,11 @@ def test_long_images_are_resized_and_short_ones_keep_their_bytes(tmp_path):
     cv2.imwrite(str(tmp_path / "train" / "a" / "small.png"), np.zeros((20, 30, 3), np.uint8))
     images = open_images(str(tmp_path / "train"), "train")
     packed = packed_into(tmp_path / "a.safetensors", images, short_side=25)
-    assert [packed.load(index).shape for index in range(3)] == [(25, 40, 3), (25, 40, 3), (20, 30, 3)]
+    assert [packed.load(index).shape for index in range(3)] == [
+        (25, 40, 3),
+        (25, 40, 3),
+        (20, 30, 3),
+    ]
     assert packed.packed.encoded(2).tobytes() == open(images.paths[2], "rb").read()
     # Resizing keeps the picture: mean colours agree to a grey level or two.
     assert np.abs(packed.load(0).mean(axis=(0, 1)) - images.load(0).mean(axis=(0, 1))).max() < 2
@@ -70,11 +82,18 @@ def test_interrupted_packing_keeps_whole_parts(images, tmp_path):
     after = {number: os.stat(part_name(path, number)).st_mtime_ns for number in range(3)}
     assert after[0] == times[0] and after[2] == times[2] and after[1] != times[1]
     part = part_name(path, 1)
-    tensors, about = safetensors.numpy.load_file(part), safetensors.safe_open(part, "numpy").metadata()
-    safetensors.numpy.save_file(tensors, part, {**about, "description": about["description"].replace('"source": ', '"source": 1')})
+    tensors, about = (
+        safetensors.numpy.load_file(part),
+        safetensors.safe_open(part, "numpy").metadata(),
+    )
+    safetensors.numpy.save_file(
+        tensors,
+        part,
+        {**about, "description": about["description"].replace('"source": ', '"source": 1')},
+    )
     with pytest.raises(UserError, match=r"train.safetensors.1' is a part of another set"):
         PackedImages(path)
-    with pytest.raises(UserError, match="of other images or options"):
+    with pytest.raises(UserError, match="with other images or options"):
         packed_into(path, images, short_side=25)
 
 
@@ -82,20 +101,44 @@ def test_damaged_and_foreign_files_are_refused(images, tmp_path):
     path = tmp_path / "train.safetensors"
     packed_into(path, images, part_images=100)
     content = path.read_bytes()
-    tensors, about = safetensors.numpy.load_file(path), safetensors.safe_open(path, "numpy").metadata()
-    foreign = (({}, about), (tensors, {}), ({**tensors, "ends": tensors["ends"] - 1}, about),
-               ({**tensors, "ends": tensors["ends"][::-1].copy()}, about),
-               ({**tensors, "ends": tensors["ends"].astype(np.uint64)}, about),
-               (tensors, {**about, "description": about["description"].replace('"parts": 1', '"parts": "1"')}),
-               ({**tensors, "labels": tensors["labels"] + 9}, about), ({**tensors, "labels": tensors["labels"][1:]}, about),
-               (tensors, {**about, "names": "[" * 5000}), (tensors, {**about, "description": "[]"}),
-               (tensors, {**about, "description": about["description"].replace('"ant": 0', '"ant": 0, "x": 1000000')}))
-    for damaged in (b"", b"text", content[:100], content[:-1], b"\xff" * 8 + content[8:],
-                    *(safetensors.numpy.save(*written) for written in foreign)):
+    tensors, about = (
+        safetensors.numpy.load_file(path),
+        safetensors.safe_open(path, "numpy").metadata(),
+    )
+    foreign = (
+        ({}, about),
+        (tensors, {}),
+        ({**tensors, "ends": tensors["ends"] - 1}, about),
+        ({**tensors, "ends": tensors["ends"][::-1].copy()}, about),
+        ({**tensors, "ends": tensors["ends"].astype(np.uint64)}, about),
+        (
+            tensors,
+            {**about, "description": about["description"].replace('"parts": 1', '"parts": "1"')},
+        ),
+        ({**tensors, "labels": tensors["labels"] + 9}, about),
+        ({**tensors, "labels": tensors["labels"][1:]}, about),
+        (tensors, {**about, "names": "[" * 5000}),
+        (tensors, {**about, "description": "[]"}),
+        (
+            tensors,
+            {
+                **about,
+                "description": about["description"].replace('"ant": 0', '"ant": 0, "x": 1000000'),
+            },
+        ),
+    )
+    for damaged in (
+        b"",
+        b"text",
+        content[:100],
+        content[:-1],
+        b"\xff" * 8 + content[8:],
+        *(safetensors.numpy.save(*written) for written in foreign),
+    ):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"train.safetensors' is .*damaged.*pack_dataset"):
             open_images(str(path), "train")
-        with pytest.raises(UserError, match="is there already"):
+        with pytest.raises(UserError, match="already exists"):
             packed_into(path, images, part_images=100)
         assert path.read_bytes() == damaged
 
@@ -103,7 +146,10 @@ def test_damaged_and_foreign_files_are_refused(images, tmp_path):
 def test_a_set_is_known_by_its_name_or_by_what_it_is_said_to_be(images, tmp_path):
     packed_into(tmp_path / "TRAIN.SAFETENSORS", images)
     for number in range(3):
-        os.rename(part_name(tmp_path / "TRAIN.SAFETENSORS", number), part_name(tmp_path / "renamed", number))
+        os.rename(
+            part_name(tmp_path / "TRAIN.SAFETENSORS", number),
+            part_name(tmp_path / "renamed", number),
+        )
     assert len(open_images(str(tmp_path / "renamed"), "train", "packed")) == len(images)
 
 
@@ -124,30 +170,62 @@ def test_a_set_of_the_earlier_format_says_what_to_do(tmp_path):
 @pytest.mark.slow
 def test_training_from_packed_files_is_training_from_the_folder(image_root, tmp_path):
     for split in ("train", "val"):
-        run = execute(["python3", "scripts/pack_dataset.py", f"--data_path={image_root}", f"--split={split}",
-                       f"--result_path={tmp_path}/{split}.safetensors"])
+        run = execute(
+            [
+                "python3",
+                "scripts/pack_dataset.py",
+                f"--data_path={image_root}",
+                f"--split={split}",
+                f"--result_path={tmp_path}/{split}.safetensors",
+            ]
+        )
         assert run.status == 0 and "verified" in run.out, run
     metrics = []
     for number, data in enumerate((f"{image_root}/train", f"{tmp_path}/train.safetensors")):
-        run = execute(["python3", "train.py", f"--data_path={data}", f"--output_path={tmp_path}/{number}", *TINY, "--max_epoch=2",
-                       "--lr=0.02", "--run_eval=1"])
+        run = execute(
+            [
+                "python3",
+                "train.py",
+                f"--data_path={data}",
+                f"--output_path={tmp_path}/{number}",
+                *TINY,
+                "--max_epoch=2",
+                "--lr=0.02",
+                "--run_eval=1",
+            ]
+        )
         assert run.status == 0, run
-        metrics.append([line.rpartition("images/s")[2] + line.partition(" images/s")[0].rpartition(" ")[0]
-                        for line in run.out.splitlines() if line.startswith("epoch ") and "TOP1" in line])
+        metrics.append(
+            [
+                line.rpartition("images/s")[2] + line.partition(" images/s")[0].rpartition(" ")[0]
+                for line in run.out.splitlines()
+                if line.startswith("epoch ") and "TOP1" in line
+            ]
+        )
     assert metrics[0] == metrics[1] and len(metrics[0]) == 2
 
 
-@pytest.mark.parametrize("flags,words", [
-    (["--data_path=/nowhere", "--result_path=a.safetensors"], "/nowhere"),
-    (["--data_path=digits"], "--result_path"),
-    (["--data_path=digits", "--result_path=a.mindrecord"], "must end"),
-    (["--data_path=digits", "--result_path=/proc/none/a.safetensors"], "cannot write '/proc/none/a.safetensors'"),
-    (["--data_path=digits", "--result_path=/etc/passwd/a.safetensors"], "cannot write '/etc/passwd/a.safetensors'"),
-    (["--data_path=digits", f"--result_path={'a' * 243}.safetensors"], "File name too long"),
-    (["--data_path=digits", "--result_path=a.safetensors", "--quality=101"], "--quality"),
-])
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        (["--data_path=/nowhere", "--result_path=a.safetensors"], "/nowhere"),
+        (["--data_path=digits"], "--result_path"),
+        (["--data_path=digits", "--result_path=a.mindrecord"], "must end"),
+        (
+            ["--data_path=digits", "--result_path=/proc/none/a.safetensors"],
+            "cannot write '/proc/none/a.safetensors'",
+        ),
+        (
+            ["--data_path=digits", "--result_path=/etc/passwd/a.safetensors"],
+            "cannot write '/etc/passwd/a.safetensors'",
+        ),
+        (["--data_path=digits", f"--result_path={'a' * 243}.safetensors"], "File name too long"),
+        (["--data_path=digits", "--result_path=a.safetensors", "--quality=101"], "--quality"),
+    ],
+)
 def test_wrong_packing_commands_are_one_line(tmp_path, flags, words):
     from conftest import ROOT
+
     run = execute(["python3", ROOT / "scripts" / "pack_dataset.py", *flags], cwd=tmp_path)
     assert run.status == 2 and len(run.error_lines) == 1 and words in run.error_lines[0], run
     assert not list(tmp_path.iterdir())

@@ -9,7 +9,8 @@ from PIL import Image
 
 from src.dataset.decoding import read_image
 from src.dataset.image_set import ImageSet
-from src.dataset.sources import left_out_line, open_images, validation_path
+from src.dataset.sources import open_images
+from src.dataset.splits import left_out_message, validation_path
 from src.utils.errors import UserError
 
 
@@ -28,7 +29,9 @@ def test_missing_class_does_not_shift_labels(broken_copy):
     for file in (broken_copy / "val" / "bee").iterdir():
         file.unlink()
     (broken_copy / "val" / "bee").rmdir()
-    images = open_images(str(broken_copy / "val"), "val", class_to_index={"ant": 0, "bee": 1, "cat": 2})
+    images = open_images(
+        str(broken_copy / "val"), "val", class_to_index={"ant": 0, "bee": 1, "cat": 2}
+    )
     assert set(images.labels.tolist()) == {0, 2} and images.num_classes == 3
 
 
@@ -56,7 +59,9 @@ def test_bad_line_of_a_list_is_named(tmp_path):
 def test_cifar10_binary_records(tmp_path):
     record = np.arange(3 * 32 * 32) % 251
     for number in range(1, 6):
-        np.concatenate([[number], record]).astype(np.uint8).tofile(tmp_path / f"data_batch_{number}.bin")
+        np.concatenate([[number], record]).astype(np.uint8).tofile(
+            tmp_path / f"data_batch_{number}.bin"
+        )
     images = open_images(str(tmp_path), "train")
     assert images.labels.tolist() == [1, 2, 3, 4, 5] and images.num_classes == 10
     # The format: 1,024 red, then green, then blue values, row by row (CIFAR-10 binary version).
@@ -79,37 +84,55 @@ def write_python_cifar(folder, parts, labels, meta, names):
     random, pixels = np.random.default_rng(0), []
     for number, part in enumerate(parts):
         pixels.append(random.integers(0, 256, (3, 3072), np.uint8))
-        (folder / part).write_bytes(pickle.dumps({labels: [number, 1, 2], "data": pixels[-1], "filenames": ["a", "b", "c"]}, protocol=2))
+        (folder / part).write_bytes(
+            pickle.dumps(
+                {labels: [number, 1, 2], "data": pixels[-1], "filenames": ["a", "b", "c"]},
+                protocol=2,
+            )
+        )
     (folder / meta[0]).write_bytes(pickle.dumps({meta[1]: names}, protocol=2))
     return np.concatenate(pixels)
 
 
 @pytest.mark.parametrize("inside", [True, False])
 def test_cifar10_in_its_python_form(tmp_path, inside):
-    """As torchvision unpacks it, in `cifar-10-batches-py`; given by that folder or by the one around it."""
+    """CIFAR-10 as torchvision unpacks it, given by its folder or the one around it."""
     names = [f"kind{label}" for label in range(10)]
     parts = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
-    pixels = write_python_cifar(tmp_path / PYTHON_10, parts, "labels", ("batches.meta", "label_names"), names)
+    pixels = write_python_cifar(
+        tmp_path / PYTHON_10, parts, "labels", ("batches.meta", "label_names"), names
+    )
     place = str(tmp_path / PYTHON_10 if inside else tmp_path)
     train, val = open_images(place, "train"), open_images(place, "val")
-    assert (len(train), len(val)) == (15, 3) and list(train.class_to_index) == names and val.labels.tolist() == [5, 1, 2]
+    assert (
+        (len(train), len(val)) == (15, 3)
+        and list(train.class_to_index) == names
+        and val.labels.tolist() == [5, 1, 2]
+    )
     assert np.array_equal(train.load(4), pixels[4].reshape(3, 32, 32).transpose(1, 2, 0))
     assert validation_path(place) == place
 
 
 def test_cifar100_in_both_forms(tmp_path):
     names = [f"kind{label}" for label in range(100)]
-    pixels = write_python_cifar(tmp_path / PYTHON_100, ["train", "test"], "fine_labels", ("meta", "fine_label_names"), names)
+    pixels = write_python_cifar(
+        tmp_path / PYTHON_100, ["train", "test"], "fine_labels", ("meta", "fine_label_names"), names
+    )
     binary = tmp_path / "binary"
     binary.mkdir()
     for number, part in enumerate(("train", "test")):
-        rows = [np.concatenate([[9, label], row]) for label, row in zip((number, 1, 2), pixels[3 * number:])]
+        rows = [
+            np.concatenate([[9, label], row])
+            for label, row in zip((number, 1, 2), pixels[3 * number :])
+        ]
         np.stack(rows).astype(np.uint8).tofile(binary / f"{part}.bin")
     (binary / "fine_label_names.txt").write_text("\n".join(names))
     for part in ("train", "val"):
         python, of_binary = open_images(str(tmp_path), part), open_images(str(binary), part)
         assert python.num_classes == 100 and python.class_to_index == of_binary.class_to_index
-        assert np.array_equal(python.labels, of_binary.labels) and np.array_equal(python.pixels, of_binary.pixels)
+        assert np.array_equal(python.labels, of_binary.labels) and np.array_equal(
+            python.pixels, of_binary.pixels
+        )
 
 
 class _Runs:
@@ -117,13 +140,25 @@ class _Runs:
         return os.system, ("touch ran",)
 
 
-@pytest.mark.parametrize("content,message", [
-    (pickle.dumps(_Runs()), "posix.system|nt.system"), (pickle.dumps({"data": _Runs()}), "posix.system|nt.system"), (b"", "damaged"),
-    (pickle.dumps({"labels": [1], "data": np.zeros((2, 3072), np.uint8)}), "does not hold"), (pickle.dumps([1]), "does not hold a table"),
-    (pickle.dumps({"labels": [1], "data": np.zeros((1, 3072), np.float32)}), "does not hold"), (pickle.dumps({"data": 1}), "does not hold"),
-    (pickle.dumps({"labels": [77], "data": np.zeros((1, 3072), np.uint8)}), "labels that CIFAR-10 does not have"),
-])
-def test_a_python_cifar_that_is_damaged_or_would_run_code_is_refused(tmp_path, monkeypatch, content, message):
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        (pickle.dumps(_Runs()), "posix.system|nt.system"),
+        (pickle.dumps({"data": _Runs()}), "posix.system|nt.system"),
+        (b"", "damaged"),
+        (pickle.dumps({"labels": [1], "data": np.zeros((2, 3072), np.uint8)}), "does not hold"),
+        (pickle.dumps([1]), "does not hold a table"),
+        (pickle.dumps({"labels": [1], "data": np.zeros((1, 3072), np.float32)}), "does not hold"),
+        (pickle.dumps({"data": 1}), "does not hold"),
+        (
+            pickle.dumps({"labels": [77], "data": np.zeros((1, 3072), np.uint8)}),
+            "labels that CIFAR-10 does not have",
+        ),
+    ],
+)
+def test_a_python_cifar_that_is_damaged_or_would_run_code_is_refused(
+    tmp_path, monkeypatch, content, message
+):
     monkeypatch.chdir(tmp_path)
     for number in range(1, 6):
         (tmp_path / f"data_batch_{number}").write_bytes(content)
@@ -142,7 +177,10 @@ def test_a_split_is_stratified_repeats_and_shares_no_image():
         assert np.count_nonzero(part.labels == label) == round(0.1 * count)
     again, other = images.split(0.1, seed=7)[1], images.split(0.1, seed=8)[1]
     assert again.paths == part.paths and other.paths != part.paths
-    assert all(part.labels[place] == images.labels[images.paths.index(path)] for place, path in enumerate(part.paths))
+    assert all(
+        part.labels[place] == images.labels[images.paths.index(path)]
+        for place, path in enumerate(part.paths)
+    )
 
 
 def test_a_split_of_arrays_keeps_images_and_labels_together():
@@ -152,8 +190,14 @@ def test_a_split_of_arrays_keeps_images_and_labels_together():
     deeper, deepest = train.split(0.5, seed=1)
     assert (len(train), len(part)) == (14, 6)
     for found in (train, part, deeper, deepest):
-        assert [int(found.load(place)[0, 0, 0]) % 2 for place in range(len(found))] == found.labels.tolist()
-    seen = [int(found.load(place)[0, 0, 0]) for found in (part, deeper, deepest) for place in range(len(found))]
+        assert [
+            int(found.load(place)[0, 0, 0]) % 2 for place in range(len(found))
+        ] == found.labels.tolist()
+    seen = [
+        int(found.load(place)[0, 0, 0])
+        for found in (part, deeper, deepest)
+        for place in range(len(found))
+    ]
     assert sorted(seen) == list(range(20))
 
 
@@ -166,23 +210,39 @@ def test_the_only_image_of_a_class_stays_in_training():
 def test_digits_are_the_1797_of_uci():
     train, val = open_images("digits", "train"), open_images("digits", "val")
     assert len(train) + len(val) == 1797 and train.num_classes == 10
-    # Images per digit as scikit-learn documents them ("~180" each); these are load_digits' own counts.
+    # Images per digit as scikit-learn documents them ("~180" each); these are load_digits' own
+    # counts.
     assert (np.bincount(train.labels) + np.bincount(val.labels)).tolist() == [
-        178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+        178,
+        182,
+        177,
+        183,
+        181,
+        182,
+        181,
+        179,
+        174,
+        180,
+    ]
 
 
-@pytest.mark.parametrize("make,message", [
-    (lambda root: root / "nowhere", "does not exist"),
-    (lambda root: root, "is empty"),
-    (lambda root: (root / "a.jpg").write_text("x") and root, "no class folders"),
-    (lambda root: (root / "ant").mkdir() or root, "has no images"),
-])
+@pytest.mark.parametrize(
+    "make,message",
+    [
+        (lambda root: root / "nowhere", "does not exist"),
+        (lambda root: root, "is empty"),
+        (lambda root: (root / "a.jpg").write_text("x") and root, "no class folders"),
+        (lambda root: (root / "ant").mkdir() or root, "has no images"),
+    ],
+)
 def test_unusable_folder_is_one_clear_error(tmp_path, make, message):
     with pytest.raises(UserError, match=message):
         open_images(str(make(tmp_path)), "train")
 
 
-@pytest.mark.parametrize("content", [b"", b"this is text, not a picture", b"\xff\xd8\xff\xe0garbage"])
+@pytest.mark.parametrize(
+    "content", [b"", b"this is text, not a picture", b"\xff\xd8\xff\xe0garbage"]
+)
 def test_undecodable_image_is_named(tmp_path, content):
     (tmp_path / "bad.jpg").write_bytes(content)
     with pytest.raises(UserError, match="bad.jpg"):
@@ -204,9 +264,17 @@ def test_what_looks_like_an_image_and_is_left_out_is_counted_and_named(broken_co
     os.mkfifo(bee / "pipe.jpg")
     images = open_images(str(broken_copy / "train"), "train")
     assert len(images) == 48 and len(images.left_out) == 4
-    line = left_out_line(images, "training")
-    assert "4 files or linked folders" in line and ".heic" in line and ".jpg" in line and "linked folder" in line
-    assert str(bee / "a.heic") in line and left_out_line(open_images(str(broken_copy / "val"), "val"), "") is None
+    line = left_out_message(images, "training")
+    assert (
+        "4 files or linked folders" in line
+        and ".heic" in line
+        and ".jpg" in line
+        and "linked folder" in line
+    )
+    assert (
+        str(bee / "a.heic") in line
+        and left_out_message(open_images(str(broken_copy / "val"), "val"), "") is None
+    )
 
 
 def test_gif_and_avif_are_read(tmp_path):
@@ -216,10 +284,19 @@ def test_gif_and_avif_are_read(tmp_path):
     images = open_images(str(tmp_path), "train")
     assert len(images) == 2
     for index in range(2):
-        assert images.load(index).shape == (6, 8, 3) and abs(int(images.load(index)[2, 2, 0]) - 200) < 12
+        assert (
+            images.load(index).shape == (6, 8, 3)
+            and abs(int(images.load(index)[2, 2, 0]) - 200) < 12
+        )
 
 
 def test_labels_that_contradict_the_class_folders_are_refused(broken_copy):
-    (broken_copy / "val_list.txt").write_text("val/ant/002.jpg 0\nval/bee/000.jpg 2\nval/cat/000.jpg 1\n")
-    with pytest.raises(UserError, match="2 of 3 labels contradict.*bee/000.jpg, labelled 2, while 'bee' is class 1"):
-        open_images(str(broken_copy / "val_list.txt"), "val", class_to_index={"ant": 0, "bee": 1, "cat": 2})
+    (broken_copy / "val_list.txt").write_text(
+        "val/ant/002.jpg 0\nval/bee/000.jpg 2\nval/cat/000.jpg 1\n"
+    )
+    with pytest.raises(
+        UserError, match="2 of 3 labels contradict.*bee/000.jpg, labelled 2, while 'bee' is class 1"
+    ):
+        open_images(
+            str(broken_copy / "val_list.txt"), "val", class_to_index={"ant": 0, "bee": 1, "cat": 2}
+        )

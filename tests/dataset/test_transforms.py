@@ -33,10 +33,15 @@ def test_random_parts_have_the_seeds_area_and_aspect():
 
 def test_aspect_of_random_parts_is_uniform_in_its_logarithm():
     random = sample_generator(0, 0, 0)
-    parts = [_random_part(random, 300, 400, (0.1, 0.4), (0.75, 1.333)) for _ in range(4000)]  # all of them fit
+    parts = [
+        _random_part(random, 300, 400, (0.1, 0.4), (0.75, 1.333)) for _ in range(4000)
+    ]  # all of them fit
     logs = np.log([w / h for _, _, w, h in parts])
     low, high = math.log(0.75), math.log(1.333)
-    assert abs(logs.mean() - (low + high) / 2) < 0.01 and abs(logs.std() - (high - low) / math.sqrt(12)) < 0.005
+    assert (
+        abs(logs.mean() - (low + high) / 2) < 0.01
+        and abs(logs.std() - (high - low) / math.sqrt(12)) < 0.005
+    )
 
 
 def test_jitter_of_zero_strength_changes_nothing(image):
@@ -45,7 +50,9 @@ def test_jitter_of_zero_strength_changes_nothing(image):
 
 def test_brightness_is_uniform_in_its_range():
     grey = np.full((4, 4, 3), 100, np.uint8)
-    values = [color_jitter(grey, sample_generator(0, 0, i), 0.4, 0, 0)[0, 0, 0] for i in range(2000)]
+    values = [
+        color_jitter(grey, sample_generator(0, 0, i), 0.4, 0, 0)[0, 0, 0] for i in range(2000)
+    ]
     assert min(values) >= 60 and max(values) <= 140
     assert abs(np.mean(values) - 100) < 2 and abs(np.std(values) - 80 / math.sqrt(12)) < 1
 
@@ -53,7 +60,10 @@ def test_brightness_is_uniform_in_its_range():
 def test_padded_crop_moves_by_at_most_the_padding():
     image = np.zeros((8, 8, 3), np.uint8)
     image[4, 4] = 255
-    places = {tuple(np.argwhere(padded_crop(image, sample_generator(0, 0, i), 2)[:, :, 0])[0]) for i in range(500)}
+    places = {
+        tuple(np.argwhere(padded_crop(image, sample_generator(0, 0, i), 2)[:, :, 0])[0])
+        for i in range(500)
+    }
     assert places == {(y, x) for y in range(2, 7) for x in range(2, 7)}
 
 
@@ -67,16 +77,26 @@ def test_evaluation_resizes_to_256_and_crops_the_central_224():
 
 
 def _pillow(picture, filter, size=224, side=256):
-    """torchvision's Resize(side), CenterCrop(size) of a Pillow image, written from their documentation."""
+    """torchvision's Resize(side), CenterCrop(size) of a Pillow image.
+
+    Written from their documentation.
+    """
     width, height = picture.size
-    resized = (side, int(side * height / width)) if width < height else (int(side * width / height), side)
+    resized = (
+        (side, int(side * height / width)) if width < height else (int(side * width / height), side)
+    )
     left, top = (round((length - size) / 2) for length in resized)
     return np.asarray(picture.resize(resized, filter).crop((left, top, left + size, top + size)))
 
 
 @pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize("interpolation,filter", [("bilinear", Image.Resampling.BILINEAR), ("bicubic", Image.Resampling.BICUBIC)])
-def test_shorter_side_with_antialias_is_torchvisions_to_the_bit(interpolation, filter, turned, measured, tmp_path):
+@pytest.mark.parametrize(
+    "interpolation,filter",
+    [("bilinear", Image.Resampling.BILINEAR), ("bicubic", Image.Resampling.BICUBIC)],
+)
+def test_shorter_side_with_antialias_is_torchvisions_to_the_bit(
+    interpolation, filter, turned, measured, tmp_path
+):
     file = PHOTOGRAPH
     if turned:
         file = tmp_path / "turned.png"
@@ -84,22 +104,34 @@ def test_shorter_side_with_antialias_is_torchvisions_to_the_bit(interpolation, f
     config = make_config(eval_resize_mode="shorter_side", antialias=1, interpolation=interpolation)
     found = eval_transform(read_image(str(file)), config)
     difference = np.abs(found.astype(int) - _pillow(Image.open(file).convert("RGB"), filter)).max()
-    measured(f"evaluation preprocessing of a photograph, {interpolation}: largest difference from Pillow's {difference} of 255")
+    measured(
+        f"evaluation preprocessing of a photograph, {interpolation}: largest difference from "
+        f"Pillow's {difference} of 255"
+    )
     assert difference == 0
 
 
 def test_square_without_antialias_is_mindspores_to_the_bit():
     vision = pytest.importorskip("mindspore.dataset.vision")
-    theirs = vision.CenterCrop((224, 224))(vision.Resize((256, 256))(vision.Decode()(np.fromfile(PHOTOGRAPH, np.uint8))))
+    theirs = vision.CenterCrop((224, 224))(
+        vision.Resize((256, 256))(vision.Decode()(np.fromfile(PHOTOGRAPH, np.uint8)))
+    )
     assert np.array_equal(eval_transform(read_image(str(PHOTOGRAPH)), make_config()), theirs)
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_resizing_without_antialias_is_pytorchs_to_one_level(interpolation):
-    torch = pytest.importorskip("torch", reason="PyTorch, a development-only dependency, is not installed")
+    torch = pytest.importorskip(
+        "torch", reason="PyTorch, a development-only dependency, is not installed"
+    )
     image = read_image(str(PHOTOGRAPH))
     pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float()
-    theirs = torch.nn.functional.interpolate(pixels, size=(300, 256), mode=interpolation).clamp(0, 255)[0].permute(1, 2, 0).numpy()
+    theirs = (
+        torch.nn.functional.interpolate(pixels, size=(300, 256), mode=interpolation)
+        .clamp(0, 255)[0]
+        .permute(1, 2, 0)
+        .numpy()
+    )
     assert np.abs(Resizing(interpolation)(image, 300, 256) - theirs).max() <= 1.01
 
 

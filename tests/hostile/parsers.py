@@ -2,9 +2,10 @@
 
     python3 tests/hostile/parsers.py [--files=2000] [--seed=0] [--jobs=CORES]
 
-Each file is loaded by a process of its own, so that a crash is seen and counted. Prints per format how many were refused in one
-line, loaded all the same, ended in another kind of error (a defect of ours), crashed (theirs), or did not end. The exit status is 1
-after a defect of ours; docs/troubleshooting.md says what follows from crashes.
+Each file is loaded by a process of its own, so that a crash is seen and counted. Prints per format
+how many were refused in one line, loaded all the same, ended in another kind of error (a defect of
+ours), crashed (theirs), or did not end. The exit status is 1 after a defect of ours;
+docs/troubleshooting.md says what follows from crashes.
 """
 
 import argparse
@@ -36,14 +37,25 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for suffix, (whole, load) in make_files(Path(folder)).items():
             draw = random.Random(f"{options.seed} {suffix}")
-            ends = load_all(options.files, options.jobs, load, Path(folder), suffix, lambda draw=draw, whole=whole: damaged(draw, whole))
+            ends = load_all(
+                options.files,
+                options.jobs,
+                load,
+                Path(folder),
+                suffix,
+                lambda draw=draw, whole=whole: damaged(draw, whole),
+            )
             counts = collections.Counter(ends)
             signals = collections.Counter(signal.Signals(-end).name for end in ends if end < 0)
             for number in (number for number, end in enumerate(ends) if end == OTHER):
                 print(f"FAILED {suffix} number {number}", flush=True)
             crashed = sum(count for ended, count in counts.items() if ended < 0)
-            print(f"parsers format={suffix} files={options.files} refused={counts[REFUSED]} loaded={counts[LOADED]} "
-                  f"defects={counts[OTHER]} crashed={crashed} {dict(signals) or ''}".rstrip(), flush=True)
+            print(
+                f"parsers format={suffix} files={options.files} refused={counts[REFUSED]} "
+                f"loaded={counts[LOADED]} "
+                f"defects={counts[OTHER]} crashed={crashed} {dict(signals) or ''}".rstrip(),
+                flush=True,
+            )
             defects += counts[OTHER]
     sys.exit(bool(defects))
 
@@ -54,34 +66,51 @@ def make_files(folder):
     import numpy as np
     from mindspore import Tensor, float32
 
-    from src.inference.engines import NetworkEngine, exported_metadata, guarded, load_mindir
-    from src.inference.onnx_engine import OnnxEngine, export_quietly, write_onnx
-    from src.models.build import build_model
-    from src.models.formats import read_weights
-    from src.utils.config import load_config
+    from src.cli.recipes import load_config
+    from src.inference.backends import MindSporeBackend, exported_metadata, load_mindir, naming_file
+    from src.inference.onnx import OnnxBackend, export_quietly, write_onnx
+    from src.models.create import create_model
+    from src.models.weight_files import read_weights
 
     config = load_config({"data_path": "x", "image_size": "32"})
-    export_quietly(build_model("cifar_quick", 10).set_train(False), Tensor(shape=[None, 3, 32, 32], dtype=float32), folder / "a.mindir", "MINDIR")
-    write_onnx(build_model("cifar_quick", 10).set_train(False), folder / "a.onnx", {"config": {}}, 32)
+    export_quietly(
+        create_model("cifar_quick", 10).set_train(False),
+        Tensor(shape=[None, 3, 32, 32], dtype=float32),
+        folder / "a.mindir",
+        "MINDIR",
+    )
+    write_onnx(
+        create_model("cifar_quick", 10).set_train(False), folder / "a.onnx", {"config": {}}, 32
+    )
     with h5py.File(folder / "a.hdf5", "w") as file:
-        for parameter in build_model("cifar_quick", 10).get_parameters():
+        for parameter in create_model("cifar_quick", 10).get_parameters():
             file.create_dataset(parameter.name, data=parameter.asnumpy())
     images = np.zeros((1, 32, 32, 3), np.uint8)
-    loads = {".mindir": lambda file: guarded(NetworkEngine(load_mindir(file), config), file)(images),
-             ".onnx": lambda file: (exported_metadata(file), guarded(OnnxEngine(file, config), file)(images)),
-             ".hdf5": read_weights}
+    loads = {
+        ".mindir": lambda file: naming_file(MindSporeBackend(load_mindir(file), config), file)(
+            images
+        ),
+        ".onnx": lambda file: (
+            exported_metadata(file),
+            naming_file(OnnxBackend(file, config), file)(images),
+        ),
+        ".hdf5": read_weights,
+    }
     return {suffix: ((folder / f"a{suffix}").read_bytes(), load) for suffix, load in loads.items()}
 
 
 def damaged(draw, whole):
-    """Cut off, bytes changed (mostly near the beginning, where names and sizes are), or a part repeated."""
+    """``content`` cut off, with bytes changed, or with a part repeated.
+
+    Most changed bytes are near the beginning, where names and sizes are.
+    """
     content = bytearray(whole)
     kind = draw.randrange(4)
     if kind == 0:
-        return bytes(content[:draw.randrange(len(content))])
+        return bytes(content[: draw.randrange(len(content))])
     if kind == 1:
         start = draw.randrange(len(content))
-        content[start:start] = content[start:start + draw.randint(1, 200)]
+        content[start:start] = content[start : start + draw.randint(1, 200)]
         return bytes(content)
     for _ in range(draw.choice([1, 1, 5, 50])):
         place = draw.randrange(len(content) if kind == 2 else min(4000, len(content)))
@@ -90,7 +119,10 @@ def damaged(draw, whole):
 
 
 def load_all(count, jobs, load, folder, suffix, make):
-    """How the loads of ``count`` damaged files ended, in order: REFUSED, LOADED, OTHER, or minus the number of the signal."""
+    """How loading each of ``count`` damaged files ended.
+
+    REFUSED, LOADED, OTHER, or minus the number of the signal.
+    """
     ends, running = [0] * count, {}
     for number in range(count):
         file = folder / f"damaged{number}{suffix}"
@@ -107,6 +139,7 @@ def load_all(count, jobs, load, folder, suffix, make):
 def start_child(load, file):
     """Start a process that loads ``file`` and ends with what came of it; its number."""
     from src.utils.errors import UserError
+
     child = os.fork()
     if child == 0:
         null = os.open(os.devnull, os.O_RDWR)

@@ -1,6 +1,9 @@
-"""Several hosts on one Linux machine: network namespaces on one bridge, each with a host name, an address, /dev/shm and an ssh server.
+"""Several hosts on one Linux machine.
 
-Files are shared, as on a cluster. Needs root, iproute2, openssh-server, openssh-client and util-linux; ``missing`` says what is not here.
+Network namespaces on one bridge, each with a host name, an address, /dev/shm and an ssh server.
+
+Files are shared, as on a cluster. Needs root, iproute2, openssh-server, openssh-client and
+util-linux; ``missing`` says what is not here.
 """
 
 import contextlib
@@ -22,10 +25,18 @@ def missing():
     """Why there can be no hosts here, or None."""
     if os.geteuid() != 0:
         return "making network namespaces needs root"
-    absent = [name for name in ("ip", "tc", "ssh", "ssh-keygen", "nsenter", "unshare", _SSHD) if shutil.which(name) is None]
+    absent = [
+        name
+        for name in ("ip", "tc", "ssh", "ssh-keygen", "nsenter", "unshare", _SSHD)
+        if shutil.which(name) is None
+    ]
     if absent:
-        return f"not installed: {', '.join(absent)} (Debian: iproute2, openssh-server, openssh-client)"
-    probe = subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True, text=True)
+        return (
+            f"not installed: {', '.join(absent)} (Debian: iproute2, openssh-server, openssh-client)"
+        )
+    probe = subprocess.run(
+        ["unshare", "--net", "--uts", "--mount", "true"], capture_output=True, text=True
+    )
     return f"the system refuses namespaces: {probe.stderr.strip()}" if probe.returncode else None
 
 
@@ -52,40 +63,84 @@ class Rig:
 
     def __exit__(self, *exception):
         for number, name in enumerate(self._names, 1):
-            found = subprocess.run(["ip", "netns", "pids", self._namespace(name)], capture_output=True, text=True).stdout.split()
+            found = subprocess.run(
+                ["ip", "netns", "pids", self._namespace(name)], capture_output=True, text=True
+            ).stdout.split()
             for process in found:
                 with contextlib.suppress(OSError):
                     os.kill(int(process), signal.SIGKILL)
             if name in self._holders:
                 self._holders[name].wait()
-            for command in (["netns", "del", self._namespace(name)], ["link", "del", f"{self._bridge}{number}"]):
+            for command in (
+                ["netns", "del", self._namespace(name)],
+                ["link", "del", f"{self._bridge}{number}"],
+            ):
                 subprocess.run(["ip", *command], capture_output=True)
             shutil.rmtree(Path("/etc/netns") / self._namespace(name), ignore_errors=True)
         subprocess.run(["ip", "link", "del", self._bridge], capture_output=True)
 
     def on(self, name, *command, cwd):
         """The words that run ``command`` on host ``name``."""
-        return ["nsenter", "-t", str(self._holders[name].pid), "--net", "--uts", "--mount", f"--wd={cwd}", *command]
+        return [
+            "nsenter",
+            "-t",
+            str(self._holders[name].pid),
+            "--net",
+            "--uts",
+            "--mount",
+            f"--wd={cwd}",
+            *command,
+        ]
 
     def link(self, name, up):
         """Connect or cut host ``name``."""
         _run("ip", "link", "set", f"{self._bridge}{name[1:]}", "up" if up else "down")
 
     def limit(self, rate):
-        """Let no host send or receive faster than ``rate`` (as tc writes it, "1gbit"); None takes the limit away."""
+        """Let no host send or receive faster than ``rate`` (as tc writes it, "1gbit").
+
+        None takes the limit away.
+        """
         for number, name in enumerate(self._names, 1):
-            for prefix, device in (([], f"{self._bridge}{number}"), (["ip", "netns", "exec", self._namespace(name)], "eth0")):
-                subprocess.run([*prefix, "tc", "qdisc", "del", "dev", device, "root"], capture_output=True)
+            for prefix, device in (
+                ([], f"{self._bridge}{number}"),
+                (["ip", "netns", "exec", self._namespace(name)], "eth0"),
+            ):
+                subprocess.run(
+                    [*prefix, "tc", "qdisc", "del", "dev", device, "root"], capture_output=True
+                )
                 if rate is not None:
                     # A token bucket; netem, which has delays, is not in every kernel.
-                    _run(*prefix, "tc", "qdisc", "add", "dev", device, "root", "tbf", "rate", rate, "burst", "256k", "latency", "50ms")
+                    _run(
+                        *prefix,
+                        "tc",
+                        "qdisc",
+                        "add",
+                        "dev",
+                        device,
+                        "root",
+                        "tbf",
+                        "rate",
+                        rate,
+                        "burst",
+                        "256k",
+                        "latency",
+                        "50ms",
+                    )
 
     def processes(self, name):
         """{process number: command line} of what runs on host ``name``, its ssh server apart."""
         found = {}
-        for process in subprocess.run(["ip", "netns", "pids", self._namespace(name)], capture_output=True, text=True).stdout.split():
+        for process in subprocess.run(
+            ["ip", "netns", "pids", self._namespace(name)], capture_output=True, text=True
+        ).stdout.split():
             with contextlib.suppress(OSError):
-                words = (Path("/proc") / process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                words = (
+                    (Path("/proc") / process / "cmdline")
+                    .read_bytes()
+                    .replace(b"\0", b" ")
+                    .decode(errors="replace")
+                )
                 if words and "sshd" not in words.split(" ")[0]:
                     found[int(process)] = words
         return found
@@ -93,7 +148,9 @@ class Rig:
     def power_off(self, name):
         """Take host ``name`` away, with everything that runs on it, without a word to anybody."""
         self.link(name, up=False)
-        for process in subprocess.run(["ip", "netns", "pids", self._namespace(name)], capture_output=True, text=True).stdout.split():
+        for process in subprocess.run(
+            ["ip", "netns", "pids", self._namespace(name)], capture_output=True, text=True
+        ).stdout.split():
             with contextlib.suppress(OSError):
                 os.kill(int(process), signal.SIGKILL)
         self._holders.pop(name).wait()
@@ -102,7 +159,7 @@ class Rig:
 
     @property
     def environment(self):
-        """By which mpirun reaches the hosts with the rig's key, in place of a user's own ssh configuration."""
+        """Lets mpirun reach the hosts with the rig's key, without the user's ssh configuration."""
         return {"PRTE_MCA_plm_ssh_agent": str(self._folder / "ssh")}
 
     def _namespace(self, name):
@@ -114,30 +171,56 @@ class Rig:
         shutil.copy(self._folder / "user.pub", self._folder / "authorized")
         (self._folder / "authorized").chmod(0o600)
         ssh = self._folder / "ssh"
-        ssh.write_text(f"#!/bin/sh\nexec ssh -i {self._folder}/user -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null "
-                       '-o LogLevel=ERROR -o BatchMode=yes "$@"\n')
+        ssh.write_text(
+            f"#!/bin/sh\nexec ssh -i {self._folder}/user -o StrictHostKeyChecking=no -o "
+            "UserKnownHostsFile=/dev/null "
+            '-o LogLevel=ERROR -o BatchMode=yes "$@"\n'
+        )
         ssh.chmod(0o755)
 
     def _make_host(self, number, name):
-        inside, port, address = self._namespace(name), f"{self._bridge}{number}", f"{self._network}.{number}"
+        inside, port, address = (
+            self._namespace(name),
+            f"{self._bridge}{number}",
+            f"{self._network}.{number}",
+        )
         own = Path("/etc/netns") / inside
         own.mkdir(parents=True)
-        (own / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{self._network}.{i} {n}\n" for i, n in enumerate(self._names, 1)))
+        (own / "hosts").write_text(
+            "127.0.0.1 localhost\n"
+            + "".join(f"{self._network}.{i} {n}\n" for i, n in enumerate(self._names, 1))
+        )
         _run("ip", "netns", "add", inside)
         _run("ip", "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", inside)
         _run("ip", "link", "set", port, "master", self._bridge, "up")
-        for command in (["addr", "add", f"{address}/24", "dev", "eth0"], ["link", "set", "eth0", "up"], ["link", "set", "lo", "up"]):
+        for command in (
+            ["addr", "add", f"{address}/24", "dev", "eth0"],
+            ["link", "set", "eth0", "up"],
+            ["link", "set", "lo", "up"],
+        ):
             _run("ip", "-n", inside, *command)
         files = {key: self._folder / f"{name}.{key}" for key in ("pid", "conf", "log")}
-        files["conf"].write_text(f"ListenAddress {address}\nHostKey {self._folder}/host\nAuthorizedKeysFile {self._folder}/authorized\n"
-                                 f"PermitRootLogin yes\nStrictModes no\nUsePAM no\nPidFile {files['pid']}\n")
+        files["conf"].write_text(
+            f"ListenAddress {address}\nHostKey {self._folder}/host\nAuthorizedKeysFile "
+            f"{self._folder}/authorized\n"
+            f"PermitRootLogin yes\nStrictModes no\nUsePAM no\nPidFile {files['pid']}\n"
+        )
         Path("/run/sshd").mkdir(exist_ok=True)
-        server = f"hostname {name}; mount -t tmpfs tmpfs /dev/shm; exec {_SSHD} -D -f {files['conf']} -E {files['log']}"
-        self._holders[name] = subprocess.Popen(["ip", "netns", "exec", inside, "unshare", "--uts", "--mount", "bash", "-c", server],
-                                               stdin=subprocess.DEVNULL, start_new_session=True)
+        server = (
+            f"hostname {name}; mount -t tmpfs tmpfs /dev/shm; exec {_SSHD} -D -f {files['conf']} "
+            f"-E {files['log']}"
+        )
+        self._holders[name] = subprocess.Popen(
+            ["ip", "netns", "exec", inside, "unshare", "--uts", "--mount", "bash", "-c", server],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         deadline = time.monotonic() + _PATIENCE_S
         while not files["pid"].exists():
-            assert time.monotonic() < deadline, f"no ssh server on {name}: {files['log'].read_text() if files['log'].exists() else ''}"
+            assert time.monotonic() < deadline, (
+                f"no ssh server on {name}: "
+                f"{files['log'].read_text() if files['log'].exists() else ''}"
+            )
             time.sleep(0.05)
 
 

@@ -8,12 +8,12 @@ import pytest
 from conftest import TINY, execute, mpirun, randomise
 from mindspore import Tensor
 
-from src.inference.engines import guarded
+from src.inference.backends import naming_file
 from src.inference.export import export_checkpoint, network_size
-from src.models.build import build_model
-from src.models.formats import read_weights
-from src.models.fusion import fuse
+from src.models.create import create_model
 from src.models.networks import NETWORKS
+from src.models.reparam import fuse
+from src.models.weight_files import read_weights
 from src.runs.checkpoint import save_checkpoint
 from src.utils.errors import UserError
 
@@ -23,35 +23,69 @@ def export(*flags, **environment):
 
 
 def evaluated(path, image_root, tmp_path, ranks=1):
-    command = ["eval.py", f"--data_path={image_root}/val", f"--checkpoint_file_path={path}", f"--result_path={tmp_path}/r.json"]
+    command = [
+        "eval.py",
+        f"--data_path={image_root}/val",
+        f"--checkpoint_file_path={path}",
+        f"--result_path={tmp_path}/r.json",
+    ]
     run = execute(["python3", *command]) if ranks == 1 else mpirun(ranks, *command)
     assert run.status == 0, run
     (result,) = json.loads((tmp_path / "r.json").read_text())
     return result["top1"], result["top5"], result["images"]
 
 
-# Found by the wrong worlds of tests/hostile: each library reports a full disk in its own way, safetensors by an exception of its own.
-@pytest.mark.parametrize("file_format", [*(pytest.param(name, marks=pytest.mark.extended) for name in ("CKPT", "MINDIR", "ONNX")),
-                                         pytest.param("SAFETENSORS", marks=pytest.mark.slow)])
-def test_no_room_for_the_exported_file_is_one_line_and_leaves_nothing(file_format, trained_run, tmp_path):
+# Found by the wrong worlds of tests/hostile: each library reports a full disk in its own way,
+# safetensors by an exception of its own.
+@pytest.mark.parametrize(
+    "file_format",
+    [
+        *(pytest.param(name, marks=pytest.mark.extended) for name in ("CKPT", "MINDIR", "ONNX")),
+        pytest.param("SAFETENSORS", marks=pytest.mark.slow),
+    ],
+)
+def test_no_room_for_the_exported_file_is_one_line_and_leaves_nothing(
+    file_format, trained_run, tmp_path
+):
     target = tmp_path / f"net.{file_format.lower()}"
-    words = f"python3 export.py --checkpoint_file_path={trained_run}/best.ckpt --file_format={file_format} --result_path={target}"
+    words = (
+        f"python3 export.py --checkpoint_file_path={trained_run}/best.ckpt "
+        f"--file_format={file_format} --result_path={target}"
+    )
     run = execute(["bash", "-c", f"ulimit -f 100; exec {words}"])
-    assert run.status == 2 and len(run.error_lines) == 1 and f"cannot write '{target}'" in run.error_lines[0], run
+    assert (
+        run.status == 2
+        and len(run.error_lines) == 1
+        and f"cannot write '{target}'" in run.error_lines[0]
+    ), run
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("file_format", ["CKPT", pytest.param("MINDIR", marks=pytest.mark.slow),
-                                         pytest.param("ONNX", marks=pytest.mark.slow),
-                                         pytest.param("SAFETENSORS", marks=pytest.mark.slow)])
-def test_exported_network_evaluates_like_the_trained_one(file_format, trained_run, image_root, tmp_path):
+@pytest.mark.parametrize(
+    "file_format",
+    [
+        "CKPT",
+        pytest.param("MINDIR", marks=pytest.mark.slow),
+        pytest.param("ONNX", marks=pytest.mark.slow),
+        pytest.param("SAFETENSORS", marks=pytest.mark.slow),
+    ],
+)
+def test_exported_network_evaluates_like_the_trained_one(
+    file_format, trained_run, image_root, tmp_path
+):
     if file_format == "ONNX":
         pytest.importorskip("onnxruntime", reason="ONNX is an optional extra")
     target = tmp_path / f"net.{file_format.lower()}"
     tmp_path.chmod(0o755)
-    run = export(f"--checkpoint_file_path={trained_run}/best.ckpt", f"--file_format={file_format}", f"--result_path={target}")
+    run = export(
+        f"--checkpoint_file_path={trained_run}/best.ckpt",
+        f"--file_format={file_format}",
+        f"--result_path={target}",
+    )
     assert tmp_path.stat().st_mode & 0o777 == 0o755
-    assert run.status == 0 and "largest relative difference" in run.out and "multiply-adds" in run.out, run
+    assert (
+        run.status == 0 and "largest relative difference" in run.out and "multiply-adds" in run.out
+    ), run
     expected = evaluated(trained_run / "best.ckpt", image_root, tmp_path)
     assert expected[2] == 67 and evaluated(target, image_root, tmp_path) == expected
     if file_format == "ONNX":
@@ -60,48 +94,71 @@ def test_exported_network_evaluates_like_the_trained_one(file_format, trained_ru
 
 # Unfused exports take long to compile; these have each kind of layer.
 @pytest.mark.slow
-@pytest.mark.parametrize("name,size,fused", [
-    ("alexnet", 80, True), ("resnet18", 32, True), ("resnext50_32x4d", 32, True), ("alexnet", 80, False), ("resnet18", 32, False),
-    *(pytest.param(name, 32, True, marks=pytest.mark.extended) for name in ("wrn16_8_cifar", "vgg16_cifar", "resnet56_cifar"))])
+@pytest.mark.parametrize(
+    "name,size,fused",
+    [
+        ("alexnet", 80, True),
+        ("resnet18", 32, True),
+        ("resnext50_32x4d", 32, True),
+        ("alexnet", 80, False),
+        ("resnet18", 32, False),
+        *(
+            pytest.param(name, 32, True, marks=pytest.mark.extended)
+            for name in ("wrn16_8_cifar", "vgg16_cifar", "resnet56_cifar")
+        ),
+    ],
+)
 def test_every_network_exports_to_onnx(name, size, fused, tmp_path):
-    """Trained blocks have one-sided paddings, which MindSpore's exporter writes in the wrong order."""
+    """MindSpore's exporter writes the one-sided paddings of trained blocks in the wrong order."""
     pytest.importorskip("onnxruntime", reason="ONNX is an optional extra")
-    network = build_model(name, 10, "acb", image_size=size)
+    network = create_model(name, 10, "acb", image_size=size)
     randomise(network)
     path = tmp_path / "net.ckpt"
     save_checkpoint(path, network.get_parameters(), {})
     flags = {"network": name, "image_size": str(size)}
-    exported = export_checkpoint(path, flags, "ONNX", fused)
+    exported = export_checkpoint(path, flags, "ONNX", fuses=fused)
     assert 0 < exported.difference < 1e-4
 
 
 def test_safetensors_have_torchvisions_names(tmp_path):
-    network = build_model("resnet18", 10)
+    network = create_model("resnet18", 10)
     save_checkpoint(tmp_path / "net.ckpt", network.get_parameters(), {})
-    export_checkpoint(tmp_path / "net.ckpt", {"network": "resnet18", "image_size": "32"}, "SAFETENSORS")
+    export_checkpoint(
+        tmp_path / "net.ckpt", {"network": "resnet18", "image_size": "32"}, "SAFETENSORS"
+    )
     arrays, _ = read_weights(tmp_path / "net.safetensors")
     ours = {p.name: p.asnumpy() for p in network.get_parameters()}
     assert np.array_equal(arrays["layer1.0.bn2.weight"], ours["layer1.0.conv2.norm.gamma"])
-    assert {"conv1.weight", "bn1.running_mean", "layer2.0.downsample.0.weight", "fc.bias"} <= set(arrays)
+    assert {"conv1.weight", "bn1.running_mean", "layer2.0.downsample.0.weight", "fc.bias"} <= set(
+        arrays
+    )
 
 
 # Giga multiply-adds that torchvision documents for its models at 224 x 224.
-@pytest.mark.parametrize("name,published", [("alexnet", 0.71), ("resnet18", 1.81), ("resnext50_32x4d", 4.23)])
+@pytest.mark.parametrize(
+    "name,published", [("alexnet", 0.71), ("resnet18", 1.81), ("resnext50_32x4d", 4.23)]
+)
 def test_multiply_adds_are_the_published_ones(name, published):
-    size = network_size(build_model(name, 1000), 224)
-    assert size.multiply_adds / 1e9 == pytest.approx(published, abs=0.005) and size == NETWORKS[name].size
+    size = network_size(create_model(name, 1000), 224)
+    assert (
+        size.multiply_adds / 1e9 == pytest.approx(published, abs=0.005)
+        and size == NETWORKS[name].size
+    )
 
 
 @pytest.mark.extended
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_table_of_networks_says_what_they_cost(name):
     side = NETWORKS[name].image_size
-    assert network_size(build_model(name, 10 if side == 32 else 1000), side) == NETWORKS[name].size
+    assert network_size(create_model(name, 10 if side == 32 else 1000), side) == NETWORKS[name].size
 
 
 def test_fusion_brings_parameters_and_work_back_to_the_plain_network():
-    network = build_model("cifar_quick", 10, "acb")
-    plain, fused = network_size(build_model("cifar_quick", 10), 32), network_size(fuse(network), 32)
+    network = create_model("cifar_quick", 10, "acb")
+    plain, fused = (
+        network_size(create_model("cifar_quick", 10), 32),
+        network_size(fuse(network), 32),
+    )
     assert fused.multiply_adds == plain.multiply_adds
     # A bias in place of scale and offset.
     assert fused.parameters == plain.parameters - (32 + 32 + 64)
@@ -111,24 +168,37 @@ def test_fusion_brings_parameters_and_work_back_to_the_plain_network():
 
 @pytest.mark.parametrize("file_format", ["CKPT", "SAFETENSORS", "MINDIR"])
 def test_a_file_that_differs_is_removed(file_format, tmp_path, monkeypatch):
-    network = build_model("cifar_quick", 10, "acb")
+    network = create_model("cifar_quick", 10, "acb")
     randomise(network)
     save_checkpoint(tmp_path / "net.ckpt", network.get_parameters(), {})
     monkeypatch.setattr("src.inference.export._TOLERANCE", 0.0)
     with pytest.raises(UserError, match="differs from the checkpoint by"):
-        export_checkpoint(tmp_path / "net.ckpt", {"network": "cifar_quick", "image_size": "32"}, file_format)
+        export_checkpoint(
+            tmp_path / "net.ckpt", {"network": "cifar_quick", "image_size": "32"}, file_format
+        )
     assert [file.name for file in tmp_path.iterdir()] == ["net.ckpt"]
 
 
 @pytest.mark.slow
 def test_wrong_checkpoint_or_folder_leaves_no_file(tmp_path, trained_run):
     (tmp_path / "text.ckpt").write_text("no checkpoint")
-    run = export(f"--checkpoint_file_path={tmp_path}/text.ckpt", f"--result_path={tmp_path}/out.ckpt")
-    assert run.status == 2 and len(run.error_lines) == 1 and "not a MindSpore checkpoint" in run.error_lines[0], run
+    run = export(
+        f"--checkpoint_file_path={tmp_path}/text.ckpt", f"--result_path={tmp_path}/out.ckpt"
+    )
+    assert (
+        run.status == 2
+        and len(run.error_lines) == 1
+        and "not a MindSpore checkpoint" in run.error_lines[0]
+    ), run
     for file_format in ("CKPT", "ONNX", "MINDIR", "SAFETENSORS"):
-        run = export(f"--checkpoint_file_path={trained_run}/best.ckpt", f"--result_path={tmp_path}/text.ckpt/out.{file_format.lower()}",
-                     f"--file_format={file_format}")
-        assert run.status == 2 and len(run.error_lines) == 1 and "cannot write" in run.error_lines[0], run
+        run = export(
+            f"--checkpoint_file_path={trained_run}/best.ckpt",
+            f"--result_path={tmp_path}/text.ckpt/out.{file_format.lower()}",
+            f"--file_format={file_format}",
+        )
+        assert (
+            run.status == 2 and len(run.error_lines) == 1 and "cannot write" in run.error_lines[0]
+        ), run
     assert [file.name for file in tmp_path.iterdir()] == ["text.ckpt"]
     run = export(f"--checkpoint_file_path={trained_run}/best.ckpt", "--file_format=TFLITE")
     assert run.status == 2 and "file_format=TFLITE" in run.error_lines[0], run
@@ -137,43 +207,91 @@ def test_wrong_checkpoint_or_folder_leaves_no_file(tmp_path, trained_run):
 def test_damaged_deployed_files_are_one_line(tmp_path):
     for name in ("a.onnx", "a.mindir"):
         (tmp_path / name).write_bytes(b"\x08\x07garbage" * 20)
-        run = execute(["python3", "eval.py", f"--checkpoint_file_path={tmp_path}/{name}", "--data_path=digits", *TINY])
-        assert run.status == 2 and len(run.error_lines) == 1 and "damaged" in run.error_lines[0], run
+        run = execute(
+            [
+                "python3",
+                "eval.py",
+                f"--checkpoint_file_path={tmp_path}/{name}",
+                "--data_path=digits",
+                *TINY,
+            ]
+        )
+        assert run.status == 2 and len(run.error_lines) == 1 and "damaged" in run.error_lines[0], (
+            run
+        )
 
 
 def test_an_error_while_computing_an_exported_file_names_it():
     def broken(images):
         raise RuntimeError("\n- internal -\n")
+
     with pytest.raises(UserError, match="'a.onnx' cannot be computed; it is damaged"):
-        guarded(broken, "a.onnx")(None)
+        naming_file(broken, "a.onnx")(None)
 
 
 @pytest.mark.slow
 def test_eight_bits_are_as_good_and_smaller(trained_run, image_root, tmp_path):
     pytest.importorskip("onnxruntime")
-    words = ["python3", "export.py", f"--checkpoint_file_path={trained_run}/best.ckpt", "--quantize=int8"]
+    words = [
+        "python3",
+        "export.py",
+        f"--checkpoint_file_path={trained_run}/best.ckpt",
+        "--quantize=int8",
+    ]
     run = execute([*words, "--file_format=ONNX", f"--result_path={tmp_path}/net.onnx"])
     assert run.status == 0, run
     found = {}
     for line in run.out.splitlines()[-2:]:
-        line = re.fullmatch(r"(\w+): top1=([\d.]+),top5=[\d.]+, [\d.]+ images/s, ([\d.]+) MB, (\S+)", line)
+        line = re.fullmatch(
+            r"(\w+): top1=([\d.]+),top5=[\d.]+, [\d.]+ images/s, ([\d.]+) MB, (\S+)", line
+        )
         kind, top1, size, file = line.groups()
         found[kind] = float(top1), float(size), file
-    assert found["int8"][2] == f"{tmp_path}/net_int8.onnx" and found["int8"][1] < 0.5 * found["float32"][1]
+    assert (
+        found["int8"][2] == f"{tmp_path}/net_int8.onnx"
+        and found["int8"][1] < 0.5 * found["float32"][1]
+    )
     assert abs(found["int8"][0] - found["float32"][0]) < 4
-    again = execute(["python3", "eval.py", f"--checkpoint_file_path={tmp_path}/net_int8.onnx", f"--data_path={image_root}/val"])
+    again = execute(
+        [
+            "python3",
+            "eval.py",
+            f"--checkpoint_file_path={tmp_path}/net_int8.onnx",
+            f"--data_path={image_root}/val",
+        ]
+    )
     assert again.status == 0 and f"acc={found['int8'][0]:.2f}%(TOP1)" in again.out, again
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file_format", ["CKPT", "MINDIR", "ONNX"])
 def test_a_name_without_its_ending_is_one_line(trained_run, tmp_path, file_format):
-    run = execute(["python3", "export.py", f"--checkpoint_file_path={trained_run}/best.ckpt", f"--file_format={file_format}",
-                   f"--result_path={tmp_path}/net"])
-    assert run.status == 2 and len(run.error_lines) == 1 and f".{file_format.lower()}" in run.error_lines[0], run
+    run = execute(
+        [
+            "python3",
+            "export.py",
+            f"--checkpoint_file_path={trained_run}/best.ckpt",
+            f"--file_format={file_format}",
+            f"--result_path={tmp_path}/net",
+        ]
+    )
+    assert (
+        run.status == 2
+        and len(run.error_lines) == 1
+        and f".{file_format.lower()}" in run.error_lines[0]
+    ), run
     assert not list(tmp_path.iterdir())
 
 
 def test_quantize_needs_onnx(trained_run):
-    run = execute(["python3", "export.py", f"--checkpoint_file_path={trained_run}/best.ckpt", "--quantize=int8"])
-    assert run.status == 2 and len(run.error_lines) == 1 and "--file_format=ONNX" in run.error_lines[0], run
+    run = execute(
+        [
+            "python3",
+            "export.py",
+            f"--checkpoint_file_path={trained_run}/best.ckpt",
+            "--quantize=int8",
+        ]
+    )
+    assert (
+        run.status == 2 and len(run.error_lines) == 1 and "--file_format=ONNX" in run.error_lines[0]
+    ), run

@@ -17,18 +17,25 @@ from conftest import ROOT, execute, user_environment
 
 pytest.importorskip("uvicorn")
 
-from src.inference.engines import NetworkEngine, open_engines  # noqa: E402
+from src.inference.backends import MindSporeBackend, open_backends  # noqa: E402
 from src.inference.export import export_checkpoint  # noqa: E402
-from src.inference.onnx_engine import OnnxEngine  # noqa: E402
+from src.inference.onnx import OnnxBackend  # noqa: E402
 from src.inference.serving import LARGEST_BODY, Batcher, Busy  # noqa: E402
+from src.kernels.library import KernelChoice  # noqa: E402
 
 
 class Server:
     """A serve.py that takes requests; ``port`` is its own."""
 
     def __init__(self, *flags):
-        self.process = subprocess.Popen(["python3", "serve.py", "--port=0", *map(str, flags)], cwd=ROOT, env=user_environment(), text=True,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.process = subprocess.Popen(
+            ["python3", "serve.py", "--port=0", *map(str, flags)],
+            cwd=ROOT,
+            env=user_environment(),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         line = self.process.stdout.readline()
         self.port = int(re.search(r"on http://127\.0\.0\.1:(\d+)/", line)[1])
 
@@ -38,7 +45,9 @@ class Server:
         connection.request(method, path, body, headers)
         answer = connection.getresponse()
         text = answer.read().decode()
-        return answer.status, json.loads(text) if answer.headers["content-type"] == "application/json" else text
+        return answer.status, json.loads(text) if answer.headers[
+            "content-type"
+        ] == "application/json" else text
 
     def stop(self):
         self.process.send_signal(signal.SIGTERM)
@@ -57,23 +66,38 @@ def server(trained_run):
 @pytest.mark.slow
 def test_answers_are_those_of_predict(server, trained_run, image_root, tmp_path):
     names = sorted(map(str, (image_root / "val" / "bee").iterdir()))[:5]
-    run = execute(["python3", "predict.py", f"--checkpoint_file_path={trained_run}/best.ckpt", *names, f"--result_path={tmp_path}/p.json"])
+    run = execute(
+        [
+            "python3",
+            "predict.py",
+            f"--checkpoint_file_path={trained_run}/best.ckpt",
+            *names,
+            f"--result_path={tmp_path}/p.json",
+        ]
+    )
     assert run.status == 0, run
     for name, expected in zip(names, json.loads((tmp_path / "p.json").read_text())):
         with open(name, "rb") as file:
             status, answer = server.request("POST", "/predict", file.read())
         assert status == 200
         found = {entry["class"]: entry["probability"] for entry in answer["predictions"]}
-        assert found == pytest.approx({entry["class"]: entry["probability"] for entry in expected["predictions"]}, abs=2e-6)
+        assert found == pytest.approx(
+            {entry["class"]: entry["probability"] for entry in expected["predictions"]}, abs=2e-6
+        )
 
 
 def test_many_clients_at_once_have_their_own_answers(server, image_root):
-    names = [str(file) for name in ("ant", "bee", "cat") for file in sorted((image_root / "val" / name).iterdir())[:20]]
+    names = [
+        str(file)
+        for name in ("ant", "bee", "cat")
+        for file in sorted((image_root / "val" / name).iterdir())[:20]
+    ]
     found = {}
 
     def ask(name):
         with open(name, "rb") as file:
             found[name] = server.request("POST", "/predict", file.read())
+
     before = server.request("GET", "/health")[1]
     threads = [threading.Thread(target=ask, args=(name,)) for name in names]
     for thread in threads:
@@ -87,18 +111,28 @@ def test_many_clients_at_once_have_their_own_answers(server, image_root):
     assert after["images"] - before["images"] == 60 and after["batches"] - before["batches"] <= 60
 
 
-@pytest.mark.parametrize("body,kind,status,word", [
-    (b"", "", 400, "--data-binary"), (b"text", "", 400, "can be decoded"), (b"\xff\xd8\xff" + bytes(1000), "image/jpeg", 400, ""),
-    (b"x" * (LARGEST_BODY + 1), "", 413, "20 MiB"), (b"--x\r\n\r\n--x--", "multipart/form-data; boundary=x", 400, "--data-binary"),
-])
+@pytest.mark.parametrize(
+    "body,kind,status,word",
+    [
+        (b"", "", 400, "--data-binary"),
+        (b"text", "", 400, "can be decoded"),
+        (b"\xff\xd8\xff" + bytes(1000), "image/jpeg", 400, ""),
+        (b"x" * (LARGEST_BODY + 1), "", 413, "20 MiB"),
+        (b"--x\r\n\r\n--x--", "multipart/form-data; boundary=x", 400, "--data-binary"),
+    ],
+)
 def test_what_is_no_picture_is_refused_in_words(server, body, kind, status, word):
-    found, answer = server.request("POST", "/predict", body, **({"Content-Type": kind} if kind else {}))
+    found, answer = server.request(
+        "POST", "/predict", body, **({"Content-Type": kind} if kind else {})
+    )
     assert found == status and word in answer["error"] and "\n" not in answer["error"]
     assert server.request("GET", "/health")[0] == 200
 
 
 def test_other_methods_and_places(server):
-    assert server.request("GET", "/predict")[0] == 405 and server.request("GET", "/nowhere")[0] == 404
+    assert (
+        server.request("GET", "/predict")[0] == 405 and server.request("GET", "/nowhere")[0] == 404
+    )
     status, text = server.request("GET", "/")
     assert status == 200 and "cifar_quick" in text and "NETWORK" not in text
 
@@ -119,8 +153,11 @@ def test_what_waits_is_one_batch_and_there_is_a_bound():
         found = await asyncio.gather(*asked, return_exceptions=True)
         running.cancel()
         return found
+
     found = asyncio.run(trial())
-    assert isinstance(found[20], Busy) and all(isinstance(answer, np.ndarray) for answer in found[:20])
+    assert isinstance(found[20], Busy) and all(
+        isinstance(answer, np.ndarray) for answer in found[:20]
+    )
     assert sizes == [16, 4]
 
 
@@ -132,6 +169,7 @@ def test_each_size_of_a_batch_takes_the_engine_that_is_fastest_for_it():
             time.sleep(of_batch + of_image * len(images))
             used.append(name)
             return np.zeros((len(images), 3), np.float32)
+
         return compute
 
     async def run():
@@ -142,21 +180,28 @@ def test_each_size_of_a_batch_takes_the_engine_that_is_fastest_for_it():
         await batcher.classify(np.zeros((8, 8, 3), np.uint8))
         await asyncio.gather(*[batcher.classify(np.zeros((8, 8, 3), np.uint8)) for _ in range(16)])
         running.cancel()
+
     asyncio.run(run())
     assert used == ["small", "large"]
 
 
 @pytest.mark.extended
 def test_a_checkpoint_has_both_engines_and_they_agree(trained_run, kernels, tmp_path):
+    choice = KernelChoice(kernels)
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
-    model, engines = open_engines(trained_run / "best.ckpt", {})
-    assert [type(engine) for engine in engines] == [NetworkEngine, OnnxEngine]
+    model, engines = open_backends(trained_run / "best.ckpt", {}, choice)
+    assert [type(engine) for engine in engines] == [MindSporeBackend, OnnxBackend]
     ours, theirs = (engine(images) for engine in engines)
-    assert ours.shape == (3, model.config.num_classes) and np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max()
-    for choice in ("mindspore", "onnx"):
-        assert len(open_engines(trained_run / "best.ckpt", {"eval_engine": choice})[1]) == 1
+    assert (
+        ours.shape == (3, model.config.num_classes)
+        and np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max()
+    )
+    for engine in ("mindspore", "onnx"):
+        assert (
+            len(open_backends(trained_run / "best.ckpt", {"eval_engine": engine}, choice)[1]) == 1
+        )
     export_checkpoint(trained_run / "best.ckpt", {}, "ONNX", target=str(tmp_path / "net.onnx"))
-    assert len(open_engines(tmp_path / "net.onnx", {})[1]) == 1
+    assert len(open_backends(tmp_path / "net.onnx", {}, choice)[1]) == 1
 
 
 def test_a_failing_engine_does_not_end_the_batcher():
@@ -172,17 +217,27 @@ def test_a_failing_engine_does_not_end_the_batcher():
             await batcher.classify(np.full((8, 8, 3), 1, np.uint8))
         assert (await batcher.classify(np.zeros((8, 8, 3), np.uint8))).tolist() == [0.5, 0.5]
         running.cancel()
+
     asyncio.run(trial())
 
 
 @pytest.mark.slow
 def test_a_request_that_was_accepted_is_answered_before_the_end(trained_run, tmp_path):
     # Large enough that its decoding lasts for a while.
-    cv2.imwrite(str(tmp_path / "large.png"), np.random.default_rng(0).integers(0, 255, (2000, 2200, 3), np.uint8))
+    cv2.imwrite(
+        str(tmp_path / "large.png"),
+        np.random.default_rng(0).integers(0, 255, (2000, 2200, 3), np.uint8),
+    )
     server = Server(f"--checkpoint_file_path={trained_run}/best.ckpt")
     answers = []
-    threads = [threading.Thread(target=lambda: answers.append(server.request("POST", "/predict", (tmp_path / "large.png").read_bytes())))
-               for _ in range(4)]
+    threads = [
+        threading.Thread(
+            target=lambda: answers.append(
+                server.request("POST", "/predict", (tmp_path / "large.png").read_bytes())
+            )
+        )
+        for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     while server.request("GET", "/health")[1]["images"] < 1:
@@ -190,21 +245,38 @@ def test_a_request_that_was_accepted_is_answered_before_the_end(trained_run, tmp
     status, out, err = server.stop()
     for thread in threads:
         thread.join()
-    assert status == 0 and "stopped; every request" in out and "error" not in err, (out, err)
+    assert status == 0 and "stopped; every accepted request" in out and "error" not in err, (
+        out,
+        err,
+    )
     assert [code for code, _ in answers] == [200] * 4
 
 
 @pytest.mark.slow
 def test_an_address_that_is_taken_is_one_line(server, trained_run):
-    run = execute(["python3", "serve.py", f"--checkpoint_file_path={trained_run}/best.ckpt", f"--port={server.port}"])
-    assert run.status == 2 and len(run.error_lines) == 1 and f"cannot serve on 127.0.0.1:{server.port}" in run.error_lines[0], run
+    run = execute(
+        [
+            "python3",
+            "serve.py",
+            f"--checkpoint_file_path={trained_run}/best.ckpt",
+            f"--port={server.port}",
+        ]
+    )
+    assert (
+        run.status == 2
+        and len(run.error_lines) == 1
+        and f"cannot serve on 127.0.0.1:{server.port}" in run.error_lines[0]
+    ), run
 
 
 @pytest.mark.extended
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_the_page_in_a_browser(server, image_root, tmp_path):
     classes = "[...document.querySelectorAll('#classes li')].map(item => item.innerText)"
-    settled = "new Promise(done => { const look = () => / ms$/.test(message.textContent) ? done() : setTimeout(look, 20); look() })"
+    settled = (
+        "new Promise(done => { const look = () => / ms$/.test(message.textContent) ? done() : "
+        "setTimeout(look, 20); look() })"
+    )
     with Browser(tmp_path, 390, 800) as browser:
         browser.open(f"http://127.0.0.1:{server.port}/")
         browser.choose_file("input", image_root / "val" / "bee" / "003.jpg")
@@ -215,12 +287,19 @@ def test_the_page_in_a_browser(server, image_root, tmp_path):
         # A picture that is dropped.
         data = list((image_root / "val" / "cat" / "003.jpg").read_bytes())
         browser.run(f"""(() => {{ message.textContent = ''; const transfer = new DataTransfer();
-            transfer.items.add(new File([new Uint8Array({data})], 'cat.jpg', {{type: 'image/jpeg'}}));
-            document.getElementById('place').dispatchEvent(new DragEvent('drop', {{dataTransfer: transfer, cancelable: true}})) }})()""")
+            const file = new File([new Uint8Array({data})], 'cat.jpg', {{type: 'image/jpeg'}});
+            transfer.items.add(file);
+            const drop = new DragEvent('drop', {{dataTransfer: transfer, cancelable: true}});
+            document.getElementById('place').dispatchEvent(drop) }})()""")
         browser.run(settled)
         assert browser.run(classes)[0].startswith("cat")
-        assert browser.run("document.documentElement.scrollWidth") <= 390 and browser.complaints == []
+        assert (
+            browser.run("document.documentElement.scrollWidth") <= 390 and browser.complaints == []
+        )
         (tmp_path / "text.jpg").write_text("text")
         browser.choose_file("input", tmp_path / "text.jpg")
-        browser.run("new Promise(done => { const look = () => message.className === 'bad' ? done() : setTimeout(look, 20); look() })")
+        browser.run(
+            "new Promise(done => { const look = () => message.className === 'bad' ? done() : "
+            "setTimeout(look, 20); look() })"
+        )
         assert "can be decoded" in browser.run("message.textContent") and browser.run(classes) == []

@@ -7,10 +7,10 @@ from mindspore import Tensor
 
 from src.models.acb import AsymmetricConvBlock
 from src.models.blocks import recognise_block
-from src.models.build import build_model
+from src.models.create import create_model
 from src.models.dbb import DiverseBranchBlock
-from src.models.fusion import BranchedConv, fuse
 from src.models.networks import NETWORKS
+from src.models.reparam import ReparamConv, fuse
 from src.models.repvgg import RepVGGBlock
 from src.utils.errors import UserError
 
@@ -20,7 +20,10 @@ def largest_relative_difference(found, expected):
 
 
 def convolve(x, kernel, bias, stride, padding, dilation, groups):
-    """Convolution in float64 by its definition: the reference that shares no code with the block."""
+    """Convolution in float64 by its definition.
+
+    The reference that shares no code with the block.
+    """
     x = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (padding,) * 2, (padding,) * 2))
     out_channels, in_group, k, _ = kernel.shape
     reach = dilation * (k - 1)
@@ -29,18 +32,30 @@ def convolve(x, kernel, bias, stride, padding, dilation, groups):
     per_group = out_channels // groups
     for i in range(k):
         for j in range(k):
-            window = x[:, :, i * dilation:i * dilation + stride * (rows - 1) + 1:stride,
-                       j * dilation:j * dilation + stride * (columns - 1) + 1:stride]
+            window = x[
+                :,
+                :,
+                i * dilation : i * dilation + stride * (rows - 1) + 1 : stride,
+                j * dilation : j * dilation + stride * (columns - 1) + 1 : stride,
+            ]
             for group in range(groups):
                 of_group = slice(group * per_group, (group + 1) * per_group)
-                out[:, of_group] += np.einsum("nchw,oc->nohw", window[:, group * in_group:(group + 1) * in_group],
-                                              kernel[of_group, :, i, j])
+                out[:, of_group] += np.einsum(
+                    "nchw,oc->nohw",
+                    window[:, group * in_group : (group + 1) * in_group],
+                    kernel[of_group, :, i, j],
+                )
     return out
 
 
 KINDS = {"acb": AsymmetricConvBlock, "repvgg": RepVGGBlock, "dbb": DiverseBranchBlock}
-GRID = [(k, padding, stride, groups) for k in (3, 5) for padding in range(k + 1) for stride in (1, 2)
-        for groups in (1, 32, 64)]
+GRID = [
+    (k, padding, stride, groups)
+    for k in (3, 5)
+    for padding in range(k + 1)
+    for stride in (1, 2)
+    for groups in (1, 32, 64)
+]
 
 
 def block_in_inference(kind, *arguments, **more):
@@ -48,7 +63,9 @@ def block_in_inference(kind, *arguments, **more):
     randomise(block)
     if kind == "dbb":  # which begins as the identity
         weight = block.inner_conv.weight
-        weight.set_data(Tensor(np.random.default_rng(3).normal(0, 0.1, weight.shape).astype(np.float32)))
+        weight.set_data(
+            Tensor(np.random.default_rng(3).normal(0, 0.1, weight.shape).astype(np.float32))
+        )
     return block.set_train(False)
 
 
@@ -74,7 +91,9 @@ def test_block_may_change_the_number_of_channels(kind, groups):
 
 
 @pytest.mark.parametrize("kind", ["acb", "repvgg"])
-@pytest.mark.parametrize("kernel_size,padding,dilation", [(3, 2, 2), (3, 1, 2), (5, 4, 2), (5, 0, 2)])
+@pytest.mark.parametrize(
+    "kernel_size,padding,dilation", [(3, 2, 2), (3, 1, 2), (5, 4, 2), (5, 0, 2)]
+)
 def test_dilated_block_equals_its_plain_convolution(kind, kernel_size, padding, dilation):
     block = block_in_inference(kind, 4, 4, kernel_size, 1, padding, dilation)
     x = np.random.default_rng(1).normal(size=(2, 4, 15, 13)).astype(np.float32)
@@ -84,38 +103,62 @@ def test_dilated_block_equals_its_plain_convolution(kind, kernel_size, padding, 
 
 def test_branches_are_those_of_the_papers():
     """Convolutions and batch norms of a 3x3 block from 4 to 4 channels."""
+
     def parts(block):
         cells = [cell for _, cell in block.cells_and_names()]
-        return (sorted(cell.kernel_size for cell in cells if type(cell).__name__ == "Conv2d"),
-                sum(type(cell).__name__ == "BatchNorm2d" for cell in cells))
+        return (
+            sorted(cell.kernel_size for cell in cells if type(cell).__name__ == "Conv2d"),
+            sum(type(cell).__name__ == "BatchNorm2d" for cell in cells),
+        )
+
     assert parts(AsymmetricConvBlock(4, 4, 3, padding=1)) == ([(1, 3), (3, 1), (3, 3)], 3)
     # The identity has a batch norm of its own, and is there only if the shape stays.
     assert parts(RepVGGBlock(4, 4, 3, padding=1)) == ([(1, 1), (3, 3)], 3)
-    assert parts(RepVGGBlock(4, 4, 3, stride=2, padding=1)) == parts(RepVGGBlock(4, 8, 3, padding=1)) == ([(1, 1), (3, 3)], 2)
-    assert parts(DiverseBranchBlock(4, 4, 3, padding=1)) == ([(1, 1), (1, 1), (1, 1), (3, 3), (3, 3)], 6)
+    assert (
+        parts(RepVGGBlock(4, 4, 3, stride=2, padding=1))
+        == parts(RepVGGBlock(4, 8, 3, padding=1))
+        == ([(1, 1), (3, 3)], 2)
+    )
+    assert parts(DiverseBranchBlock(4, 4, 3, padding=1)) == (
+        [(1, 1), (1, 1), (1, 1), (3, 3), (3, 3)],
+        6,
+    )
 
 
 def test_dbb_begins_with_an_identity_ahead_of_its_inner_convolution():
     block = DiverseBranchBlock(4, 4, 3, padding=1).set_train(False)
     x = Tensor(np.random.default_rng(0).normal(size=(1, 4, 5, 5)).astype(np.float32))
     expected = block.outer_conv(block.inner_bn.pad(x)).asnumpy() / (1 + 1e-5) ** 0.5
-    assert np.allclose(block.outer_conv(block.inner_bn(x + block.inner_conv(x))).asnumpy(), expected, atol=1e-4)
+    assert np.allclose(
+        block.outer_conv(block.inner_bn(x + block.inner_conv(x))).asnumpy(), expected, atol=1e-4
+    )
 
 
 FAST = {("cifar_quick", kind) for kind in KINDS} | {("resnet18", "acb")}
 
 
-def marks(name, kind):
+def key_patterns(name, kind):
     if (name, kind) in FAST:
         return ()
-    return (pytest.mark.slow,) if kind == "acb" or name in ("resnet18", "resnext50_32x4d", "alexnet") else (pytest.mark.extended,)
+    return (
+        (pytest.mark.slow,)
+        if kind == "acb" or name in ("resnet18", "resnext50_32x4d", "alexnet")
+        else (pytest.mark.extended,)
+    )
 
 
-@pytest.mark.parametrize("name,kind", [pytest.param(name, kind, marks=marks(name, kind))
-                                       for kind in KINDS for name in NETWORKS if name != "resnext101_32x4d"])
+@pytest.mark.parametrize(
+    "name,kind",
+    [
+        pytest.param(name, kind, marks=key_patterns(name, kind))
+        for kind in KINDS
+        for name in NETWORKS
+        if name != "resnext101_32x4d"
+    ],
+)
 def test_fused_network_equals_the_trained_one(name, kind, measured):
     size = 64 if name == "alexnet" else 32
-    network = build_model(name, 10, kind, image_size=size)
+    network = create_model(name, 10, kind, image_size=size)
     randomise(network)
     network.set_train(True)  # fusion must use running statistics whatever the mode
     fused = fuse(network)
@@ -124,25 +167,31 @@ def test_fused_network_equals_the_trained_one(name, kind, measured):
     difference = largest_relative_difference(fused(x).asnumpy(), network(x).asnumpy())
     measured(f"fusion of {name} with {kind}: largest relative difference {difference:.1e}")
     assert 0 < difference < 1e-4
-    expected = {p.name: p.shape for p in build_model(name, 10, kind, fused=True, image_size=size).get_parameters()}
+    expected = {
+        p.name: p.shape
+        for p in create_model(name, 10, kind, fused=True, image_size=size).get_parameters()
+    }
     assert {p.name: p.shape for p in fused.get_parameters()} == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_of_other_programs_are_recognised_by_their_names(kind):
-    names = [p.name for p in build_model("cifar_quick", 10, kind).get_parameters()]
+    names = [p.name for p in create_model("cifar_quick", 10, kind).get_parameters()]
     assert recognise_block(names) == (kind, False)
-    assert recognise_block(p.name for p in build_model("cifar_quick", 10).get_parameters()) == ("base", False)
+    assert recognise_block(p.name for p in create_model("cifar_quick", 10).get_parameters()) == (
+        "base",
+        False,
+    )
     assert recognise_block(["stage1.conv1.fused_conv.weight"]) == ("acb", True)
 
 
 def test_unknown_block_is_refused_with_the_nearest():
     with pytest.raises(UserError, match="unknown block=acbb .did you mean 'acb'"):
-        build_model("cifar_quick", 10, "acbb")
+        create_model("cifar_quick", 10, "acbb")
 
 
 def test_fusion_leaves_the_trained_network_alone():
-    network = build_model("cifar_quick", 10, "acb")
+    network = create_model("cifar_quick", 10, "acb")
     before = [(p.name, p.asnumpy().copy()) for p in network.get_parameters()]
     fuse(network)
     after = [(p.name, p.asnumpy()) for p in network.get_parameters()]
@@ -156,9 +205,18 @@ def test_gamma_init_scales_all_three_branches():
         assert np.allclose(batch_norm.gamma.asnumpy(), 1 / 3)
 
 
-@pytest.mark.parametrize("arguments,word", [
-    ({"kernel_size": 4}, "odd"), ({"kernel_size": 1}, "kernel_size"), ({"groups": 3}, "groups=3"),
-    ({"stride": 0}, "stride"), ({"padding": -1}, "padding"), ({"dilation": 0}, "dilation"), ({"kernel_size": (3, 3)}, "integer")])
+@pytest.mark.parametrize(
+    "arguments,word",
+    [
+        ({"kernel_size": 4}, "odd"),
+        ({"kernel_size": 1}, "kernel_size"),
+        ({"groups": 3}, "groups=3"),
+        ({"stride": 0}, "stride"),
+        ({"padding": -1}, "padding"),
+        ({"dilation": 0}, "dilation"),
+        ({"kernel_size": (3, 3)}, "integer"),
+    ],
+)
 def test_impossible_geometry_is_refused(arguments, word):
     with pytest.raises(ValueError, match=word):
         AsymmetricConvBlock(**{"in_channels": 4, "out_channels": 4, "kernel_size": 3, **arguments})
@@ -167,9 +225,14 @@ def test_impossible_geometry_is_refused(arguments, word):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_network_takes_blocks_at_3x3_and_5x5_only(kind):
     for name in NETWORKS:
-        network = build_model(name, 10, kind)
-        blocks = {path: cell for path, cell in network.cells_and_names() if isinstance(cell, BranchedConv)}
+        network = create_model(name, 10, kind)
+        blocks = {
+            path: cell for path, cell in network.cells_and_names() if isinstance(cell, ReparamConv)
+        }
         assert blocks and all(block.geometry["kernel_size"] in (3, 5) for block in blocks.values())
-        plain = [cell for path, cell in network.cells_and_names() if type(cell).__name__ == "Conv2d"
-                 and path.rpartition(".")[0] not in blocks]
+        plain = [
+            cell
+            for path, cell in network.cells_and_names()
+            if type(cell).__name__ == "Conv2d" and path.rpartition(".")[0] not in blocks
+        ]
         assert not any(cell.kernel_size in ((3, 3), (5, 5)) for cell in plain), name

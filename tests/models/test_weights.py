@@ -5,10 +5,10 @@ import pytest
 from conftest import randomise
 from mindspore import Tensor
 
-from src.models.build import build_model
-from src.models.formats import read_weights
-from src.models.fusion import fuse
+from src.models.create import create_model
 from src.models.networks import acnet_name, torch_name
+from src.models.reparam import fuse
+from src.models.weight_files import read_weights
 from src.models.weights import assign_weights, load_weights
 from src.runs.checkpoint import save_checkpoint
 from src.utils.errors import UserError
@@ -16,7 +16,7 @@ from src.utils.errors import UserError
 
 @pytest.fixture
 def saved(tmp_path):
-    network = build_model("cifar_quick", 10, "acb")
+    network = create_model("cifar_quick", 10, "acb")
     path = tmp_path / "cifar_quick-1_5.ckpt"
     save_checkpoint(path, network.get_parameters(), {"epoch": 1, "note": "žluťoučký"})
     return network, path
@@ -30,7 +30,7 @@ def assert_same_weights(first, second):
 def test_checkpoint_round_trip_is_exact(saved):
     network, path = saved
     assert read_weights(path)[1] == {"epoch": 1, "note": "žluťoučký"}
-    other = build_model("cifar_quick", 10, "acb")
+    other = create_model("cifar_quick", 10, "acb")
     assert load_weights(other, path) == []
     assert_same_weights(network, other)
 
@@ -51,48 +51,84 @@ def test_text_file_is_refused(tmp_path):
 
 def test_other_network_is_refused_with_the_first_mismatches(saved):
     with pytest.raises(UserError, match="conv1.conv.weight is missing.* more"):
-        load_weights(build_model("resnet18", 10), saved[1])
+        load_weights(create_model("resnet18", 10), saved[1])
 
 
 def test_other_class_count_loads_all_but_the_classifier_on_request(saved):
     network, path = saved
-    other = build_model("cifar_quick", 4, "acb")
+    other = create_model("cifar_quick", 4, "acb")
     before = other.classifier.weight.asnumpy().copy()
     with pytest.raises(UserError, match="classifier.weight is .*allow_head_mismatch=1"):
         load_weights(other, path)
-    assert load_weights(other, path, allow_head_mismatch=True) == ["classifier.bias", "classifier.weight"]
+    assert load_weights(other, path, allow_head_mismatch=True) == [
+        "classifier.bias",
+        "classifier.weight",
+    ]
     assert np.array_equal(other.fc1.weight.asnumpy(), network.fc1.weight.asnumpy())
     assert np.array_equal(other.classifier.weight.asnumpy(), before)
 
 
 # Names that torchvision documents in its model definitions.
-@pytest.mark.parametrize("network,ours,theirs", [
-    ("resnet18", "conv1.conv.weight", "conv1.weight"), ("resnet18", "conv1.norm.moving_variance", "bn1.running_var"),
-    ("resnet50", "layer3.0.downsample.norm.gamma", "layer3.0.downsample.1.weight"),
-    ("resnext50", "layer1.2.conv2.conv.weight", "layer1.2.conv2.weight"),
-    ("resnext50_32x4d", "layer4.0.conv3.norm.beta", "layer4.0.bn3.bias"), ("resnet34", "classifier.bias", "fc.bias"),
-    ("alexnet", "conv3.weight", "features.6.weight"), ("alexnet", "classifier.weight", "classifier.6.weight")])
+@pytest.mark.parametrize(
+    "network,ours,theirs",
+    [
+        ("resnet18", "conv1.conv.weight", "conv1.weight"),
+        ("resnet18", "conv1.norm.moving_variance", "bn1.running_var"),
+        ("resnet50", "layer3.0.downsample.norm.gamma", "layer3.0.downsample.1.weight"),
+        ("resnext50", "layer1.2.conv2.conv.weight", "layer1.2.conv2.weight"),
+        ("resnext50_32x4d", "layer4.0.conv3.norm.beta", "layer4.0.bn3.bias"),
+        ("resnet34", "classifier.bias", "fc.bias"),
+        ("alexnet", "conv3.weight", "features.6.weight"),
+        ("alexnet", "classifier.weight", "classifier.6.weight"),
+    ],
+)
 def test_torchvision_names(network, ours, theirs):
     assert torch_name(ours, network) == theirs
 
 
-# Names that the modules of the ACNet repository have by construction (acnet_builder.py, base_model/).
-@pytest.mark.parametrize("network,ours,fused,theirs", [
-    ("resnet18", "layer2.0.conv1.square_bn.gamma", False, "stage2.0.conv1.acb.square_bn.weight"),
-    ("resnet18", "layer2.0.conv2.hor_conv.weight", False, "stage2.0.conv2.hor_conv.weight"),
-    ("resnet18", "layer2.0.conv1.bias", True, "stage2.0.conv1.acb.fused_conv.bias"),
-    ("resnet18", "layer2.0.downsample.norm.moving_mean", False, "stage2.0.shortcut.bn.running_mean"),
-    ("resnet50", "layer1.0.downsample.conv.weight", False, "stage1.projection.conv.weight"),
-    ("resnet50", "layer1.2.conv2.ver_bn.beta", False, "stage1.block2.conv2.acb.ver_bn.bias"),
-    ("cifar_quick", "conv2.norm.gamma", False, "conv2.bn.weight"), ("cifar_quick", "classifier.bias", False, "fc2.bias"),
-    ("vgg16_cifar", "features.5.conv.weight", False, "stem.conv3.conv.weight"),
-    ("vgg16_cifar", "features.28.weight", True, "stem.conv13.acb.fused_conv.weight"),
-    ("resnet56_cifar", "blocks.9.downsample.conv.weight", False, "stage2.projection.conv.weight"),
-    ("resnet56_cifar", "blocks.26.conv2.norm.beta", False, "stage3.block8.conv2.bn.bias"),
-    ("wrn16_8_cifar", "blocks.2.shortcut.2.weight", False, "stage2.block1.proj.conv.weight"),
-    ("wrn16_8_cifar", "blocks.3.conv2.weight", False, "stage2.block2.conv2.conv.weight"),
-    ("wrn16_8_cifar", "blocks.3.conv2.weight", True, "stage2.block2.conv2.acb.fused_conv.weight"),
-    ("wrn16_8_cifar", "conv1.square_conv.weight", False, "conv1.square_conv.weight")])
+# Names that the modules of the ACNet repository have by construction (acnet_builder.py,
+# base_model/).
+@pytest.mark.parametrize(
+    "network,ours,fused,theirs",
+    [
+        (
+            "resnet18",
+            "layer2.0.conv1.square_bn.gamma",
+            False,
+            "stage2.0.conv1.acb.square_bn.weight",
+        ),
+        ("resnet18", "layer2.0.conv2.hor_conv.weight", False, "stage2.0.conv2.hor_conv.weight"),
+        ("resnet18", "layer2.0.conv1.bias", True, "stage2.0.conv1.acb.fused_conv.bias"),
+        (
+            "resnet18",
+            "layer2.0.downsample.norm.moving_mean",
+            False,
+            "stage2.0.shortcut.bn.running_mean",
+        ),
+        ("resnet50", "layer1.0.downsample.conv.weight", False, "stage1.projection.conv.weight"),
+        ("resnet50", "layer1.2.conv2.ver_bn.beta", False, "stage1.block2.conv2.acb.ver_bn.bias"),
+        ("cifar_quick", "conv2.norm.gamma", False, "conv2.bn.weight"),
+        ("cifar_quick", "classifier.bias", False, "fc2.bias"),
+        ("vgg16_cifar", "features.5.conv.weight", False, "stem.conv3.conv.weight"),
+        ("vgg16_cifar", "features.28.weight", True, "stem.conv13.acb.fused_conv.weight"),
+        (
+            "resnet56_cifar",
+            "blocks.9.downsample.conv.weight",
+            False,
+            "stage2.projection.conv.weight",
+        ),
+        ("resnet56_cifar", "blocks.26.conv2.norm.beta", False, "stage3.block8.conv2.bn.bias"),
+        ("wrn16_8_cifar", "blocks.2.shortcut.2.weight", False, "stage2.block1.proj.conv.weight"),
+        ("wrn16_8_cifar", "blocks.3.conv2.weight", False, "stage2.block2.conv2.conv.weight"),
+        (
+            "wrn16_8_cifar",
+            "blocks.3.conv2.weight",
+            True,
+            "stage2.block2.conv2.acb.fused_conv.weight",
+        ),
+        ("wrn16_8_cifar", "conv1.square_conv.weight", False, "conv1.square_conv.weight"),
+    ],
+)
 def test_acnet_names(network, ours, fused, theirs):
     assert acnet_name(ours, network, fused) == theirs
 
@@ -104,12 +140,17 @@ def arrays_named(network, naming):
 @pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d", "alexnet"])
 def test_safetensors_with_torchvision_names(name, tmp_path):
     from safetensors.numpy import save_file
-    network = build_model(name, 10)
+
+    network = create_model(name, 10)
     randomise(network)
     arrays = arrays_named(network, lambda ours: torch_name(ours, name))
-    counts = {key.replace("running_mean", "num_batches_tracked"): np.array(7) for key in arrays if key.endswith("running_mean")}
+    counts = {
+        key.replace("running_mean", "num_batches_tracked"): np.array(7)
+        for key in arrays
+        if key.endswith("running_mean")
+    }
     save_file({**arrays, **counts}, tmp_path / "w.safetensors")
-    other = build_model(name, 10)
+    other = create_model(name, 10)
     load_weights(other, tmp_path / "w.safetensors")
     assert_same_weights(network, other)
     del arrays[next(iter(arrays))]
@@ -118,17 +159,30 @@ def test_safetensors_with_torchvision_names(name, tmp_path):
         load_weights(other, tmp_path / "w.safetensors")
 
 
-@pytest.mark.parametrize("name,fused", [(name, fused) for name in ("resnet18", "resnet50", "cifar_quick", "vgg16_cifar", "resnet56_cifar",
-                                                                   "wrn16_8_cifar") for fused in (False, True)])
+@pytest.mark.parametrize(
+    "name,fused",
+    [
+        (name, fused)
+        for name in (
+            "resnet18",
+            "resnet50",
+            "cifar_quick",
+            "vgg16_cifar",
+            "resnet56_cifar",
+            "wrn16_8_cifar",
+        )
+        for fused in (False, True)
+    ],
+)
 def test_acnet_hdf5(name, fused, tmp_path):
     h5py = pytest.importorskip("h5py", reason="h5py is an optional extra: pip install h5py")
-    network = build_model(name, 10, "acb", image_size=32)
+    network = create_model(name, 10, "acb", image_size=32)
     randomise(network)
     network = fuse(network) if fused else network
     with h5py.File(tmp_path / "finish.hdf5", "w") as file:
         for key, value in arrays_named(network, lambda ours: acnet_name(ours, name, fused)).items():
             file.create_dataset(key, data=value)
-    other = build_model(name, 10, "acb", fused=fused, image_size=32)
+    other = create_model(name, 10, "acb", fused=fused, image_size=32)
     load_weights(other, tmp_path / "finish.hdf5")
     assert_same_weights(network, other)
     with h5py.File(tmp_path / "finish.hdf5", "a") as file:
@@ -141,30 +195,41 @@ def test_acnet_hdf5(name, fused, tmp_path):
 
 def test_pth_of_weights_and_of_code(tmp_path):
     torch = pytest.importorskip("torch", reason="PyTorch is a development-only dependency")
-    network = build_model("resnet18", 10)
-    state = {f"module.{name}": torch.from_numpy(array.copy()) for name, array in
-             arrays_named(network, lambda ours: torch_name(ours, "resnet18")).items()}
+    network = create_model("resnet18", 10)
+    state = {
+        f"module.{name}": torch.from_numpy(array.copy())
+        for name, array in arrays_named(network, lambda ours: torch_name(ours, "resnet18")).items()
+    }
     torch.save({"epoch": 3, "state_dict": state}, tmp_path / "w.pth")
-    other = build_model("resnet18", 10)
+    other = create_model("resnet18", 10)
     load_weights(other, tmp_path / "w.pth")
     assert_same_weights(network, other)
 
     class Attack:
         def __reduce__(self):
             import os
+
             return os.system, (f"touch {tmp_path}/executed",)
+
     torch.save({"state_dict": Attack()}, tmp_path / "evil.pth")
     with pytest.raises(UserError, match="refused: its pickle asks for (posix|os).system"):
         load_weights(other, tmp_path / "evil.pth")
     assert not (tmp_path / "executed").exists()
     content = (tmp_path / "w.pth").read_bytes()
-    (tmp_path / "w.pth").write_bytes(content[:len(content) // 2])
+    (tmp_path / "w.pth").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="truncated"):
         load_weights(other, tmp_path / "w.pth")
 
 
-@pytest.mark.parametrize("content", [b"\x89HDF\r\n\x1a\n" + b"\0" * 50, b"PK\x03\x04" + b"x" * 60, b"\x80\x02}q\x00.",
-                                     (20).to_bytes(8, "little") + b"{not json at all...."])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x89HDF\r\n\x1a\n" + b"\0" * 50,
+        b"PK\x03\x04" + b"x" * 60,
+        b"\x80\x02}q\x00.",
+        (20).to_bytes(8, "little") + b"{not json at all....",
+    ],
+)
 def test_damaged_files_are_one_clear_error(tmp_path, content):
     (tmp_path / "w").write_bytes(content + b" " * 20)
     with pytest.raises(UserError, match="w'"):
@@ -173,28 +238,35 @@ def test_damaged_files_are_one_clear_error(tmp_path, content):
 
 def test_loaded_network_computes_the_same(saved):
     network, path = saved
-    other = build_model("cifar_quick", 10, "acb")
+    other = create_model("cifar_quick", 10, "acb")
     load_weights(other, path)
     x = Tensor(np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32))
-    assert np.array_equal(network.set_train(False)(x).asnumpy(), other.set_train(False)(x).asnumpy())
+    assert np.array_equal(
+        network.set_train(False)(x).asnumpy(), other.set_train(False)(x).asnumpy()
+    )
 
 
-@pytest.mark.parametrize("name,value,message", [
-    ("conv1.conv.weight", np.nan, "conv1.conv.weight has 1 values that are not finite"), ("fc1.bias", np.inf, "fc1.bias has 1 values"),
-    ("conv2.norm.moving_variance", -0.5, "conv2.norm.moving_variance has negative variances")])
+@pytest.mark.parametrize(
+    "name,value,message",
+    [
+        ("conv1.conv.weight", np.nan, "conv1.conv.weight has 1 values that are not finite"),
+        ("fc1.bias", np.inf, "fc1.bias has 1 values"),
+        ("conv2.norm.moving_variance", -0.5, "conv2.norm.moving_variance has negative variances"),
+    ],
+)
 def test_weights_of_no_use_are_refused_by_name(tmp_path, name, value, message):
-    network = build_model("cifar_quick", 10)
+    network = create_model("cifar_quick", 10)
     parameter = {p.name: p for p in network.get_parameters()}[name]
     array = parameter.asnumpy().copy()
     array.reshape(-1)[0] = value
     parameter.set_data(Tensor(array))
     save_checkpoint(tmp_path / "a.ckpt", network.get_parameters(), {})
     with pytest.raises(UserError, match=message):
-        load_weights(build_model("cifar_quick", 10), tmp_path / "a.ckpt")
+        load_weights(create_model("cifar_quick", 10), tmp_path / "a.ckpt")
 
 
 def test_integer_weights_are_refused_by_name():
-    network = build_model("cifar_quick", 10)
+    network = create_model("cifar_quick", 10)
     arrays = {p.name: p.asnumpy() for p in network.get_parameters()}
     arrays["fc1.weight"] = arrays["fc1.weight"].astype(np.int8)
     with pytest.raises(UserError, match="fc1.weight is of type int8"):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import TINY, execute, only_run
 
-from src.models.build import build_model
-from src.models.formats import read_weights
+from src.models.create import create_model
+from src.models.weight_files import read_weights
 from src.runs.checkpoint import choose_checkpoint, find_checkpoints, save_checkpoint
 from src.runs.run_folder import RunFolder, create_run_folder, dated_run_folder
 from src.utils.errors import UserError
@@ -19,12 +19,16 @@ from src.utils.files import remove_partials
 
 
 def test_nothing_but_the_checkpoint_is_left(tmp_path):
-    save_checkpoint(tmp_path / "a.ckpt", build_model("cifar_quick", 10).get_parameters(), {})
+    save_checkpoint(tmp_path / "a.ckpt", create_model("cifar_quick", 10).get_parameters(), {})
     assert [file.name for file in tmp_path.iterdir()] == ["a.ckpt"]
 
 
 def test_missing_files_are_named(tmp_path):
-    for path, message in ((tmp_path / "none.ckpt", "does not exist"), (tmp_path, "no .ckpt file"), ("", "no checkpoint given")):
+    for path, message in (
+        (tmp_path / "none.ckpt", "does not exist"),
+        (tmp_path, "no .ckpt file"),
+        ("", "no checkpoint given"),
+    ):
         with pytest.raises(UserError, match=message):
             find_checkpoints(path)
 
@@ -36,7 +40,9 @@ def test_unwritable_folder_is_said(tmp_path):
 
 
 def test_any_flipped_bit_is_found(tmp_path):
-    save_checkpoint(tmp_path / "a.ckpt", build_model("cifar_quick", 10).get_parameters(), {"epoch": 3})
+    save_checkpoint(
+        tmp_path / "a.ckpt", create_model("cifar_quick", 10).get_parameters(), {"epoch": 3}
+    )
     content, damaged = (tmp_path / "a.ckpt").read_bytes(), tmp_path / "b.ckpt"
     expected, _ = read_weights(tmp_path / "a.ckpt")
     random = np.random.default_rng(0)
@@ -52,14 +58,17 @@ def test_any_flipped_bit_is_found(tmp_path):
         except UserError:
             found += 1
         else:
-            # A bit that means nothing; all that the file says is as before, or what it lost is missed by name.
-            same = set(arrays) == set(expected) and all(np.array_equal(arrays[name], expected[name]) for name in expected)
+            # A bit that means nothing; all that the file says is as before, or what it lost is
+            # missed by name.
+            same = set(arrays) == set(expected) and all(
+                np.array_equal(arrays[name], expected[name]) for name in expected
+            )
             assert same and metadata == {"epoch": 3} or set(arrays) != set(expected)
     assert found >= 110
 
 
 def _save_forever(folder):
-    parameters = list(build_model("cifar_quick", 10).get_parameters())
+    parameters = list(create_model("cifar_quick", 10).get_parameters())
     number = 0
     while True:
         number += 1
@@ -91,22 +100,41 @@ def test_kill_9_at_random_moments_of_saving_leaves_whole_files(tmp_path):
 
 def _complete(folder):
     """{name: time} of the checkpoints that have their names."""
-    return {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(folder) if not entry.name.startswith(".")}
+    return {
+        entry.name: entry.stat().st_mtime_ns
+        for entry in os.scandir(folder)
+        if not entry.name.startswith(".")
+    }
 
 
 @pytest.mark.slow
 def test_full_disk_ends_in_one_line_and_keeps_what_was_complete(image_root, tmp_path):
-    """The limit on the size of a file stands for the disk: with momentum the checkpoint does not fit, without it does."""
-    command = ["python3", "train.py", f"--data_path={image_root}/train", f"--output_path={tmp_path}/out", *TINY, "--max_epoch=2",
-               "--lr=0.02", "--ckpt_interval_steps=5"]
+    """A limit on file sizes stands for a full disk.
+
+    The checkpoint fits without momentum, and does not fit with it.
+    """
+    command = [
+        "python3",
+        "train.py",
+        f"--data_path={image_root}/train",
+        f"--output_path={tmp_path}/out",
+        *TINY,
+        "--max_epoch=2",
+        "--lr=0.02",
+        "--ckpt_interval_steps=5",
+    ]
     first = execute([*command, "--max_steps=5"])
     assert first.status == 0, first
     (complete,) = only_run(tmp_path / "out").glob("ckpt_0/*.ckpt")
     content = complete.read_bytes()
     run = execute(["bash", "-c", f"ulimit -f 300; exec {' '.join(command)} --resume=auto"])
-    assert run.status == 2 and re.match(r"error: cannot write '.*-1_10\.ckpt': ", run.error_lines[0]), run
+    assert run.status == 2 and re.match(
+        r"error: cannot write '.*-1_10\.ckpt': ", run.error_lines[0]
+    ), run
     assert len(run.error_lines) == 1 and "Traceback" not in run.err
-    assert [file.name for file in complete.parent.iterdir()] == [complete.name] and complete.read_bytes() == content
+    assert [file.name for file in complete.parent.iterdir()] == [
+        complete.name
+    ] and complete.read_bytes() == content
     again = execute([*command, "--resume=auto"])
     assert again.status == 0, again
 
@@ -132,4 +160,7 @@ def test_of_a_folder_the_best_or_the_newest_is_taken_and_said(tmp_path):
     (tmp_path / "best.ckpt").write_text("")
     assert choose_checkpoint(str(tmp_path), said.append).name == "best.ckpt"
     assert [line.rpartition("/")[2] for line in said] == ["net-10_5.ckpt", "best.ckpt"]
-    assert choose_checkpoint(str(tmp_path / "net-9_5.ckpt"), said.append).name == "net-9_5.ckpt" and len(said) == 2
+    assert (
+        choose_checkpoint(str(tmp_path / "net-9_5.ckpt"), said.append).name == "net-9_5.ckpt"
+        and len(said) == 2
+    )

@@ -17,7 +17,15 @@ def test_curves_are_drawn_while_training_goes_on_but_not_all_the_time(tmp_path, 
     drawn = []
     for epoch in range(1, 6):
         now[0] += 60
-        recorded.add_epoch({"epoch": epoch, "step": epoch, "loss": 1.0 / epoch, "lr": 0.1, "images_per_second": 1.0})
+        recorded.add_epoch(
+            {
+                "epoch": epoch,
+                "step": epoch,
+                "loss": 1.0 / epoch,
+                "lr": 0.1,
+                "images_per_second": 1.0,
+            }
+        )
         drawn.append(folder.curves.is_file())
         folder.curves.unlink(missing_ok=True)
     assert drawn == [False, True, False, True, False]

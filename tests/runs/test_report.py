@@ -23,8 +23,13 @@ def page(trained_run):
 def rows_of(text, name):
     """The cells of a table of the page."""
     body = re.search(rf'<table id="{name}">.*?<tbody>(.*?)</tbody>', text, re.S)[1]
-    return [[html.unescape(re.sub(r"<.*?>", "", cell)) for cell in re.findall(r"<td.*?>(.*?)</td>", row, re.S)]
-            for row in re.findall(r"<tr>(.*?)</tr>", body, re.S)]
+    return [
+        [
+            html.unescape(re.sub(r"<.*?>", "", cell))
+            for cell in re.findall(r"<td.*?>(.*?)</td>", row, re.S)
+        ]
+        for row in re.findall(r"<tr>(.*?)</tr>", body, re.S)
+    ]
 
 
 def metrics_of(folder):
@@ -35,53 +40,112 @@ def test_figures_are_those_of_the_metrics(page, trained_run):
     text, metrics = page.read_text(), metrics_of(trained_run)
     best = max(metrics, key=lambda line: (line["top1"], -line["val_loss"]))
     (summary,) = rows_of(text, "summary")
-    assert summary[2:7] == ["2 of 2", f"{best['top1']:.2f} %", str(best["epoch"]), f"{best['top5']:.2f} %", f"{metrics[-1]['loss']:.4f}"]
+    assert summary[2:7] == [
+        "2 of 2",
+        f"{best['top1']:.2f} %",
+        str(best["epoch"]),
+        f"{best['top5']:.2f} %",
+        f"{metrics[-1]['loss']:.4f}",
+    ]
     assert [[float(cell) for cell in row] for row in rows_of(text, "epochs")] == [
-        [line[key] for key in ("epoch", "loss", "val_loss", "top1", "top5", "lr", "images_per_second")] for line in metrics]
+        [
+            line[key]
+            for key in ("epoch", "loss", "val_loss", "top1", "top5", "lr", "images_per_second")
+        ]
+        for line in metrics
+    ]
     assert {name: float(share.rstrip(" %")) for name, share in rows_of(text, "classes")} == dict(
-        zip(("ant", "bee", "cat"), best["class_top1"]))
+        zip(("ant", "bee", "cat"), best["class_top1"])
+    )
     # The confusion matrix is of the same network on the same images.
     body = text.partition('class="confusion"')[2].partition("<tbody>")[2].partition("</tbody>")[0]
-    counts = np.array([[int(cell or 0) for cell in re.findall(r"<td.*?>(\d*)</td>", row)] for row in re.findall(r"<tr><th>.*?</tr>", body)])
-    assert counts.sum() == 67 and 100 * np.trace(counts) / 67 == pytest.approx(best["top1"], abs=1e-3)
-    assert f"program {json.loads((trained_run / 'environment.json').read_text())['program']}" in text
+    counts = np.array(
+        [
+            [int(cell or 0) for cell in re.findall(r"<td.*?>(\d*)</td>", row)]
+            for row in re.findall(r"<tr><th>.*?</tr>", body)
+        ]
+    )
+    assert counts.sum() == 67 and 100 * np.trace(counts) / 67 == pytest.approx(
+        best["top1"], abs=1e-3
+    )
+    assert (
+        f"program {json.loads((trained_run / 'environment.json').read_text())['program']}" in text
+    )
     assert text.count("<img") == 24 + 67 - np.trace(counts) if 67 - np.trace(counts) < 24 else 48
 
 
 def test_it_is_one_file_without_script_and_network(page):
     text = page.read_text()
     assert "<script" not in text and "url(" not in text
-    assert all(source.startswith("data:") for source in re.findall(r"""(?:src|href)=["']?([^"' >]*)""", text))
+    assert all(
+        source.startswith("data:")
+        for source in re.findall(r"""(?:src|href)=["']?([^"' >]*)""", text)
+    )
 
 
 @pytest.mark.slow
 def test_runs_are_compared(trained_run, image_root, tmp_path):
-    run = execute(["python3", "train.py", f"--data_path={image_root}/train", f"--output_path={tmp_path}/other", *TINY, "--max_epoch=1",
-                   "--lr=0.03"])
+    run = execute(
+        [
+            "python3",
+            "train.py",
+            f"--data_path={image_root}/train",
+            f"--output_path={tmp_path}/other",
+            *TINY,
+            "--max_epoch=1",
+            "--lr=0.03",
+        ]
+    )
     assert run.status == 0, run
     other = only_run(tmp_path / "other")
-    run = execute(["python3", "report.py", trained_run, other, f"--result_path={tmp_path}/both.html"])
+    run = execute(
+        ["python3", "report.py", trained_run, other, f"--result_path={tmp_path}/both.html"]
+    )
     assert run.status == 0, run
-    differing = {row[0]: row[1:] for row in rows_of((tmp_path / "both.html").read_text(), "differing")}
+    differing = {
+        row[0]: row[1:] for row in rows_of((tmp_path / "both.html").read_text(), "differing")
+    }
     assert "<code>[crop, flip" in (tmp_path / "both.html").read_text()
-    assert differing["lr"] == ["0.02", "0.03"] and differing["block"] == ["acb", "base"] and "image_size" not in differing
+    assert (
+        differing["lr"] == ["0.02", "0.03"]
+        and differing["block"] == ["acb", "base"]
+        and "image_size" not in differing
+    )
 
 
 @pytest.mark.slow
 def test_images_that_are_gone_are_said_to_be(image_root, tmp_path):
     shutil.copytree(image_root, tmp_path / "images")
-    run = execute(["python3", "train.py", f"--data_path={tmp_path}/images/train", f"--output_path={tmp_path}/out", *TINY, "--max_epoch=1",
-                   "--run_eval=1"])
+    run = execute(
+        [
+            "python3",
+            "train.py",
+            f"--data_path={tmp_path}/images/train",
+            f"--output_path={tmp_path}/out",
+            *TINY,
+            "--max_epoch=1",
+            "--run_eval=1",
+        ]
+    )
     assert run.status == 0, run
     shutil.rmtree(tmp_path / "images")
     run = execute(["python3", "report.py", only_run(tmp_path / "out")])
     text = (only_run(tmp_path / "out") / "report.html").read_text()
-    assert run.status == 0 and "does not exist" in run.out and "Not everything could be shown" in text, run
+    assert (
+        run.status == 0 and "does not exist" in run.out and "Not everything could be shown" in text
+    ), run
     assert rows_of(text, "summary") and rows_of(text, "classes")
 
 
-@pytest.mark.parametrize("arguments,word", [([], "no run given"), (["README.md"], "does not exist"), (["docs"], "no folder of a run"),
-                                            (["/nowhere"], "does not exist")])
+@pytest.mark.parametrize(
+    "arguments,word",
+    [
+        ([], "no run given"),
+        (["README.md"], "does not exist"),
+        (["docs"], "not the folder of a run"),
+        (["/nowhere"], "does not exist"),
+    ],
+)
 def test_wrong_folders_are_one_line(arguments, word):
     run = execute(["python3", "report.py", *arguments])
     assert run.status == 2 and len(run.error_lines) == 1 and word in run.error_lines[0], run
@@ -94,11 +158,21 @@ def test_in_a_browser(page, trained_run, tmp_path, width, dark):
     with Browser(tmp_path, width, 900, dark) as browser:
         browser.open(f"file://{page}")
         best = max(metrics_of(trained_run), key=lambda line: (line["top1"], -line["val_loss"]))
-        assert browser.run("document.querySelector('#summary tbody tr').cells[3].innerText") == f"{best['top1']:.2f} %"
+        assert (
+            browser.run("document.querySelector('#summary tbody tr').cells[3].innerText")
+            == f"{best['top1']:.2f} %"
+        )
         # What is wider than the page scrolls within it.
         assert browser.run("document.documentElement.scrollWidth") == width
-        assert browser.run("[...document.images].every(image => image.naturalWidth > 0)") and browser.run("document.images.length") >= 24
+        assert (
+            browser.run("[...document.images].every(image => image.naturalWidth > 0)")
+            and browser.run("document.images.length") >= 24
+        )
         assert browser.complaints == []
         browser.screenshot(tmp_path / "page.png")
     pixels = np.asarray(Image.open(tmp_path / "page.png").convert("L"), np.float32)
-    assert pixels.shape[1] == width and (np.median(pixels) < 60 if dark else np.median(pixels) > 200) and pixels.std() > 15
+    assert (
+        pixels.shape[1] == width
+        and (np.median(pixels) < 60 if dark else np.median(pixels) > 200)
+        and pixels.std() > 15
+    )

@@ -7,15 +7,29 @@ import numpy as np
 import pytest
 from conftest import TINY, execute, mpirun, mpirun_words, only_run
 
-from src.models.formats import read_weights
+from src.models.weight_files import read_weights
 
 # Batch norm, momentum, augmentation, evaluation: all that has state.
-FLAGS = (*TINY, "--block=acb", "--max_epoch=3", "--run_eval=1", "--ckpt_interval_steps=5", "--keep_checkpoint_max=100",
-         "--global_batch_size=4", "--lr=0.02")
+FLAGS = (
+    *TINY,
+    "--block=acb",
+    "--max_epoch=3",
+    "--run_eval=1",
+    "--ckpt_interval_steps=5",
+    "--keep_checkpoint_max=100",
+    "--global_batch_size=4",
+    "--lr=0.02",
+)
 
 
 def command(ranks, image_root, output, *more):
-    words = ["train.py", f"--data_path={image_root}/train", f"--output_path={output}", *FLAGS, *more]
+    words = [
+        "train.py",
+        f"--data_path={image_root}/train",
+        f"--output_path={output}",
+        *FLAGS,
+        *more,
+    ]
     return ["python3", *words] if ranks == 1 else mpirun_words(ranks, *words)
 
 
@@ -25,7 +39,11 @@ def outcome(output):
     arrays, metadata = read_weights(folder / "ckpt_0" / "cifar_quick-3_12.ckpt")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     timed = ("images_per_second", "rank_seconds")
-    return arrays, metadata, [{key: value for key, value in line.items() if key not in timed} for line in lines]
+    return (
+        arrays,
+        metadata,
+        [{key: value for key, value in line.items() if key not in timed} for line in lines],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -40,20 +58,31 @@ def undisturbed(image_root, tmp_path_factory):
             assert run.status == 0, run
             found[ranks] = outcome(output)
         return found[ranks]
+
     return on
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks,first_kill", [(1, "cifar_quick-1_5.ckpt"), (1, "cifar_quick-2_3.ckpt"), (2, "cifar_quick-1_10.ckpt")])
-def test_killed_and_resumed_run_ends_with_the_same_bits(image_root, tmp_path, start, undisturbed, ranks, first_kill):
+@pytest.mark.parametrize(
+    "ranks,first_kill",
+    [(1, "cifar_quick-1_5.ckpt"), (1, "cifar_quick-2_3.ckpt"), (2, "cifar_quick-1_10.ckpt")],
+)
+def test_killed_and_resumed_run_ends_with_the_same_bits(
+    image_root, tmp_path, start, undisturbed, ranks, first_kill
+):
     killed = tmp_path / "killed"
     running = start(command(ranks, image_root, killed))
     running.wait_for(lambda: any(killed.glob(f"*/ckpt_0/{first_kill}")))
     running.kill()
     run = execute(command(ranks, image_root, killed, "--resume=auto"))
-    assert run.status == 0 and "going on from" in run.out, run
-    (expected, told, metrics), (arrays, resumed, resumed_metrics) = undisturbed(ranks), outcome(killed)
-    assert set(arrays) == set(expected) and any(name.startswith("optimizer.momentum.") for name in arrays)
+    assert run.status == 0 and "resuming from" in run.out, run
+    (expected, told, metrics), (arrays, resumed, resumed_metrics) = (
+        undisturbed(ranks),
+        outcome(killed),
+    )
+    assert set(arrays) == set(expected) and any(
+        name.startswith("optimizer.momentum.") for name in arrays
+    )
     for name, value in expected.items():
         assert np.array_equal(arrays[name], value), name
     assert resumed_metrics == metrics and [line["epoch"] for line in metrics] == [1, 2, 3]
@@ -66,12 +95,14 @@ def test_resuming_elsewhere_or_otherwise(image_root, tmp_path):
     assert run.status == 0, run
     refused = execute(command(1, image_root, tmp_path / "out", "--resume=auto", "--lr=0.3"))
     assert refused.status == 2 and "lr=0.02 there and 0.3 here" in refused.error_lines[0], refused
-    refused = execute(command(1, image_root, tmp_path / "out", "--resume=auto", "--global_batch_size=8"))
+    refused = execute(
+        command(1, image_root, tmp_path / "out", "--resume=auto", "--global_batch_size=8")
+    )
     assert refused.status == 2 and "steps per epoch" in refused.error_lines[0], refused
     refused = execute(command(1, image_root, tmp_path / "none", "--resume=auto"))
     assert refused.status == 2 and "finds no checkpoint" in refused.error_lines[0], refused
     run = mpirun(2, *command(1, image_root, tmp_path / "out", "--resume=auto")[1:])
-    assert run.status == 0 and "it ran on 1 ranks and goes on with 2" in run.out, run
+    assert run.status == 0 and "it ran on 1 ranks and continues on 2" in run.out, run
     lines = (only_run(tmp_path / "out") / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [12, 24, 36]
 
@@ -87,11 +118,16 @@ def test_told_to_stop_and_resumed_ends_with_the_same_bits(image_root, tmp_path, 
     run = execute(command(1, image_root, stopped, "--resume=auto"))
     assert run.status == 0, run
     (expected, _, metrics), (arrays, _, resumed_metrics) = undisturbed(1), outcome(stopped)
-    assert all(np.array_equal(arrays[name], expected[name]) for name in expected) and resumed_metrics == metrics
+    assert (
+        all(np.array_equal(arrays[name], expected[name]) for name in expected)
+        and resumed_metrics == metrics
+    )
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_passed_over_and_other_images_are_refused(image_root, broken_copy, tmp_path):
+def test_a_damaged_checkpoint_is_passed_over_and_other_images_are_refused(
+    image_root, broken_copy, tmp_path
+):
     run = execute(command(1, image_root, tmp_path / "out", "--max_steps=15"))
     assert run.status == 0, run
     newest = only_run(tmp_path / "out") / "ckpt_0" / "cifar_quick-2_3.ckpt"
@@ -105,17 +141,21 @@ def test_a_damaged_checkpoint_is_passed_over_and_other_images_are_refused(image_
     refused = execute(command(1, image_root, tmp_path / "out", f"--resume={newest}"))
     assert refused.status == 2 and "is damaged" in refused.error_lines[0], refused
     run = execute(command(1, image_root, tmp_path / "out", "--resume=auto", "--max_steps=16"))
-    assert run.status == 0 and f"passed over, as damaged or of another training: {newest}" in run.out, run
+    assert run.status == 0 and f"skipped, as damaged or of another run: {newest}" in run.out, run
 
 
 @pytest.mark.slow
-def test_an_epoch_that_was_cut_short_is_reported_once_and_with_its_own_loss(image_root, tmp_path, undisturbed):
+def test_an_epoch_that_was_cut_short_is_reported_once_and_with_its_own_loss(
+    image_root, tmp_path, undisturbed
+):
     for flags in (["--max_steps=15"], ["--resume=auto", "--max_steps=20"], ["--resume=auto"]):
         run = execute(command(1, image_root, tmp_path / "out", *flags))
         assert run.status == 0, run
     arrays, _, metrics = outcome(tmp_path / "out")
     expected, _, expected_metrics = undisturbed(1)
-    assert metrics == expected_metrics and all(np.array_equal(arrays[name], expected[name]) for name in expected)
+    assert metrics == expected_metrics and all(
+        np.array_equal(arrays[name], expected[name]) for name in expected
+    )
 
 
 @pytest.mark.slow
@@ -130,7 +170,9 @@ def test_killed_between_the_best_and_the_last_checkpoint(image_root, tmp_path, u
         leftover.unlink()
     run = execute(command(1, image_root, tmp_path / "out", *flags, "--resume=auto"))
     assert run.status == 0, run
-    assert (folder / "curves.png").is_file() and (folder / "latest.ckpt").resolve() == folder / "ckpt_0" / "cifar_quick-3_12.ckpt"
+    assert (folder / "curves.png").is_file() and (
+        folder / "latest.ckpt"
+    ).resolve() == folder / "ckpt_0" / "cifar_quick-3_12.ckpt"
     arrays, expected = outcome(tmp_path / "out")[0], undisturbed(1)[0]
     assert all(np.array_equal(arrays[name], expected[name]) for name in expected)
 
@@ -142,7 +184,7 @@ def test_two_resumes_of_one_run_at_once_and_a_longer_one(image_root, tmp_path, s
     running.wait_for(lambda: any((tmp_path / "out").glob("*/ckpt_0/cifar_quick-1_5.ckpt")))
     running.process.send_signal(signal.SIGSTOP)
     refused = execute([*words, "--resume=auto"])
-    assert refused.status == 2 and "another training is writing to" in refused.error_lines[0], refused
+    assert refused.status == 2 and "another run is writing to" in refused.error_lines[0], refused
     running.kill()
     # The lock went with the process; with this schedule more epochs change nothing that is past.
     run = execute([*words, "--resume=auto", "--max_epoch=4"])
@@ -152,10 +194,19 @@ def test_two_resumes_of_one_run_at_once_and_a_longer_one(image_root, tmp_path, s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("nesterov", marks=pytest.mark.extended),
-                                       pytest.param("lars(trust=0.01)", marks=pytest.mark.extended)])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "adamw",
+        pytest.param("nesterov", marks=pytest.mark.extended),
+        pytest.param("lars(trust=0.01)", marks=pytest.mark.extended),
+    ],
+)
 def test_every_optimizer_and_augmentation_resumes_to_the_same_bits(image_root, tmp_path, optimizer):
-    more = [f"--optimizer={optimizer}", "--augmentations=crop, flip, color_jitter, randaugment, random_erasing, mixup, cutmix"]
+    more = [
+        f"--optimizer={optimizer}",
+        "--augmentations=crop, flip, color_jitter, randaugment, random_erasing, mixup, cutmix",
+    ]
     outcomes = []
     for name, parts in (("whole", [[]]), ("parts", [["--max_steps=17"], ["--resume=auto"]])):
         for flags in parts:
@@ -163,5 +214,10 @@ def test_every_optimizer_and_augmentation_resumes_to_the_same_bits(image_root, t
             assert run.status == 0, run
         outcomes.append(outcome(tmp_path / name))
     (expected, _, metrics), (arrays, _, resumed_metrics) = outcomes
-    assert sum(name.startswith("optimizer.") for name in expected) >= 14 and set(arrays) == set(expected)
-    assert all(np.array_equal(arrays[name], expected[name]) for name in expected) and resumed_metrics == metrics
+    assert sum(name.startswith("optimizer.") for name in expected) >= 14 and set(arrays) == set(
+        expected
+    )
+    assert (
+        all(np.array_equal(arrays[name], expected[name]) for name in expected)
+        and resumed_metrics == metrics
+    )

@@ -1,27 +1,26 @@
 """The recipe finetune: trained weights on other classes."""
 
 import json
-import math
 
 import numpy as np
 import pytest
 from conftest import execute, make_config, mpirun, only_run, write_image_folder
 
-from src.inference.evaluation import Accuracy
-from src.models.build import build_model
-from src.models.formats import read_weights, without_optimizer_state
-from src.parallel.communicator import Communicator
+from src.models.create import create_model
+from src.models.weight_files import read_weights, without_optimizer_state
 from src.training.optimizers import HostOptimizer
-from src.training.rank_times import RankTimes
-from src.training.trainer import _Rates
-from src.training.update_rules import make_rule
+from src.training.trainer import BestSoFar
+from src.training.update_rules import create_update_rule
 
 FINETUNE = ("--config_path=finetune", "--max_epoch=3", "--freeze_epochs=1", "--lr=0.02")
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """A folder of class folders, without validation images: other classes than those of ``trained_run``."""
+    """A folder of class folders, without validation images.
+
+    Other classes than those of ``trained_run``.
+    """
     root = tmp_path_factory.mktemp("photos")
     write_image_folder(root, "mine", ("dog", "eel", "fox"), 20, seed=3)
     return root / "mine"
@@ -30,8 +29,16 @@ def photos(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finetuned(trained_run, photos, tmp_path_factory):
     output = tmp_path_factory.mktemp("finetuned")
-    run = execute(["python3", "train.py", *FINETUNE, f"--data_path={photos}", f"--pretrained={trained_run}/best.ckpt",
-                   f"--output_path={output}"])
+    run = execute(
+        [
+            "python3",
+            "train.py",
+            *FINETUNE,
+            f"--data_path={photos}",
+            f"--pretrained={trained_run}/best.ckpt",
+            f"--output_path={output}",
+        ]
+    )
     assert run.status == 0, run
     return run, only_run(output)
 
@@ -39,25 +46,39 @@ def finetuned(trained_run, photos, tmp_path_factory):
 @pytest.mark.slow
 def test_one_line_does_all_of_it(finetuned, trained_run):
     run, folder = finetuned
-    assert (f"starting from {trained_run}/best.ckpt without classifier.bias, classifier.weight: the classifier begins anew, "
-            "for 3 classes in place of 3 others") in run.out, run
+    assert (
+        f"starting from {trained_run}/best.ckpt without classifier.bias, classifier.weight: the "
+        "classifier starts from random weights, "
+        "for 3 classes instead of 3 other"
+    ) in run.out, run
     config = json.loads(json.dumps(read_weights(folder / "best.ckpt")[1]["config"]))
-    # Of the weights: network, block and preprocessing; of the data: the share that is split off, and a batch of ten steps or eight images.
-    assert (config["network"], config["block"], config["image_size"], config["val_split"]) == ("cifar_quick", "acb", 32, 0.2)
+    # Of the weights: network, block and preprocessing; of the data: the share that is split off,
+    # and a batch of ten steps or eight images.
+    assert (config["network"], config["block"], config["image_size"], config["val_split"]) == (
+        "cifar_quick",
+        "acb",
+        32,
+        0.2,
+    )
     assert config["global_batch_size"] == 8 and config["lr"] == pytest.approx(0.02 * 8 / 32)
     assert "48 images, 3 classes, 6 steps of 8 images" in run.out, run
     last = run.out.splitlines()
-    assert last[-2] == f"next: python3 predict.py --checkpoint_file_path={folder}/fused.ckpt PHOTO_OR_FOLDER", run
+    assert (
+        last[-2]
+        == f"next: python3 predict.py --checkpoint_file_path={folder}/fused.ckpt PHOTO_OR_FOLDER"
+    ), run
     start = next(number for number, line in enumerate(last) if line.startswith("trained: "))
     assert f"{folder}/best.ckpt" in last[start] and last[start + 1] == "of each class:", run
-    assert sorted(line.split()[0] for line in last[start + 2:start + 5]) == ["dog", "eel", "fox"]
-    assert all(line.endswith("of 4 images") for line in last[start + 2:start + 5]), run
+    assert sorted(line.split()[0] for line in last[start + 2 : start + 5]) == ["dog", "eel", "fox"]
+    assert all(line.endswith("of 4 images") for line in last[start + 2 : start + 5]), run
 
 
 @pytest.mark.slow
 def test_the_next_command_works(finetuned, photos):
     _, folder = finetuned
-    run = execute(["python3", "predict.py", f"--checkpoint_file_path={folder}/fused.ckpt", f"{photos}/dog"])
+    run = execute(
+        ["python3", "predict.py", f"--checkpoint_file_path={folder}/fused.ckpt", f"{photos}/dog"]
+    )
     assert run.status == 0 and len(run.out.splitlines()) == 20, run
 
 
@@ -66,43 +87,53 @@ def test_the_same_part_is_evaluated_later(finetuned):
     _, folder = finetuned
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     run = execute(["python3", "eval.py", f"--checkpoint_file_path={folder}/best.ckpt"])
-    assert run.status == 0 and f"acc={max(line['top1'] for line in lines):.2f}%(TOP1)" in run.out and " 12 images" in run.out, run
+    assert (
+        run.status == 0
+        and f"acc={max(line['top1'] for line in lines):.2f}%(TOP1)" in run.out
+        and " 12 images" in run.out
+    ), run
 
 
 def test_only_the_classifier_learns_at_first(trained_run, photos, tmp_path):
-    run = execute(["python3", "train.py", *FINETUNE, f"--data_path={photos}", f"--pretrained={trained_run}/best.ckpt",
-                   f"--output_path={tmp_path}", "--max_epoch=1", "--deploy=0"])
+    run = execute(
+        [
+            "python3",
+            "train.py",
+            *FINETUNE,
+            f"--data_path={photos}",
+            f"--pretrained={trained_run}/best.ckpt",
+            f"--output_path={tmp_path}",
+            "--max_epoch=1",
+            "--deploy=0",
+        ]
+    )
     assert run.status == 0, run
     before = without_optimizer_state(read_weights(trained_run / "best.ckpt")[0])
     after = without_optimizer_state(read_weights(only_run(tmp_path) / "latest.ckpt")[0])
     moved = {name for name in after if not np.array_equal(before[name], after[name])}
     # Running statistics follow the new images.
-    assert {name for name in moved if "moving" not in name} == {"classifier.weight", "classifier.bias"}
+    assert {name for name in moved if "moving" not in name} == {
+        "classifier.weight",
+        "classifier.bias",
+    }
 
 
 def test_of_equal_accuracies_the_one_with_less_loss_is_the_best():
-    from src.runs.recorder import Recorder
-    from src.training.trainer import Trainer
-    trainer = Trainer.__new__(Trainer)
-    trainer.config, trainer.communicator, trainer.steps_per_epoch, trainer.last_step = make_config(ckpt_interval=100), Communicator(), 1, 9
-    trainer.best_top1, trainer._best_loss, trainer._since_best = -1.0, math.inf, 0
-    trainer.engine, trainer._sums, trainer._rates, trainer._times = None, {"loss": 0.0, "skipped": 0, "replaced": 0}, _Rates(1), RankTimes()
-    saved = []
-    trainer.recorder = Recorder()
-    trainer.recorder.save_best = lambda *state: saved.append(state)
-    trainer._state = lambda step: (step,)
+    best, improved = BestSoFar(), []
     for step, (top1, loss) in enumerate([(75, 2.5), (75, 0.9), (50, 0.1), (75, 0.9), (80, 3.0)], 1):
-        trainer.evaluator = lambda engine, top1=top1, loss=loss: Accuracy(top1, 100, 4, 1, loss, (3, 0), (3, 1))
-        trainer._finish_epoch(step)
-    assert saved == [(1,), (2,), (5,)] and (trainer.best_top1, trainer._best_loss, trainer._since_best) == (80, 3.0, 0)
+        best = best.after(top1, loss)
+        if best.evaluations_since == 0:
+            improved.append(step)
+    assert improved == [1, 2, 5] and best == BestSoFar(80, 3.0, 0)
+    assert best.after(80, 3.0).after(79, 0.1).evaluations_since == 2
 
 
 def test_the_rest_learns_at_its_own_rate():
-    network = build_model("cifar_quick", 3)
+    network = create_model("cifar_quick", 3)
     parameters = network.trainable_params()
     before = {p.name: p.asnumpy().copy() for p in parameters}
     config = make_config(optimizer="momentum", weight_decay=0, backbone_lr_factor=0.1)
-    optimizer = HostOptimizer(parameters, make_rule(config), config)
+    optimizer = HostOptimizer(parameters, create_update_rule(config), config)
     gradients = [np.ones(p.shape, np.float32) for p in parameters]
     optimizer(0.5, gradients)
     for p in parameters:
@@ -112,30 +143,67 @@ def test_the_rest_learns_at_its_own_rate():
 
 @pytest.mark.extended
 def test_early_stopping_ends_with_the_best_and_stays_ended(trained_run, photos, tmp_path):
-    words = [*FINETUNE, f"--data_path={photos}", f"--pretrained={trained_run}/best.ckpt", f"--output_path={tmp_path}", "--max_epoch=40",
-             "--early_stopping=2", "--lr=0.1", "--deploy=0"]
+    words = [
+        *FINETUNE,
+        f"--data_path={photos}",
+        f"--pretrained={trained_run}/best.ckpt",
+        f"--output_path={tmp_path}",
+        "--max_epoch=40",
+        "--early_stopping=2",
+        "--lr=0.1",
+        "--deploy=0",
+    ]
     run = mpirun(2, "train.py", *words)
-    assert run.status == 0 and "nothing better in 2 evaluations: the training ends here" in run.out, run
-    lines = [json.loads(line) for line in (only_run(tmp_path) / "metrics.jsonl").read_text().splitlines()]
-    best = max(range(len(lines)), key=lambda epoch: (lines[epoch]["top1"], -lines[epoch]["val_loss"]))
+    assert run.status == 0 and "no improvement in 2 evaluations: stopping early" in run.out, run
+    lines = [
+        json.loads(line) for line in (only_run(tmp_path) / "metrics.jsonl").read_text().splitlines()
+    ]
+    best = max(
+        range(len(lines)), key=lambda epoch: (lines[epoch]["top1"], -lines[epoch]["val_loss"])
+    )
     assert len(lines) == best + 3 < 40
     again = mpirun(2, "train.py", *words, "--resume=auto")
     assert again.status == 0 and "\nepoch " not in again.out, again
     assert len((only_run(tmp_path) / "metrics.jsonl").read_text().splitlines()) == len(lines)
 
 
-@pytest.mark.parametrize("flags,words", [
-    (("--config_path=finetune",), ("freeze_epochs=2", "--pretrained=FILE")),
-    (("--early_stopping=3", "--run_eval=0", "--config_path=digits"), ("early_stopping=3", "--run_eval=1")),
-])
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        (("--config_path=finetune",), ("freeze_epochs=2", "--pretrained=FILE")),
+        (
+            ("--early_stopping=3", "--run_eval=0", "--config_path=digits"),
+            ("early_stopping=3", "--run_eval=1"),
+        ),
+    ],
+)
 def test_what_is_missing_is_said(photos, tmp_path, flags, words):
-    run = execute(["python3", "train.py", f"--data_path={photos}", f"--output_path={tmp_path}", *flags])
-    assert run.status == 2 and len(run.error_lines) == 1 and all(word in run.error_lines[0] for word in words), run
+    run = execute(
+        ["python3", "train.py", f"--data_path={photos}", f"--output_path={tmp_path}", *flags]
+    )
+    assert (
+        run.status == 2
+        and len(run.error_lines) == 1
+        and all(word in run.error_lines[0] for word in words)
+    ), run
 
 
 @pytest.mark.slow
 def test_a_fused_network_is_not_trained_on(finetuned, photos, tmp_path):
     _, folder = finetuned
-    run = execute(["python3", "train.py", *FINETUNE, f"--data_path={photos}", f"--pretrained={folder}/fused.ckpt",
-                   f"--output_path={tmp_path}"])
-    assert run.status == 2 and len(run.error_lines) == 1 and "fused" in run.error_lines[0] and not list(tmp_path.iterdir()), run
+    run = execute(
+        [
+            "python3",
+            "train.py",
+            *FINETUNE,
+            f"--data_path={photos}",
+            f"--pretrained={folder}/fused.ckpt",
+            f"--output_path={tmp_path}",
+        ]
+    )
+    assert (
+        run.status == 2
+        and len(run.error_lines) == 1
+        and "fused" in run.error_lines[0]
+        and not list(tmp_path.iterdir())
+    ), run

@@ -1,4 +1,7 @@
-"""A compiled graph is taken from an earlier run only if it is the same and whole, and gives the same bits."""
+"""A compiled graph of an earlier run is taken only if it is the same and whole.
+
+Its results are the same bits.
+"""
 
 import json
 
@@ -12,21 +15,39 @@ from src.training.graph_cache import GraphCache
 
 @pytest.fixture
 def train(image_root, tmp_path):
-    """train(name, *flags) -> (losses, bytes of the last checkpoint's weights) of three steps with graphs kept under tmp_path/cache."""
+    """train(name, *flags) -> (losses, bytes of the last checkpoint's weights) of three steps.
+
+    Graphs are kept under tmp_path/cache.
+    """
+
     def run(name, *flags):
         output = tmp_path / name
-        finished = execute(["python3", "train.py", f"--data_path={image_root}/train", f"--output_path={output}", *TINY,
-                            "--max_steps=3", *flags], XDG_CACHE_HOME=str(tmp_path / "cache"))
+        finished = execute(
+            [
+                "python3",
+                "train.py",
+                f"--data_path={image_root}/train",
+                f"--output_path={output}",
+                *TINY,
+                "--max_steps=3",
+                *flags,
+            ],
+            XDG_CACHE_HOME=str(tmp_path / "cache"),
+        )
         assert finished.status == 0, finished
         return outcome(output)
+
     return run
 
 
 def outcome(output):
-    from src.models.formats import read_weights
+    from src.models.weight_files import read_weights
+
     arrays, _ = read_weights(only_run(output) / "latest.ckpt")
     lines = (only_run(output) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines], {name: array.tobytes() for name, array in arrays.items()}
+    return [json.loads(line)["loss"] for line in lines], {
+        name: array.tobytes() for name, array in arrays.items()
+    }
 
 
 def graphs(tmp_path):
@@ -40,7 +61,11 @@ def test_same_bits_with_a_kept_graph_a_damaged_one_and_none(train, tmp_path):
     assert train("first") == anew
     (kept,) = graphs(tmp_path)
     # Another learning rate is no other graph.
-    assert train("second") == anew and train("other_lr", "--lr=0.02")[1] != anew[1] and graphs(tmp_path) == [kept]
+    assert (
+        train("second") == anew
+        and train("other_lr", "--lr=0.02")[1] != anew[1]
+        and graphs(tmp_path) == [kept]
+    )
     (mindir,) = kept.rglob("*.mindir")
     whole = mindir.read_bytes()
     mindir.chmod(0o600)
@@ -69,7 +94,9 @@ def test_killed_while_it_compiles(image_root, tmp_path, start, monkeypatch):
     begun.wait_for(lambda: list(tmp_path.glob("cache/acnet-mindspore/graphs/*.partial.*")))
     begun.kill()
     run = execute([*words, f"--output_path={tmp_path}/after"])
-    assert run.status == 0 and [graph for graph in graphs(tmp_path) if ".partial." not in graph.name], run
+    assert run.status == 0 and [
+        graph for graph in graphs(tmp_path) if ".partial." not in graph.name
+    ], run
 
 
 def test_a_folder_that_cannot_be_made_costs_nothing_but_the_compiling(tmp_path):
@@ -111,7 +138,8 @@ for _ in range(8):
 assert all(os.waitpid(child, 0)[1] == 0 for child in children)
 left = list(Path({folder!r}).iterdir())
 # Of 100, 64 stay, give or take one a process, which wrote or removed its last while others counted.
-assert 64 - 8 <= len(left) <= 64 + 8 and all((folder / "checksums.json").exists() for folder in left), left
+assert 64 - 8 <= len(left) <= 64 + 8, left
+assert all((folder / "checksums.json").exists() for folder in left), left
 """
 
 

@@ -6,7 +6,7 @@ from conftest import make_config
 from mindspore import Parameter, Tensor
 
 from src.training.optimizers import DeviceOptimizer, HostOptimizer
-from src.training.update_rules import make_rule
+from src.training.update_rules import create_update_rule
 from src.utils.errors import UserError
 
 RATES = (0.1, 0.05, 0.2, 0.1)
@@ -18,16 +18,20 @@ def problem():
     """(first values, gradients of each step) of a matrix larger than a chunk and a bias."""
     random = np.random.default_rng(0)
     shapes = {"a.weight": (70, 1000), "a.bias": (40,)}
-    return ({name: random.normal(size=shape) for name, shape in shapes.items()},
-            [{name: random.normal(size=shape) for name, shape in shapes.items()} for _ in RATES])
+    return (
+        {name: random.normal(size=shape) for name, shape in shapes.items()},
+        [{name: random.normal(size=shape) for name, shape in shapes.items()} for _ in RATES],
+    )
 
 
 def trained(kind, optimizer, problem, loss_scale=1.0):
     """(weights after the steps, the optimizer) here."""
     start, gradients = problem
     config = make_config(optimizer=optimizer, **KEYS)
-    parameters = [Parameter(Tensor(value.astype(np.float32)), name=name) for name, value in start.items()]
-    instance = kind(parameters, make_rule(config), config)
+    parameters = [
+        Parameter(Tensor(value.astype(np.float32)), name=name) for name, value in start.items()
+    ]
+    instance = kind(parameters, create_update_rule(config), config)
     for lr, of_step in zip(RATES, gradients):
         arrays = [(loss_scale * of_step[name]).astype(np.float32) for name in start]
         given = arrays if kind is HostOptimizer else [Tensor(array) for array in arrays]
@@ -36,9 +40,15 @@ def trained(kind, optimizer, problem, loss_scale=1.0):
 
 
 def by_formula(problem, formula):
-    """Weights after the steps by ``formula``(w, g, state, lr, decay) -> w, in float64; state is a dictionary."""
+    """Weights after the steps by ``formula``(w, g, state, lr, decay) -> w, in float64.
+
+    State is a dictionary.
+    """
     start, gradients = problem
-    weights, states = {name: value.copy() for name, value in start.items()}, {name: {} for name in start}
+    weights, states = (
+        {name: value.copy() for name, value in start.items()},
+        {name: {} for name in start},
+    )
     for lr, of_step in zip(RATES, gradients):
         for name in weights:
             decay, factor = (0.1, 1) if name == "a.weight" else (0.0, 2)
@@ -53,7 +63,11 @@ def momentum(w, g, state, lr, decay):
 
 def lars(w, g, state, lr, decay):
     """You et al., arXiv:1708.03888, algorithm 1."""
-    trust = 0.001 * np.linalg.norm(w) / (np.linalg.norm(g) + decay * np.linalg.norm(w)) if w.ndim > 1 else 1
+    trust = (
+        0.001 * np.linalg.norm(w) / (np.linalg.norm(g) + decay * np.linalg.norm(w))
+        if w.ndim > 1
+        else 1
+    )
     state["v"] = 0.9 * state.get("v", 0) + lr * trust * (g + decay * w)
     return w - state["v"]
 
@@ -68,12 +82,19 @@ def test_follows_its_definition(kind, name, formula, problem):
 
 
 @pytest.mark.parametrize("kind", [HostOptimizer, DeviceOptimizer])
-@pytest.mark.parametrize("optimizer", ["momentum", "nesterov", "adamw", "adamw(beta1=0.8, beta2=0.95, epsilon=1e-3)"])
+@pytest.mark.parametrize(
+    "optimizer", ["momentum", "nesterov", "adamw", "adamw(beta1=0.8, beta2=0.95, epsilon=1e-3)"]
+)
 def test_agrees_with_pytorch(kind, optimizer, problem, measured):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-    parameters = {name: torch.tensor(value, dtype=torch.float64, requires_grad=True) for name, value in problem[0].items()}
-    groups = [{"params": [parameters["a.weight"]], "weight_decay": 0.1, "factor": 1},
-              {"params": [parameters["a.bias"]], "weight_decay": 0.0, "factor": 2}]
+    parameters = {
+        name: torch.tensor(value, dtype=torch.float64, requires_grad=True)
+        for name, value in problem[0].items()
+    }
+    groups = [
+        {"params": [parameters["a.weight"]], "weight_decay": 0.1, "factor": 1},
+        {"params": [parameters["a.bias"]], "weight_decay": 0.0, "factor": 2},
+    ]
     if optimizer.startswith("adamw"):
         betas, epsilon = ((0.8, 0.95), 1e-3) if "(" in optimizer else ((0.9, 0.999), 1e-8)
         theirs = torch.optim.AdamW(groups, betas=betas, eps=epsilon)
@@ -86,28 +107,50 @@ def test_agrees_with_pytorch(kind, optimizer, problem, measured):
             parameter.grad = torch.tensor(gradients[name])
         theirs.step()
     found, _ = trained(kind, optimizer, problem)
-    largest = max(np.abs(found[name] - parameter.detach().numpy()).max() for name, parameter in parameters.items())
-    measured(f"{optimizer} on {kind.__name__}: largest difference from PyTorch after {len(RATES)} steps {largest:.1e}")
+    largest = max(
+        np.abs(found[name] - parameter.detach().numpy()).max()
+        for name, parameter in parameters.items()
+    )
+    measured(
+        f"{optimizer} on {kind.__name__}: largest difference from PyTorch after {len(RATES)} steps "
+        f"{largest:.1e}"
+    )
     assert largest < 1e-5
 
 
-@pytest.mark.parametrize("kind", [HostOptimizer, pytest.param(DeviceOptimizer, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", [HostOptimizer, pytest.param(DeviceOptimizer, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("optimizer", ["momentum", "lars"])
 def test_loss_scale_does_not_change_the_update(kind, optimizer, problem):
-    (plain, _), (scaled, _) = trained(kind, optimizer, problem), trained(kind, optimizer, problem, loss_scale=1024.0)
+    (plain, _), (scaled, _) = (
+        trained(kind, optimizer, problem),
+        trained(kind, optimizer, problem, loss_scale=1024.0),
+    )
     assert all(np.allclose(plain[name], scaled[name], atol=1e-6) for name in plain)
 
 
-@pytest.mark.parametrize("optimizer", ["momentum", pytest.param("lars", marks=pytest.mark.extended)])
+@pytest.mark.parametrize(
+    "optimizer", ["momentum", pytest.param("lars", marks=pytest.mark.extended)]
+)
 def test_a_devices_update_is_compiled_once_for_any_number_of_parameters(optimizer):
-    """Compiled at every step it made a step on a GPU 5 s long, and as a loop it was too deep for large networks."""
+    """Compiled at each step, it made GPU steps 5 s long; a loop was too deep for MindSpore."""
     config = make_config(optimizer=optimizer, **KEYS)
-    parameters = [Parameter(Tensor(np.ones((2, 2), np.float32)), name=f"layer{index}.weight") for index in range(150)]
-    instance = DeviceOptimizer(parameters, make_rule(config), config)
+    parameters = [
+        Parameter(Tensor(np.ones((2, 2), np.float32)), name=f"layer{index}.weight")
+        for index in range(150)
+    ]
+    instance = DeviceOptimizer(parameters, create_update_rule(config), config)
     for step in range(3):
-        assert instance(0.1, [Tensor(np.full((2, 2), 1.0 + step, np.float32)) for _ in parameters]) is None
+        assert (
+            instance(0.1, [Tensor(np.full((2, 2), 1.0 + step, np.float32)) for _ in parameters])
+            is None
+        )
     assert [len(cell.compile_cache) for cell in (instance._survey, instance._graph)] == [1, 1]
-    assert all(np.array_equal(p.asnumpy(), parameters[0].asnumpy()) and (p.asnumpy() < 1).all() for p in parameters)
+    assert all(
+        np.array_equal(p.asnumpy(), parameters[0].asnumpy()) and (p.asnumpy() < 1).all()
+        for p in parameters
+    )
 
 
 @pytest.mark.parametrize("kind", [HostOptimizer, DeviceOptimizer])
@@ -115,43 +158,63 @@ def test_a_devices_update_is_compiled_once_for_any_number_of_parameters(optimize
 def test_a_frozen_backbone_keeps_weights_and_state(kind, optimizer):
     """What its gradients were while the classifier was untrained pushes nothing when it thaws."""
     config = make_config(optimizer=optimizer, **KEYS)
-    parameters = [Parameter(Tensor(np.ones((3, 2), np.float32)), name=name) for name in ("conv.weight", "classifier.weight")]
-    instance = kind(parameters, make_rule(config), config)
-    instance.freezes_backbone = True
+    parameters = [
+        Parameter(Tensor(np.ones((3, 2), np.float32)), name=name)
+        for name in ("conv.weight", "classifier.weight")
+    ]
+    instance = kind(parameters, create_update_rule(config), config)
+    instance.backbone_frozen = True
 
     def step(value):
         arrays = [np.full((3, 2), value, np.float32) for _ in parameters]
         instance(0.1, arrays if kind is HostOptimizer else [Tensor(array) for array in arrays])
-        return [p.asnumpy().copy() for p in parameters], [[state.asnumpy().copy() for state in of_one] for of_one in instance.states]
+        return [p.asnumpy().copy() for p in parameters], [
+            [state.asnumpy().copy() for state in of_one] for of_one in instance.states
+        ]
 
     for value in (5.0, -3.0):
         (backbone, classifier), (backbone_states, classifier_states) = step(value)
     assert (backbone == 1).all() and all((state == 0).all() for state in backbone_states)
     assert (classifier != 1).any() and any((state != 0).any() for state in classifier_states)
-    instance.freezes_backbone = False
+    instance.backbone_frozen = False
     (backbone, _), _ = step(2.0)
     # As the first update of any training: learning rate times gradient, or, in AdamW, times 1.
     decay = 0.1 * KEYS["weight_decay"]
-    assert backbone == pytest.approx(1 - decay - 0.1 * (2.0 if optimizer == "momentum" else 1.0), rel=1e-5)
+    assert backbone == pytest.approx(
+        1 - decay - 0.1 * (2.0 if optimizer == "momentum" else 1.0), rel=1e-5
+    )
 
 
 def test_states_are_named_after_their_parameters(problem):
     _, optimizer = trained(HostOptimizer, "adamw", problem)
     assert [p.name for p in optimizer.state_parameters] == [
-        f"optimizer.{state}.{name}" for name in problem[0] for state in ("first_moment", "second_moment")]
+        f"optimizer.{state}.{name}"
+        for name in problem[0]
+        for state in ("first_moment", "second_moment")
+    ]
     assert optimizer.counters() == {"updates": len(RATES), "frozen_updates": 0}
 
 
 def test_lars_moves_weights_that_are_zero():
     config = make_config(optimizer="lars")
     parameter = Parameter(Tensor(np.zeros((2, 2), np.float32)), name="a.weight")
-    HostOptimizer([parameter], make_rule(config), config)(0.1, [np.ones((2, 2), np.float32)])
+    HostOptimizer([parameter], create_update_rule(config), config)(
+        0.1, [np.ones((2, 2), np.float32)]
+    )
     assert np.allclose(parameter.asnumpy(), -0.1)
 
 
-@pytest.mark.parametrize("text,message", [
-    ("adam", "did you mean 'adamw'"), ("adamw(beta3=1)", "adamw takes no argument 'beta3'"), ("adamw(beta1=2)", "less than 1"),
-    ("adamw(0.9)", "neither a name nor"), ("momentum(momentum='x')", "momentum=x"), ("__import__('os')", "neither a name nor")])
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("adam", "did you mean 'adamw'"),
+        ("adamw(beta3=1)", "adamw takes no argument 'beta3'"),
+        ("adamw(beta1=2)", "less than 1"),
+        ("adamw(0.9)", "neither a name nor"),
+        ("momentum(momentum='x')", "momentum=x"),
+        ("__import__('os')", "neither a name nor"),
+    ],
+)
 def test_a_wrong_optimizer_is_named(text, message):
     with pytest.raises(UserError, match=message):
-        make_rule(make_config(optimizer=text))
+        create_update_rule(make_config(optimizer=text))

@@ -9,14 +9,23 @@ from conftest import ROOT, make_config, mpirun
 from mindspore import Tensor, nn
 
 from src.dataset.batches import Batch
-from src.models.build import build_model
+from src.distributed.communicator import Communicator
+from src.distributed.device_reducers import DeviceReducer, HostStagedReducer
+from src.distributed.host_reducer import HostReducer
+from src.models.create import create_model
 from src.models.layers import InputNormalizer
-from src.parallel.communicator import Communicator
-from src.training.loss_scale import LossScale
+from src.training.cross_entropy import CrossEntropy
 from src.training.optimizers import DeviceOptimizer, HostOptimizer
-from src.training.reducers import DeviceReducer, HostReducer, StagedReducer
-from src.training.step import ForwardBackward, NetworkWithLoss, ScaledForwardBackward, TrainStep, create_train_step, running_statistics
-from src.training.update_rules import make_rule
+from src.training.step import (
+    ForwardBackward,
+    GradScaler,
+    NetworkWithLoss,
+    ScaledForwardBackward,
+    TrainStep,
+    create_train_step,
+    running_statistics,
+)
+from src.training.update_rules import create_update_rule
 
 
 def test_normaliser_is_that_of_the_seeds():
@@ -33,30 +42,47 @@ def test_label_smoothing_spreads_its_mass_over_all_classes(smoothing):
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     target = np.full((4, 7), smoothing / 7)
     target[np.arange(4), labels] += 1 - smoothing
-    loss = NetworkWithLoss(nn.Identity(), nn.Identity(), smoothing)(Tensor(logits), Tensor(labels)).asnumpy()
+    loss = NetworkWithLoss(nn.Identity(), nn.Identity(), CrossEntropy(smoothing))(
+        Tensor(logits), Tensor(labels)
+    ).asnumpy()
     assert loss == pytest.approx(-(target * log_p).sum(axis=1).mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize("classes,share", [(7, 0.1), (1000, 0.1), (2, 0.3)])
 def test_label_smoothing_over_the_other_classes_is_the_model_zoos(classes, share):
-    """There the target is 1 - share for the true class and share / (classes - 1) for each other (src/crossentropy.py)."""
+    """The target is 1 - factor for the true class and factor / (classes - 1) for each other.
+
+    As in the seed's src/crossentropy.py.
+    """
     logits = np.random.default_rng(0).normal(size=(4, classes)).astype(np.float32)
     labels = np.array([0, 1, 1, classes - 1], np.int32)
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     target = np.full((4, classes), share / (classes - 1))
     target[np.arange(4), labels] = 1 - share
     smoothing = make_config(label_smooth_factor=share, num_classes=classes).smoothing
-    loss = NetworkWithLoss(nn.Identity(), nn.Identity(), smoothing)(Tensor(logits), Tensor(labels)).asnumpy()
+    loss = NetworkWithLoss(nn.Identity(), nn.Identity(), CrossEntropy(smoothing))(
+        Tensor(logits), Tensor(labels)
+    ).asnumpy()
     assert loss == pytest.approx(-(target * log_p).sum(axis=1).mean(), rel=1e-5)
     mixed = Tensor(np.eye(classes, dtype=np.float32)[labels])
-    assert NetworkWithLoss(nn.Identity(), nn.Identity(), smoothing)(Tensor(logits), mixed).asnumpy() == pytest.approx(loss, rel=1e-5)
+    assert NetworkWithLoss(nn.Identity(), nn.Identity(), CrossEntropy(smoothing))(
+        Tensor(logits), mixed
+    ).asnumpy() == pytest.approx(loss, rel=1e-5)
     assert make_config(label_smooth=0, num_classes=classes).smoothing == 0
-    assert make_config(label_smooth_factor=share, label_smooth_over="all", num_classes=classes).smoothing == share
+    assert (
+        make_config(
+            label_smooth_factor=share, label_smooth_over="all", num_classes=classes
+        ).smoothing
+        == share
+    )
 
 
 def test_the_loss_is_the_same_bits_wherever_its_inputs_lie():
-    with_loss = NetworkWithLoss(nn.ReLU(), nn.Identity(), 0.0)
-    logits, labels = np.random.default_rng(0).random((4, 2), np.float32), np.array([0, 1, 1, 0], np.int32)
+    with_loss = NetworkWithLoss(nn.ReLU(), nn.Identity(), CrossEntropy(0.0))
+    logits, labels = (
+        np.random.default_rng(0).random((4, 2), np.float32),
+        np.array([0, 1, 1, 0], np.int32),
+    )
     found = set()
     for at, of_labels in itertools.product(range(0, 64, 4), repeat=2):
         inputs = Tensor(_lying_at(logits, at)), Tensor(_lying_at(labels, of_labels))
@@ -68,16 +94,16 @@ def _lying_at(array, offset):
     """A copy of ``array`` whose address is ``offset`` above a multiple of 64."""
     room = np.zeros(array.nbytes + 128, np.uint8)
     begin = -room.ctypes.data % 64 + offset
-    copy = room[begin:begin + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy = room[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape)
     copy[...] = array
     return copy
 
 
 def test_gradients_agree_with_finite_differences():
     mindspore.set_seed(0)
-    network = build_model("cifar_quick", 5).set_train(False)
+    network = create_model("cifar_quick", 5).set_train(False)
     parameters = network.trainable_params()
-    with_loss = NetworkWithLoss(network, InputNormalizer((0.5,) * 3, (0.5,) * 3), 0.1)
+    with_loss = NetworkWithLoss(network, InputNormalizer((0.5,) * 3, (0.5,) * 3), CrossEntropy(0.1))
     random = np.random.default_rng(0)
     images = Tensor(random.integers(0, 256, (4, 32, 32, 3), np.uint8))
     labels = Tensor(np.array([0, 1, 2, 3], np.int32))
@@ -95,21 +121,30 @@ def test_gradients_agree_with_finite_differences():
             memory[...] = original + sign * change * direction
             ends.append(float(with_loss(images, labels).asnumpy()))
         memory[...] = original
-        assert (ends[0] - ends[1]) / (2 * change) == pytest.approx(np.linalg.norm(gradients[name]), rel=1e-2)
+        assert (ends[0] - ends[1]) / (2 * change) == pytest.approx(
+            np.linalg.norm(gradients[name]), rel=1e-2
+        )
 
 
 @pytest.mark.parametrize("dropout", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_accumulation_equals_the_large_batch(dropout):
     """With dropout too: a sample's mask does not depend on the batch that it is in."""
+
     def weights_after(parts):
         mindspore.set_seed(3)
-        network = build_model("alexnet", 5, image_size=64, dropout=dropout)
+        network = create_model("alexnet", 5, image_size=64, dropout=dropout)
         config = make_config(dropout=dropout, per_batch_size=8 // parts, accumulation_steps=parts)
         step = create_train_step(network, config, Communicator())
         random = np.random.default_rng(0)
-        images, labels = random.integers(0, 256, (8, 64, 64, 3), np.uint8), np.arange(8, dtype=np.int32) % 5
-        result = step([Batch(x, y) for x, y in zip(np.split(images, parts), np.split(labels, parts))], 0.1, 0)
+        images, labels = (
+            random.integers(0, 256, (8, 64, 64, 3), np.uint8),
+            np.arange(8, dtype=np.int32) % 5,
+        )
+        result = step(
+            [Batch(x, y) for x, y in zip(np.split(images, parts), np.split(labels, parts))], 0.1, 0
+        )
         return result.loss, {p.name: p.asnumpy() for p in network.get_parameters()}
+
     (loss, whole), (loss_in_parts, in_parts) = weights_after(1), weights_after(4)
     assert loss_in_parts == pytest.approx(loss, rel=1e-5)
     for name, value in whole.items():
@@ -118,62 +153,102 @@ def test_accumulation_equals_the_large_batch(dropout):
 
 def test_soft_labels_give_the_cross_entropy_of_a_distribution():
     random = np.random.default_rng(0)
-    logits, targets = random.normal(size=(4, 7)).astype(np.float32), random.dirichlet(np.ones(7), 4).astype(np.float32)
+    logits, targets = (
+        random.normal(size=(4, 7)).astype(np.float32),
+        random.dirichlet(np.ones(7), 4).astype(np.float32),
+    )
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-    with_loss = NetworkWithLoss(nn.Identity(), nn.Identity(), 0.1)
+    with_loss = NetworkWithLoss(nn.Identity(), nn.Identity(), CrossEntropy(0.1))
     expected = -((0.9 * targets + 0.1 / 7) * log_p).sum(axis=1).mean()
     assert with_loss(Tensor(logits), Tensor(targets)).asnumpy() == pytest.approx(expected, rel=1e-5)
     labels = np.array([0, 6, 3, 3], np.int32)
-    assert with_loss(Tensor(logits), Tensor(np.eye(7, dtype=np.float32)[labels])).asnumpy() == pytest.approx(
-        with_loss(Tensor(logits), Tensor(labels)).asnumpy(), rel=1e-6)
+    assert with_loss(
+        Tensor(logits), Tensor(np.eye(7, dtype=np.float32)[labels])
+    ).asnumpy() == pytest.approx(with_loss(Tensor(logits), Tensor(labels)).asnumpy(), rel=1e-6)
 
 
-def step_by(kind, reducer, **keys):
+def step_by(kind, reducer_type, **keys):
     """(network, TrainStep) with these parts; a device's run on CPU."""
     mindspore.set_seed(4)
-    network, config = build_model("cifar_quick", 5), make_config(device_target="GPU", **{"amp_level": "O0", **keys})
-    with_loss = NetworkWithLoss(network, InputNormalizer((0.5,) * 3, (0.5,) * 3), 0.1)
-    parameters, scale = network.trainable_params(), LossScale.of(config)
-    forward_backward = (ScaledForwardBackward if scale.active else ForwardBackward)(with_loss, parameters)
-    return network, TrainStep(forward_backward, kind(parameters, make_rule(config), config), reducer(Communicator(), None),
-                              running_statistics(network), lambda step, part: (), scale)
+    network, config = (
+        create_model("cifar_quick", 5),
+        make_config(device_target="GPU", **{"amp_level": "O0", **keys}),
+    )
+    with_loss = NetworkWithLoss(network, InputNormalizer((0.5,) * 3, (0.5,) * 3), CrossEntropy(0.1))
+    parameters, scale = network.trainable_params(), GradScaler.of(config)
+    forward_backward = (ScaledForwardBackward if scale.active else ForwardBackward)(
+        with_loss, parameters
+    )
+    if reducer_type is HostReducer:
+        reducer = HostReducer(Communicator(), None)
+    else:
+        reducer = reducer_type(config, Communicator())
+    return network, TrainStep(
+        forward_backward,
+        kind(parameters, create_update_rule(config), config),
+        reducer,
+        running_statistics(network),
+        lambda step, part: (),
+        scale,
+    )
 
 
 @pytest.fixture
 def batches():
     random = np.random.default_rng(0)
-    return [Batch(random.integers(0, 256, (8, 32, 32, 3), np.uint8), np.arange(8, dtype=np.int32) % 5) for _ in range(4)]
+    return [
+        Batch(random.integers(0, 256, (8, 32, 32, 3), np.uint8), np.arange(8, dtype=np.int32) % 5)
+        for _ in range(4)
+    ]
 
 
-@pytest.mark.parametrize("reducer,keys", [
-    (StagedReducer, {}), pytest.param(DeviceReducer, {}, marks=pytest.mark.slow),
-    pytest.param(StagedReducer, {"amp_level": "O2", "loss_scale": 1024}, marks=pytest.mark.slow),
-    pytest.param(StagedReducer, {"optimizer": "adamw"}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "reducer,keys",
+    [
+        (HostStagedReducer, {}),
+        pytest.param(DeviceReducer, {}, marks=pytest.mark.slow),
+        pytest.param(
+            HostStagedReducer, {"amp_level": "O2", "loss_scale": 1024}, marks=pytest.mark.slow
+        ),
+        pytest.param(HostStagedReducer, {"optimizer": "adamw"}, marks=pytest.mark.slow),
+    ],
+)
 def test_device_step_trains_like_the_host_step(batches, reducer, keys):
     host_keys = {key: value for key, value in keys.items() if key == "optimizer"}
-    (host_network, host), (network, device) = step_by(HostOptimizer, HostReducer, **host_keys), step_by(DeviceOptimizer, reducer, **keys)
+    (host_network, host), (network, device) = (
+        step_by(HostOptimizer, HostReducer, **host_keys),
+        step_by(DeviceOptimizer, reducer, **keys),
+    )
     for number in range(0, 4, 2):
         # Two forward passes each: gradients are accumulated on either side.
-        assert device(batches[number:number + 2], 0.01, 0).loss == pytest.approx(host(batches[number:number + 2], 0.01, 0).loss, rel=1e-4)
+        assert device(batches[number : number + 2], 0.01, 0).loss == pytest.approx(
+            host(batches[number : number + 2], 0.01, 0).loss, rel=1e-4
+        )
     for ours, theirs in zip(network.get_parameters(), host_network.get_parameters()):
         assert np.allclose(ours.asnumpy(), theirs.asnumpy(), rtol=1e-3, atol=2e-5), ours.name
 
 
-@pytest.mark.parametrize("optimizer,reducer", [(HostOptimizer, HostReducer), (DeviceOptimizer, StagedReducer)])
+@pytest.mark.parametrize(
+    "optimizer,reducer", [(HostOptimizer, HostReducer), (DeviceOptimizer, HostStagedReducer)]
+)
 def test_overflow_skips_the_step_and_halves_a_dynamic_scale(batches, optimizer, reducer):
     network, step = step_by(optimizer, reducer, amp_level="O2", is_dynamic_loss_scale=1)
-    step.loss_scale.value = 1e39  # beyond float32
+    step.grad_scaler.value = 1e39  # beyond float32
     before = [p.asnumpy().copy() for p in network.trainable_params()]
     result = step(batches[:1], 0.05, 0)
-    assert result.skipped and result.nonfinite_parameter and step.loss_scale.value == 5e38
+    assert result.skipped and result.nonfinite_parameter and step.grad_scaler.value == 5e38
     assert all(np.array_equal(a, p.asnumpy()) for a, p in zip(before, network.trainable_params()))
     assert step.optimizer.counters() == {"updates": 0, "frozen_updates": 0}
-    step.loss_scale.value = 1024.0
+    step.grad_scaler.value = 1024.0
     result = step(batches[:1], 0.05, 0)
-    assert not result.skipped and not np.array_equal(before[0], network.trainable_params()[0].asnumpy())
+    assert not result.skipped and not np.array_equal(
+        before[0], network.trainable_params()[0].asnumpy()
+    )
 
 
-@pytest.mark.parametrize("optimizer,reducer", [(HostOptimizer, HostReducer), (DeviceOptimizer, StagedReducer)])
+@pytest.mark.parametrize(
+    "optimizer,reducer", [(HostOptimizer, HostReducer), (DeviceOptimizer, HostStagedReducer)]
+)
 def test_the_first_parameter_without_a_finite_gradient_is_named(batches, optimizer, reducer):
     network, step = step_by(optimizer, reducer)
     classifier = network.classifier.weight
@@ -184,41 +259,50 @@ def test_the_first_parameter_without_a_finite_gradient_is_named(batches, optimiz
 
 SAME_STEP = """
 import sys, zlib; sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-from src.command import prepare_rank
-from src.parallel.communicator import connect
+from src.cli.start import prepare_rank
+from src.distributed.communicator import connect
 c = connect(None)
 prepare_rank(c)
 import mindspore, numpy as np
 mindspore.set_context(mode=mindspore.GRAPH_MODE)
 from src.dataset.batches import Batch
-from src.models.build import build_model
+from src.models.create import create_model
 from src.models.layers import InputNormalizer
-from src.training.loss_scale import LossScale
-from src.training.reducers import HostReducer
+from src.training.step import GradScaler
+from src.distributed.host_reducer import HostReducer
+from src.training.cross_entropy import CrossEntropy
 from src.training.step import ForwardBackward, NetworkWithLoss, TrainStep, running_statistics
 mindspore.set_seed(5)
-network = build_model({network!r}, 5, image_size=64, dropout=0.0)
+network = create_model({network!r}, 5, image_size=64, dropout=0.0)
 gradients = {{}}
-with_loss = NetworkWithLoss(network, InputNormalizer((.5,) * 3, (.5,) * 3), 0.1)
+with_loss = NetworkWithLoss(network, InputNormalizer((.5,) * 3, (.5,) * 3), CrossEntropy(0.1))
 def keep(lr, arrays, loss_scale, arrivals):
     gradients.update({{p.name: a.copy() for p, a in zip(network.trainable_params(), arrays)}})
-step = TrainStep(ForwardBackward(with_loss, network.trainable_params()), keep, HostReducer(c, None), running_statistics(network),
-                 lambda step, part: (), LossScale())
+step = TrainStep(
+    ForwardBackward(with_loss, network.trainable_params()), keep, HostReducer(c, None),
+    running_statistics(network), lambda step, part: (), GradScaler(),
+)
 random = np.random.default_rng(0)
-images, labels = random.integers(0, 256, (12, 64, 64, 3), np.uint8), np.arange(12, dtype=np.int32) % 5
+images = random.integers(0, 256, (12, 64, 64, 3), np.uint8)
+labels = np.arange(12, dtype=np.int32) % 5
 step([Batch(images[c.rank::c.size].copy(), labels[c.rank::c.size].copy())], 0.1, 0)
 statistics = {{p.name: p.asnumpy() for p in running_statistics(network)}}
 checksums = [zlib.crc32(array) for array in [*gradients.values(), *statistics.values()]]
-assert all(others == checksums for others in c.gather(checksums)), "the ranks differ"
+assert all(others == checksums for others in c.all_gather(checksums)), "the ranks differ"
 if c.rank in {ranks!r}:
     np.savez({out!r} + f"/{{c.size}}_{{c.rank}}.npz", **gradients, **statistics)
 """
 
 
 def gradients_on(size, network, folder, ranks):
-    """What each of ``ranks`` holds after a step on ``size`` ranks: {parameter: mean gradient or running statistic}."""
+    """What each of ``ranks`` holds after a step on ``size`` ranks.
+
+    A list of {parameter: mean gradient or running statistic}.
+    """
     script = folder / "same_step.py"
-    script.write_text(SAME_STEP.format(root=str(ROOT), network=network, out=str(folder), ranks=ranks))
+    script.write_text(
+        SAME_STEP.format(root=str(ROOT), network=network, out=str(folder), ranks=ranks)
+    )
     run = mpirun(size, script)
     assert run.status == 0, run
     return [dict(np.load(folder / f"{size}_{rank}.npz")) for rank in ranks]
@@ -229,7 +313,10 @@ def test_averaged_gradients_are_those_of_the_global_batch_on_one_rank(tmp_path, 
     (alone,) = gradients_on(1, "alexnet", tmp_path, [0])
     for ranks in (2, 3):
         (on_last,) = gradients_on(ranks, "alexnet", tmp_path, [ranks - 1])
-        largest = max(np.linalg.norm(on_last[name] - expected) / np.linalg.norm(expected) for name, expected in alone.items())
+        largest = max(
+            np.linalg.norm(on_last[name] - expected) / np.linalg.norm(expected)
+            for name, expected in alone.items()
+        )
         measured(f"gradients on {ranks} ranks: largest relative difference by norm {largest:.1e}")
         assert largest < 1e-5
 
@@ -239,6 +326,9 @@ def test_ranks_hold_the_same_running_statistics(tmp_path):
     first, second = gradients_on(2, "resnet18", tmp_path, [0, 1])
     moving = [name for name in first if "moving" in name]
     assert len(moving) == 40
-    assert all(np.abs(first[name] - (1 if name.endswith("variance") else 0)).max() > 1e-4 for name in moving)
+    assert all(
+        np.abs(first[name] - (1 if name.endswith("variance") else 0)).max() > 1e-4
+        for name in moving
+    )
     for name in first:
         assert np.array_equal(first[name], second[name]), name

@@ -10,20 +10,49 @@ import yaml
 from conftest import ROOT, TINY, execute, mpirun, only_run
 
 from src.dataset.batches import epoch_order
-from src.models.formats import read_weights, without_optimizer_state
+from src.models.weight_files import read_weights, without_optimizer_state
 
 
 def test_run_folder_holds_what_the_readme_says(trained_run):
     assert {file.name for file in trained_run.iterdir()} == {
-        "best.ckpt", "ckpt_0", "class_indexing.json", "config.yaml", "curves.png", "environment.json", "latest.ckpt",
-        "log.txt", "metrics.jsonl"}
-    assert {file.name for file in (trained_run / "ckpt_0").iterdir()} == {"cifar_quick-1_12.ckpt", "cifar_quick-2_12.ckpt"}
-    assert json.loads((trained_run / "class_indexing.json").read_text()) == {"ant": 0, "bee": 1, "cat": 2}
+        "best.ckpt",
+        "ckpt_0",
+        "class_indexing.json",
+        "config.yaml",
+        "curves.png",
+        "environment.json",
+        "latest.ckpt",
+        "log.txt",
+        "metrics.jsonl",
+    }
+    assert {file.name for file in (trained_run / "ckpt_0").iterdir()} == {
+        "cifar_quick-1_12.ckpt",
+        "cifar_quick-2_12.ckpt",
+    }
+    assert json.loads((trained_run / "class_indexing.json").read_text()) == {
+        "ant": 0,
+        "bee": 1,
+        "cat": 2,
+    }
     config = yaml.safe_load((trained_run / "config.yaml").read_text())
     assert config["lr"] == 0.02 and config["num_classes"] == 3 and config["block"] == "acb"
     lines = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [1, 2] and [line["step"] for line in lines] == [12, 24]
-    assert set(lines[0]) == {"epoch", "step", "loss", "lr", "images_per_second", "rank_seconds", "top1", "top5", "val_loss", "class_top1"}
+    assert [line["epoch"] for line in lines] == [1, 2] and [line["step"] for line in lines] == [
+        12,
+        24,
+    ]
+    assert set(lines[0]) == {
+        "epoch",
+        "step",
+        "loss",
+        "lr",
+        "images_per_second",
+        "rank_seconds",
+        "top1",
+        "top5",
+        "val_loss",
+        "class_top1",
+    }
     assert (trained_run / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
@@ -34,7 +63,9 @@ def test_last_line_of_the_log_gives_the_rates(trained_run):
 def test_best_checkpoint_is_the_best(trained_run):
     lines = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()]
     _, metadata = read_weights(trained_run / "best.ckpt")
-    assert metadata["epoch"] == max(lines, key=lambda line: (line["top1"], -line["val_loss"]))["epoch"]
+    assert (
+        metadata["epoch"] == max(lines, key=lambda line: (line["top1"], -line["val_loss"]))["epoch"]
+    )
 
 
 @pytest.mark.slow
@@ -46,19 +77,47 @@ def test_no_argument_trains_the_digits_and_says_so(tmp_path):
 
 @pytest.mark.slow
 def test_validation_images_split_off_are_those_that_are_evaluated_later(image_root, tmp_path):
-    run = mpirun(2, "train.py", f"--data_path={image_root}/train", "--val_split=0.25", f"--output_path={tmp_path}/run", *TINY,
-                 "--max_epoch=2", "--lr=0.02")
+    run = mpirun(
+        2,
+        "train.py",
+        f"--data_path={image_root}/train",
+        "--val_split=0.25",
+        f"--output_path={tmp_path}/run",
+        *TINY,
+        "--max_epoch=2",
+        "--lr=0.02",
+    )
     assert run.status == 0 and ": 36 images, 3 classes" in run.out, run
     folder = only_run(tmp_path / "run")
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     evaluated = execute(["python3", "eval.py", f"--checkpoint_file_path={folder}/latest.ckpt"])
-    assert evaluated.status == 0 and " 12 images" in evaluated.out and f"acc={last['top1']:.2f}%(TOP1)" in evaluated.out, evaluated
-    assert "12 images of" in evaluated.out and "that the training split off for validation" in evaluated.out
+    assert (
+        evaluated.status == 0
+        and " 12 images" in evaluated.out
+        and f"acc={last['top1']:.2f}%(TOP1)" in evaluated.out
+    ), evaluated
+    assert (
+        "12 images of" in evaluated.out and "that training held out for validation" in evaluated.out
+    )
     (tmp_path / "link").symlink_to(image_root)
     spelling = os.path.relpath(tmp_path / "link" / "train", ROOT) + "/"
-    same = execute(["python3", "eval.py", f"--checkpoint_file_path={folder}/latest.ckpt", f"--data_path={spelling}"])
+    same = execute(
+        [
+            "python3",
+            "eval.py",
+            f"--checkpoint_file_path={folder}/latest.ckpt",
+            f"--data_path={spelling}",
+        ]
+    )
     assert " 12 images" in same.out and f"acc={last['top1']:.2f}%(TOP1)" in same.out, same
-    others = execute(["python3", "eval.py", f"--checkpoint_file_path={folder}/latest.ckpt", f"--data_path={image_root}/val"])
+    others = execute(
+        [
+            "python3",
+            "eval.py",
+            f"--checkpoint_file_path={folder}/latest.ckpt",
+            f"--data_path={image_root}/val",
+        ]
+    )
     assert others.status == 0 and " 67 images" in others.out, others
 
 
@@ -69,9 +128,20 @@ def test_threads_give_the_same_bits_on_machines_with_other_numbers_of_cores(imag
     first, second = sorted(os.sched_getaffinity(0))[:2]
     weights = {}
     for name, cores, threads in (("one", {second}, 0), ("two, one used", {first, second}, 1)):
-        flags = [f"--data_path={image_root}/train", f"--output_path={tmp_path}/{name}", "--network=resnet18", "--image_size=64",
-                 "--per_batch_size=8", "--max_steps=4", "--lr=0.02", f"--threads={threads}"]
-        restricted = f"import os, sys; os.sched_setaffinity(0, {cores}); os.execvp('python3', ['python3', *sys.argv[1:]])"
+        flags = [
+            f"--data_path={image_root}/train",
+            f"--output_path={tmp_path}/{name}",
+            "--network=resnet18",
+            "--image_size=64",
+            "--per_batch_size=8",
+            "--max_steps=4",
+            "--lr=0.02",
+            f"--threads={threads}",
+        ]
+        restricted = (
+            f"import os, sys; os.sched_setaffinity(0, {cores}); os.execvp('python3', ['python3', "
+            "*sys.argv[1:]])"
+        )
         run = execute(["python3", "-c", restricted, "train.py", *flags])
         assert run.status == 0, run
         weights[name], metadata = read_weights(only_run(tmp_path / name) / "latest.ckpt")
@@ -82,12 +152,22 @@ def test_threads_give_the_same_bits_on_machines_with_other_numbers_of_cores(imag
 
 @pytest.mark.slow
 def test_world_sizes_follow_the_same_loss(image_root, tmp_path):
-    """The same global batch gives the same losses on 1 and 2 ranks for a network without batch norm or dropout."""
+    """The same global batch gives the same losses on 1 and 2 ranks (no batch norm, no dropout)."""
     losses = []
     for ranks in (1, 2):
-        run = mpirun(ranks, "train.py", f"--data_path={image_root}/train", f"--output_path={tmp_path}/{ranks}",
-                     "--network=alexnet", "--image_size=64", "--dropout=0", "--global_batch_size=12", "--max_epoch=3",
-                     "--ckpt_interval=3", "--lr=0.01")
+        run = mpirun(
+            ranks,
+            "train.py",
+            f"--data_path={image_root}/train",
+            f"--output_path={tmp_path}/{ranks}",
+            "--network=alexnet",
+            "--image_size=64",
+            "--dropout=0",
+            "--global_batch_size=12",
+            "--max_epoch=3",
+            "--ckpt_interval=3",
+            "--lr=0.01",
+        )
         assert run.status == 0, run
         lines = (only_run(tmp_path / str(ranks)) / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines])
@@ -97,12 +177,22 @@ def test_world_sizes_follow_the_same_loss(image_root, tmp_path):
 def test_compressed_gradients_train_nearly_the_same(image_root, tmp_path):
     losses = {}
     for form in ("none", "float16"):
-        run = mpirun(2, "train.py", f"--data_path={image_root}/train", f"--output_path={tmp_path}/{form}", *TINY, "--max_epoch=1",
-                     "--lr=0.05", f"--gradient_compression={form}")
+        run = mpirun(
+            2,
+            "train.py",
+            f"--data_path={image_root}/train",
+            f"--output_path={tmp_path}/{form}",
+            *TINY,
+            "--max_epoch=1",
+            "--lr=0.05",
+            f"--gradient_compression={form}",
+        )
         assert run.status == 0, run
         losses[form] = json.loads((only_run(tmp_path / form) / "metrics.jsonl").read_text())["loss"]
     # 11 binary digits of each gradient
-    assert losses["float16"] != losses["none"] and losses["float16"] == pytest.approx(losses["none"], rel=2e-3), losses
+    assert losses["float16"] != losses["none"] and losses["float16"] == pytest.approx(
+        losses["none"], rel=2e-3
+    ), losses
 
 
 def train(*flags, cwd=ROOT):
@@ -116,25 +206,31 @@ def assert_one_error(run, *words):
         assert word in run.error_lines[0], run
 
 
-@pytest.mark.parametrize("flags,words", [
-    (("--lrr=0.1",), ("'--lrr'", "did you mean 'lr'")),
-    (("--data_path=/nowhere",), ("/nowhere", "does not exist")),
-    (("--lr=-1",), ("lr=-1", "greater than 0")),
-    (("--config_path=digit",), ("did you mean 'digits'",)),
-    (("--run_distribute=1",), ("needs mpirun",)),
-    (("--config_path=alexnet_imagenet",), ("--data_path=DIR",)),
-    (("--device_target=GPU",), ("GPU", "CPU works")),
-    (("--device_target=Ascend",), ("Ascend", "CPU works")),
-    (("--network=resnet19",), ("unknown network", "did you mean 'resnet1")),
-    (("--per_batch_size=2000", "--global_batch_size=0"), ("fewer than one global batch", "--per_batch_size=1442")),
-    (("--num_classes=7",), ("num_classes=7", "10 classes")),
-    (("--checkpoint_file_path=/nowhere.ckpt",), ("/nowhere.ckpt", "does not exist")),
-    (("--val_split=0.1", "--eval_data_path=."), ("val_split", "eval_data_path")),
-    (("--deploy=1", "--run_eval=0"), ("deploy=1", "--run_eval=1")),
-    (("--amp_level=O3",), ("amp_level=O3", "GPU")),
-    (("--amp_level=O2", "--kernels=mindspore"), ("amp_level=O2", "bfloat16", "kernels=onednn")),
-    (("picture.jpg",), ("picture.jpg", "--KEY=VALUE")),
-])
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        (("--lrr=0.1",), ("'--lrr'", "did you mean 'lr'")),
+        (("--data_path=/nowhere",), ("/nowhere", "does not exist")),
+        (("--lr=-1",), ("lr=-1", "greater than 0")),
+        (("--config_path=digit",), ("did you mean 'digits'",)),
+        (("--run_distribute=1",), ("needs mpirun",)),
+        (("--config_path=alexnet_imagenet",), ("--data_path=DIR",)),
+        (("--device_target=GPU",), ("GPU", "CPU works")),
+        (("--device_target=Ascend",), ("Ascend", "CPU works")),
+        (("--network=resnet19",), ("unknown network", "did you mean 'resnet1")),
+        (
+            ("--per_batch_size=2000", "--global_batch_size=0"),
+            ("fewer than one global batch", "--per_batch_size=1442"),
+        ),
+        (("--num_classes=7",), ("num_classes=7", "10 classes")),
+        (("--checkpoint_file_path=/nowhere.ckpt",), ("/nowhere.ckpt", "does not exist")),
+        (("--val_split=0.1", "--eval_data_path=."), ("val_split", "eval_data_path")),
+        (("--deploy=1", "--run_eval=0"), ("deploy=1", "--run_eval=1")),
+        (("--amp_level=O3",), ("amp_level=O3", "GPU")),
+        (("--amp_level=O2", "--kernels=mindspore"), ("amp_level=O2", "bfloat16", "kernels=onednn")),
+        (("picture.jpg",), ("picture.jpg", "--KEY=VALUE")),
+    ],
+)
 def test_wrong_command_is_one_line_and_leaves_nothing(tmp_path, flags, words):
     assert_one_error(train(f"--output_path={tmp_path}/out", *flags), *words)
     assert not (tmp_path / "out").exists()
@@ -142,32 +238,60 @@ def test_wrong_command_is_one_line_and_leaves_nothing(tmp_path, flags, words):
 
 def test_unwritable_output_path(image_root, tmp_path):
     (tmp_path / "file").write_text("")
-    assert_one_error(train(f"--output_path={tmp_path}/file", *TINY, f"--data_path={image_root}/train"), "output_path")
+    assert_one_error(
+        train(f"--output_path={tmp_path}/file", *TINY, f"--data_path={image_root}/train"),
+        "output_path",
+    )
 
 
 def test_other_class_count_needs_permission(trained_run, tmp_path):
-    flags = ("--config_path=digits", "--max_steps=1", f"--output_path={tmp_path}/out",
-             f"--checkpoint_file_path={trained_run}/best.ckpt")
+    flags = (
+        "--config_path=digits",
+        "--max_steps=1",
+        f"--output_path={tmp_path}/out",
+        f"--checkpoint_file_path={trained_run}/best.ckpt",
+    )
     assert_one_error(train(*flags), "classifier", "--allow_head_mismatch=1")
     allowed = train(*flags, "--allow_head_mismatch=1")
-    assert allowed.status == 0 and "without classifier.bias, classifier.weight" in allowed.out, allowed
+    assert allowed.status == 0 and "without classifier.bias, classifier.weight" in allowed.out, (
+        allowed
+    )
 
 
 @pytest.mark.slow
 def test_text_file_among_the_images_ends_every_rank(broken_copy, tmp_path):
     (broken_copy / "train" / "bee" / "003.jpg").write_text("text")
-    run = mpirun(3, "train.py", f"--data_path={broken_copy}/train", f"--output_path={tmp_path}/out", *TINY, "--max_epoch=2")
+    run = mpirun(
+        3,
+        "train.py",
+        f"--data_path={broken_copy}/train",
+        f"--output_path={tmp_path}/out",
+        *TINY,
+        "--max_epoch=2",
+    )
     assert_one_error(run, "bee/003.jpg")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
 def test_image_that_one_rank_alone_fails_on_ends_every_rank(broken_copy, tmp_path):
-    """It begins and ends like a JPEG, so that it is found in the middle of an epoch, by the rank in whose share it is."""
+    """It begins and ends like a JPEG, so that it is found in the middle of an epoch.
+
+    By the rank in whose share it is.
+    """
     index = 16 + 3
     place = int(np.flatnonzero(epoch_order(1, 0, 3 * 16) == index)[0])
-    (broken_copy / "train" / "bee" / "003.jpg").write_bytes(b"\xff\xd8\xff\xe0 and no more \xff\xd9")
-    run = mpirun(3, "train.py", f"--data_path={broken_copy}/train", f"--output_path={tmp_path}/out", *TINY, "--max_epoch=2")
+    (broken_copy / "train" / "bee" / "003.jpg").write_bytes(
+        b"\xff\xd8\xff\xe0 and no more \xff\xd9"
+    )
+    run = mpirun(
+        3,
+        "train.py",
+        f"--data_path={broken_copy}/train",
+        f"--output_path={tmp_path}/out",
+        *TINY,
+        "--max_epoch=2",
+    )
     assert place % 3 > 0
     assert_one_error(run, f"error: rank {place % 3}: ", "bee/003.jpg", "--bad_samples=replace")
     assert (only_run(tmp_path / "out") / "log.txt").exists()
@@ -176,8 +300,12 @@ def test_image_that_one_rank_alone_fails_on_ends_every_rank(broken_copy, tmp_pat
 def test_truncated_image_is_told_before_the_first_step(broken_copy, tmp_path):
     file = broken_copy / "train" / "cat" / "015.jpg"
     file.write_bytes(file.read_bytes()[:-100])
-    assert_one_error(train(f"--data_path={broken_copy}/train", f"--output_path={tmp_path}/out", *TINY), "cat/015.jpg",
-                     "--bad_samples=replace", "check_dataset.py")
+    assert_one_error(
+        train(f"--data_path={broken_copy}/train", f"--output_path={tmp_path}/out", *TINY),
+        "cat/015.jpg",
+        "--bad_samples=replace",
+        "check_dataset.py",
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -185,8 +313,16 @@ def test_truncated_image_is_told_before_the_first_step(broken_copy, tmp_path):
 def test_bad_images_are_replaced_and_counted(broken_copy, tmp_path):
     for name in ("bee/003.jpg", "cat/000.jpg"):
         (broken_copy / "train" / name).write_bytes(b"")
-    run = mpirun(2, "train.py", f"--data_path={broken_copy}/train", f"--output_path={tmp_path}/out", *TINY, "--max_epoch=2",
-                 "--lr=0.02", "--bad_samples=replace")
+    run = mpirun(
+        2,
+        "train.py",
+        f"--data_path={broken_copy}/train",
+        f"--output_path={tmp_path}/out",
+        *TINY,
+        "--max_epoch=2",
+        "--lr=0.02",
+        "--bad_samples=replace",
+    )
     assert run.status == 0 and run.out.count("2 replaced images") == 2, run
     lines = (only_run(tmp_path / "out") / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["replaced_images"] for line in lines] == [2, 2]
@@ -196,11 +332,24 @@ def test_bad_images_are_replaced_and_counted(broken_copy, tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_numbers_gone_wrong_stop_the_run_and_keep_the_last_checkpoint(image_root, tmp_path, ranks):
     """The learning rate of the second epoch is beyond all reason."""
-    words = ["train.py", f"--data_path={image_root}/train", f"--output_path={tmp_path}/out", *TINY, "--global_batch_size=4",
-             "--lr=1e20", "--max_epoch=3", "--lr_scheduler=cosine_annealing", "--warmup_epochs=2", "--ckpt_interval_steps=1"]
+    words = [
+        "train.py",
+        f"--data_path={image_root}/train",
+        f"--output_path={tmp_path}/out",
+        *TINY,
+        "--global_batch_size=4",
+        "--lr=1e20",
+        "--max_epoch=3",
+        "--lr_scheduler=cosine_annealing",
+        "--warmup_epochs=2",
+        "--ckpt_interval_steps=1",
+    ]
     run = execute(["python3", *words]) if ranks == 1 else mpirun(ranks, *words)
     assert_one_error(run, "step", "learning rate", "is not finite", "last good checkpoint")
-    found = re.search(r"at step (\d+) .*the gradient of (\S+) is not finite; the last good checkpoint is (\S+);", run.error_lines[0])
+    found = re.search(
+        r"at step (\d+) .*the gradient of (\S+) is not finite; the last good checkpoint is (\S+);",
+        run.error_lines[0],
+    )
     arrays, metadata = read_weights(found[3])
     assert metadata["step"] == int(found[1]) - 1 and found[2] in arrays
 
@@ -220,7 +369,9 @@ def test_help_tells_the_usage():
 
 @pytest.mark.slow
 def test_mistake_under_mpirun_is_told_once(tmp_path):
-    run = mpirun(3, "train.py", "--data_path=/nowhere", "--run_distribute=1", f"--output_path={tmp_path}/out")
+    run = mpirun(
+        3, "train.py", "--data_path=/nowhere", "--run_distribute=1", f"--output_path={tmp_path}/out"
+    )
     assert_one_error(run, "/nowhere")
     refused = mpirun(2, "train.py", "--run_distribute=0", f"--output_path={tmp_path}/out")
     assert_one_error(refused, "run_distribute=0")

@@ -1,4 +1,7 @@
-"""The training loop with ranks that are made up, so that what another rank does can be chosen; real ranks are in test_train.py."""
+"""The training loop with ranks that are made up, so that what another rank does can be chosen.
+
+Real ranks are in test_train.py.
+"""
 
 import dataclasses
 
@@ -8,14 +11,20 @@ from conftest import make_config
 from mindspore import Tensor
 
 from src.dataset.image_set import ImageSet
-from src.models.build import create_network
-from src.parallel.communicator import Communicator
+from src.dataset.splits import TrainingData
+from src.distributed.communicator import Communicator
+from src.kernels.library import KernelChoice
+from src.models.create import create_network
 from src.runs.recorder import Recorder
+from src.training.start import RandomWeights
 from src.training.trainer import Trainer
-from src.utils.errors import Stopped, UserError
+from src.utils.errors import TrainingInterrupted, UserError
 
-IMAGES = ImageSet({str(i): i for i in range(4)}, np.arange(24, dtype=np.int32) % 4,
-                  pixels=np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), np.uint8))
+IMAGES = ImageSet(
+    {str(i): i for i in range(4)},
+    np.arange(24, dtype=np.int32) % 4,
+    pixels=np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), np.uint8),
+)
 
 
 class Notes(Recorder):
@@ -23,9 +32,7 @@ class Notes(Recorder):
 
     def __init__(self):
         self.calls, self.states = [], []
-
-    def log(self, text):
-        self.calls.append(f"log {text}")
+        self.log = lambda text: self.calls.append(f"log {text}")
 
     def start(self, class_to_index):
         self.calls.append("start")
@@ -48,46 +55,84 @@ class Notes(Recorder):
 
 
 class TwoRanks(Communicator):
-    """Rank ``rank`` of two; the other one has the same loss, and a signal at its ``stops_at``-th step."""
+    """Rank ``rank`` of two.
+
+    The other one has the same loss, and a signal at its ``stops_at``-th step.
+    """
 
     size = 2
 
     def __init__(self, rank, stops_at=0):
         self.rank, self._stops_at, self._sums = rank, stops_at, 0
 
-    def sum(self, values):
+    def all_reduce_sum(self, values):
         values = np.asarray(values, np.float64)
         if len(values) != 3:
             return 2 * values
         self._sums += 1
         return values + [values[0], self._sums == self._stops_at, 1]
 
-    def gather(self, value):
+    def all_gather(self, value):
         return [value, 15] if self.rank == 0 else [15, value]
 
 
 def trainer(recorder, communicator=None, eval_images=None, **keys):
-    config = make_config(network="cifar_quick", image_size=32, train_crop="resize", num_classes=4, per_batch_size=4, max_epoch=2,
-                         lr=0.01, warmup_epochs=0, **keys)
-    return Trainer(create_network(config), config, communicator or Communicator(), IMAGES, eval_images, recorder)
+    config = make_config(
+        network="cifar_quick",
+        image_size=32,
+        train_crop="resize",
+        num_classes=4,
+        per_batch_size=4,
+        max_epoch=2,
+        lr=0.01,
+        warmup_epochs=0,
+        compile_cache=0,
+        **keys,
+    )
+    trainer = Trainer(
+        create_network(config, None),
+        config,
+        communicator or Communicator(),
+        TrainingData(IMAGES, eval_images),
+        recorder,
+        KernelChoice(),
+    )
+    RandomWeights().load_into(trainer)
+    return trainer
 
 
 def test_reports_and_saves_at_its_steps():
     notes = Notes()
-    trainer(notes, eval_images=IMAGES, ckpt_interval_steps=4, ckpt_interval=5).run()
-    assert [call for call in notes.calls if not call.startswith("best")] == [
-        "start", "save 4", "epoch 1 step 6", "save 8", "epoch 2 step 12", "save 12", "finish"]
+    trainer(notes, eval_images=IMAGES, ckpt_interval_steps=4, ckpt_interval=5).fit()
+    assert [call for call in notes.calls if not call.startswith(("best", "log"))] == [
+        "start",
+        "save 4",
+        "epoch 1 step 6",
+        "save 8",
+        "epoch 2 step 12",
+        "save 12",
+        "finish",
+    ]
     assert "best 6" in notes.calls
     within, _, last = notes.states
-    assert (within.epoch, within.finished_epoch, last.epoch, last.finished_epoch) == (1, False, 2, True)
-    assert within.epoch_sums["loss"] > 0 and last.epoch_sums == {"loss": 0.0, "skipped": 0, "replaced": 0}
+    assert (within.epoch, within.finished_epoch, last.epoch, last.finished_epoch) == (
+        1,
+        False,
+        2,
+        True,
+    )
+    assert within.epoch_sums["loss"] > 0 and last.epoch_sums == {
+        "loss": 0.0,
+        "skipped": 0,
+        "replaced": 0,
+    }
     assert last.optimizer == {"updates": 12, "frozen_updates": 0}
 
 
 def test_both_twins_see_the_same_loop():
     """A rank with nothing to record takes the same steps: same weights, no file."""
     with_notes, silent = trainer(Notes()), trainer(Recorder())
-    with_notes.run(), silent.run()
+    with_notes.fit(), silent.fit()
     pairs = zip(with_notes.network.get_parameters(), silent.network.get_parameters())
     assert all(np.array_equal(a.asnumpy(), b.asnumpy()) for a, b in pairs)
 
@@ -95,10 +140,12 @@ def test_both_twins_see_the_same_loop():
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_on_another_rank_stops_this_one_after_the_same_step(rank):
     notes = Notes()
-    with pytest.raises(Stopped) as stopped:
-        trainer(notes, TwoRanks(rank, stops_at=2)).run()
+    with pytest.raises(TrainingInterrupted) as stopped:
+        trainer(notes, TwoRanks(rank, stops_at=2)).fit()
     assert stopped.value.signal == 15
-    assert "save 2" in notes.calls and any("stopped by SIGTERM after step 2" in call for call in notes.calls)
+    assert "save 2" in notes.calls and any(
+        "stopped by SIGTERM after step 2" in call for call in notes.calls
+    )
     # One image per step was replaced on the other rank.
     assert notes.states[-1].epoch_sums["replaced"] == 2
 
@@ -108,20 +155,29 @@ def test_a_loss_that_is_not_finite_names_step_parameter_and_checkpoint():
     broken = trainer(notes, ckpt_interval_steps=1)
     weight = broken.network.classifier.weight
     weight.set_data(Tensor(np.full(weight.shape, np.nan, np.float32)))
-    with pytest.raises(UserError, match=r"at step 1 \(epoch 1\).*gradient of conv1.conv.weight is not finite.*the last.ckpt"):
-        broken.run()
+    with pytest.raises(
+        UserError,
+        match=r"at step 1 \(epoch 1\).*gradient of conv1.conv.weight is not finite.*the last.ckpt",
+    ):
+        broken.fit()
     assert not any(call.startswith("save") for call in notes.calls)
 
 
 def test_ends_early_in_the_middle_of_an_epoch():
     notes = Notes()
-    trainer(notes, max_steps=8).run()
-    assert notes.calls == ["start", "epoch 1 step 6", "epoch 2 step 8", "save 8", "finish"]
+    trainer(notes, max_steps=8).fit()
+    assert [call for call in notes.calls if not call.startswith("log")] == [
+        "start",
+        "epoch 1 step 6",
+        "epoch 2 step 8",
+        "save 8",
+        "finish",
+    ]
 
 
 def test_a_run_without_steps_to_do_reports_nothing_twice():
     notes = Notes()
     done = trainer(notes)
     done.first_step = done.last_step
-    done.run()
+    done.fit()
     assert notes.calls == ["start", "finish"]

@@ -15,6 +15,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     def fail(partial):
         partial.write_text("half of the n")
         raise OSError(28, "No space left on device")
+
     with pytest.raises(UserError, match="No space left on device"):
         write_whole(target, fail)
     assert target.read_text() == "old" and [file.name for file in tmp_path.iterdir()] == ["a.txt"]
@@ -25,6 +26,7 @@ def test_others_may_read_what_the_umask_lets_them_whatever_a_library_thinks(tmp_
     def write(partial):
         partial.write_text("weights")
         partial.chmod(0o400)
+
     before = os.umask(umask)
     try:
         write_whole(tmp_path / "a.ckpt", write)

@@ -1,31 +1,34 @@
-// Into blocks of channels and out of them, and images into the first convolution's layout.
+// Into blocks of channels and out of them, and images into the layout of the first convolution.
 #include <cmath>
+#include <vector>
 
-#include "runtime.h"
+#include "onednn.h"
+#include "thread_pool.h"
 #include "vectors.h"
 
 namespace {
 
 using namespace acnet;
 
-dnnl::memory::desc desc_of(const Activation &x) { return blocked(x.n, x.c, x.h, x.w, x.block, x.type); }
-
 void write(float *to, float value) { *to = value; }
 
 void write(bfloat16 *to, float value) {
-    bfloat16 eight[kLanes];
-    store(eight, all(value));
-    *to = eight[0];
+    bfloat16 lanes[kLanes];
+    store(lanes, broadcast(value));
+    *to = lanes[0];
 }
 
-template <class T> void normalize(const Arguments &a, T *to) {
-    int64_t images = a.dim(1, 0), pixels = a.dim(1, 1) * a.dim(1, 2);
-    const uint8_t *from = a.data<uint8_t>(1);
-    // Each of 256 values once for each channel: x * scale + offset.
+// (N, H, W, 3) -> (N, 3, H, W), value * scale + offset. Only 256 values occur, so look them up.
+template <class T>
+void normalize_images(const Activation &y, const uint8_t *images, const float *scale,
+                      const float *offset, T *to) {
     std::vector<T> table(3 * 256);
-    for (int64_t i = 0; i < 3 * 256; ++i) write(&table[i], std::fma(static_cast<float>(i % 256), a.data(2)[i / 256], a.data(3)[i / 256]));
-    parallel_for(images, [&](int64_t image) {
-        const uint8_t *rgb = from + image * pixels * 3;
+    for (int64_t i = 0; i < 3 * 256; ++i) {
+        write(&table[i], std::fma(static_cast<float>(i % 256), scale[i / 256], offset[i / 256]));
+    }
+    int64_t pixels = y.pixels();
+    parallel_for(y.n, [&](int64_t image) {
+        const uint8_t *rgb = images + image * pixels * 3;
         for (int64_t c = 0; c < 3; ++c) {
             T *plane = to + (image * 3 + c) * pixels;
             const T *values = table.data() + c * 256;
@@ -34,16 +37,40 @@ template <class T> void normalize(const Arguments &a, T *to) {
     });
 }
 
-}  // namespace
-
-// (settings, activation) -> the same in another layout or type
-ACNET_KERNEL(change_layout) { reorder(desc_of(Activation(a, 1)), a.data<void>(1), desc_of(Activation(a, 2)), a.data<void>(2)); }
-
-// (settings, images (N, H, W, 3) uint8, scale (3,), offset (3,)) -> (N, 3, H, W)
-ACNET_KERNEL(normalize_images) {
-    if (a.type(4) == Type::f32) normalize(a, a.data(4));
-    else normalize(a, a.data<bfloat16>(4));
+void change_layout(Arguments &a, int input, int output) {
+    Activation from = a.activation(input), to = a.activation(output);
+    if (from.n != to.n || from.c != to.c || from.h != to.h || from.w != to.w) {
+        throw std::invalid_argument("the two layouts are of different activations");
+    }
+    reorder(activation_md(from), a.activation_data(input, from), activation_md(to),
+            a.output_activation(output, to));
 }
 
-// (settings, gradient, activation for its layout and type) -> the gradient in them
-ACNET_KERNEL(change_layout_back) { reorder(desc_of(Activation(a, 1)), a.data<void>(1), desc_of(Activation(a, 3)), a.data<void>(3)); }
+}  // namespace
+
+// (attributes, activation) -> the activation in another layout or type
+ACNET_KERNEL(change_layout) {
+    a.expect(0, 2, 1);
+    change_layout(a, 1, 2);
+}
+
+// (attributes, gradient, activation) -> the gradient in the activation's layout and type
+ACNET_KERNEL(change_layout_back) {
+    a.expect(0, 3, 1);
+    a.activation_data(2, a.activation(3));
+    change_layout(a, 1, 3);
+}
+
+// (attributes, images (N, H, W, 3) uint8, scale (3,), offset (3,)) -> (N, 3, H, W)
+ACNET_KERNEL(normalize_images) {
+    a.expect(0, 4, 1);
+    Activation y = a.activation(4);
+    const uint8_t *images = a.bytes(1, {y.n, y.h, y.w, 3});
+    const float *scale = a.floats(2, {3}), *offset = a.floats(3, {3});
+    void *to = a.output_activation(4, {y.n, 3, y.h, y.w, 1, y.type});
+    if (y.type == Type::f32) {
+        normalize_images(y, images, scale, offset, static_cast<float *>(to));
+    } else {
+        normalize_images(y, images, scale, offset, static_cast<bfloat16 *>(to));
+    }
+}

@@ -8,7 +8,7 @@ namespace acnet {
 
 typedef float Floats __attribute__((vector_size(32)));
 typedef int32_t Ints __attribute__((vector_size(32)));
-typedef uint32_t Words __attribute__((vector_size(32)));
+typedef uint32_t UInts __attribute__((vector_size(32)));
 typedef uint16_t Halves __attribute__((vector_size(16)));
 constexpr int kLanes = 8;
 
@@ -27,23 +27,26 @@ inline void store(float *to, Floats value) { std::memcpy(to, &value, sizeof valu
 inline Floats load(const bfloat16 *from) {
     Halves halves;
     std::memcpy(&halves, from, sizeof halves);
-    return (Floats)(__builtin_convertvector(halves, Words) << 16);
+    return (Floats)(__builtin_convertvector(halves, UInts) << 16);
 }
 
-// To the nearest, ties to even; NaN stays NaN.
+// Rounds to nearest, ties to even; NaN stays NaN.
 inline void store(bfloat16 *to, Floats value) {
-    Words bits = (Words)value;
-    Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    Words is_nan = (Words)(value != value);
+    UInts bits = (UInts)value;
+    UInts rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    UInts is_nan = (UInts)(value != value);
     rounded = (rounded & ~is_nan) | (0x7fc0 & is_nan);
     Halves halves = __builtin_convertvector(rounded, Halves);
     std::memcpy(to, &halves, sizeof halves);
 }
 
-inline Floats all(float value) { return Floats{} + value; }
+inline Floats broadcast(float value) { return Floats{} + value; }
 
-inline Floats positive(Floats value) { return (Floats)((Ints)value & (Ints)(value > 0)); }
+inline Floats relu(Floats value) { return (Floats)((Ints)value & (Ints)(value > 0)); }
 
-inline Floats where_positive(Floats condition, Floats value) { return (Floats)((Ints)value & (Ints)(condition > 0)); }
+// The gradient of ReLU: `gradient` where ReLU's output is positive, else 0.
+inline Floats relu_mask(Floats output, Floats gradient) {
+    return (Floats)((Ints)gradient & (Ints)(output > 0));
+}
 
 }  // namespace acnet

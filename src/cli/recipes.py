@@ -1,0 +1,130 @@
+"""From recipes, checkpoints and flags to one configuration."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from src.cli.config import DEFAULT_CONFIG, DIGITS, RECIPES, Config, default_yaml, validated
+from src.cli.flags import ALIASES, current_keys, empty_to_none, known_keys
+from src.models.networks import network_settings, recipe_of_alias
+from src.utils.errors import UserError, suggestion
+
+
+def load_config(
+    flags: Mapping[str, Any],
+    checkpoint_layer: Mapping[str, Any] | None = None,
+    pretrained_layer: Mapping[str, Any] | None = None,
+) -> Config:
+    """Resolve the configuration from its layers; the last one wins.
+
+    1. the defaults, 2. the network's own settings, 3. what a checkpoint or pretrained weights
+    record, 4. the recipe, 5. the flags.
+
+    Without a recipe, data and checkpoint, the recipe is that of the bundled digits. ACNet's short
+    names (``-a sres18``) stand for their recipes.
+
+    Args:
+        flags: {key: value}, as from ``parse_flags``; "config_path" names the recipe.
+        checkpoint_layer: {key: value} recorded in a checkpoint.
+        pretrained_layer: {key: value} recorded with the weights that training starts from; unlike a
+            checkpoint they do not change which recipe is implied.
+
+    Raises:
+        UserError: for an unreadable file, an unknown key or a value out of range.
+    """
+    flags = dict(flags)
+    recipe = flags.pop("config_path", "")
+    if not recipe and "network" not in (checkpoint_layer or {}):
+        recipe = _implied_recipe(flags, with_digits=checkpoint_layer is None)
+    if "per_batch_size" in flags and "global_batch_size" not in flags:
+        # An explicit --per_batch_size overrides the recipe's global_batch_size.
+        flags["global_batch_size"] = 0
+    values = {
+        **(checkpoint_layer or {}),
+        **(pretrained_layer or {}),
+        **(read_layer(find_recipe(recipe)) if recipe else {}),
+        **empty_to_none(flags),
+    }
+    return validated(current_keys({**network_settings(values.get("network", "")), **values}))
+
+
+def check_default_config() -> None:
+    """Raise UserError if default_config.yaml was edited: it is generated, and nobody reads it."""
+    if DEFAULT_CONFIG.is_file() and DEFAULT_CONFIG.read_text(encoding="utf-8") != default_yaml():
+        raise UserError(
+            "default_config.yaml was changed, but it only shows the defaults; put your values into "
+            "a recipe (--config_path=FILE), and restore the file with "
+            "'python3 -m src.cli.config > default_config.yaml'"
+        )
+
+
+def read_layer(path: str | Path) -> dict[str, Any]:
+    """{key: value} of a YAML file, on top of the recipe that its ``extends`` names.
+
+    Raises:
+        UserError: for an unreadable file, an unknown key, or recipes that extend each other.
+    """
+    return _with_extended(Path(path), ())
+
+
+def find_recipe(recipe: str, relative_to: Path = DEFAULT_CONFIG) -> Path:
+    """The file of a recipe given by name or path.
+
+    Args:
+        relative_to: a file; the path may be relative to its folder.
+
+    Raises:
+        UserError: if there is no such file.
+    """
+    for path in (RECIPES / f"{recipe}.yaml", relative_to.parent / recipe, Path(recipe)):
+        if os.path.isfile(path):
+            return path
+    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    near = suggestion(Path(recipe).stem, names)
+    raise UserError(f"no configuration file '{recipe}'{near}; recipes by name: {', '.join(names)}")
+
+
+def _with_extended(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
+    layer = _read_yaml(path)
+    extended = layer.pop("extends", None)
+    for key in layer:
+        if key not in known_keys():
+            near = suggestion(key, (*known_keys(), "extends"))
+            raise UserError(f"{path}: unknown key '{key}'{near}")
+    own = {ALIASES.get(key, key): value for key, value in layer.items()}
+    if extended is None:
+        return own
+    base = find_recipe(str(extended), relative_to=path)
+    if base.resolve() in (file.resolve() for file in (path, *extending)):
+        raise UserError(f"{path}: 'extends: {extended}' leads back to this recipe")
+    return {**_with_extended(base, (path, *extending)), **own}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        layer = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as failure:
+        reason = getattr(failure, "strerror", None) or failure
+        raise UserError(f"cannot read the configuration {path}: {reason}") from None
+    except (yaml.YAMLError, RecursionError) as failure:
+        mark = getattr(failure, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path} is not valid YAML{line}") from None
+    if not isinstance(layer, dict):
+        raise UserError(f"{path} must contain 'key: value' lines")
+    return layer
+
+
+def _implied_recipe(flags: dict[str, Any], with_digits: bool) -> str:
+    """The recipe that flags without config_path imply.
+
+    An alias that stands for a recipe is removed from ``flags``.
+    """
+    recipe = recipe_of_alias(flags.get("network"))
+    if recipe is not None:
+        del flags["network"]
+        return recipe
+    return DIGITS if with_digits and not flags.get("data_path") else ""

@@ -1,0 +1,138 @@
+"""How every command starts and ends.
+
+Imports no package, so that a missing one is reported as a line, and nothing that starts threads, as
+numpy does: ``run_process`` must first block the signals, which all later threads inherit.
+"""
+
+import atexit
+import io
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from src.distributed.launcher import (
+    launched_rank,
+    on_one_machine,
+    show_hidden_output,
+    tell_launcher_state,
+)
+from src.distributed.shutdown import PATIENCE_S, Signals, end_process
+from src.utils.errors import TrainingInterrupted, UserError
+
+if TYPE_CHECKING:
+    from src.cli.command import Command
+
+_SIGNAL_WORDS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+
+
+def run(
+    main: "Callable[[Command], object]",
+    about: str | None,
+    positional: str = "",
+    distributed: bool = False,
+    translate: Callable[[list[str]], list[str]] = list,
+) -> None:
+    """Start the command, run ``main``, and end the process.
+
+    Args:
+        about: the text that ``--help`` begins with.
+        positional: what to type for the positional arguments; "" for commands without.
+        distributed: whether the command runs on several ranks.
+        translate: changes the command line before it is parsed.
+    """
+
+    def start_and_run(signals: Signals) -> None:
+        from src.cli.start import print_help, run_main, start
+
+        if not print_help(about or "", rank):
+            run_main(main, start(translate(sys.argv[1:]), signals, positional, distributed))
+
+    rank = launched_rank() if distributed else 0
+    run_process(start_and_run, rank)
+
+
+def run_process(action: Callable[[Signals], object], rank: int = 0) -> None:
+    """Run ``action`` and end the process.
+
+    The exit status is 0; 2 after a UserError; 1 after a PartialFailure or a defect; 128 plus the
+    number of a signal. An error is one line from one rank, and ends all ranks.
+    """
+    _open_standard_streams()
+    show_hidden_output()
+    signals = Signals(
+        lambda number: end_process(
+            f"error: {_SIGNAL_WORDS.get(number, 'stopped')}", 128 + number, rank
+        )
+    )
+    if rank == 0:
+        tell_launcher_state("begun")
+    try:
+        action(signals)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has gone, as in `| head`: the status that a shell gives such a command.
+        os._exit(128 + signal.SIGPIPE)
+    except UserError as failure:
+        end_process(f"error: {_prefix(rank)}{failure}", failure.status, rank)
+    except TrainingInterrupted as stop:
+        sys.stdout.flush()
+        if rank != 0:
+            # Rank 0 first: the launcher reports the status of the rank that ends first.
+            time.sleep(PATIENCE_S)
+        os._exit(128 + stop.signal)
+    except ImportError as failure:
+        hint = "run 'bash scripts/setup.sh', then 'source .venv/bin/activate'"
+        end_process(f"error: {failure}; {hint}", 2, rank)
+    except OSError as failure:
+        path = f" '{failure.filename}'" if failure.filename else ""
+        reason = failure.strerror or failure
+        end_process(f"error: {_prefix(rank)}cannot access{path}: {reason}", 2, rank)
+    except Exception as failure:  # a defect, or a machine without memory: one line, no rank hangs
+        if os.environ.get("ACNET_TRACEBACK"):
+            traceback.print_exc()
+        what = f"{type(failure).__name__}: {_reason(failure)}"
+        whose = _prefix(rank) or "rank 0: "
+        end_process(f"error: {whose}{what} (ACNET_TRACEBACK=1 shows where)", 1, rank)
+    # Run what Python and the libraries registered for the end, such as MPI's finalisation. Skip the
+    # 0.5 s in which MindSpore takes its libraries down piece by piece.
+    atexit._run_exitfuncs()
+    if rank == 0:
+        tell_launcher_state("end")
+    os._exit(0)
+
+
+def _reason(failure: Exception) -> str:
+    """The message of an exception as one line."""
+    # MindSpore's messages have headings between dashes.
+    lines = str(failure).splitlines()
+    return next((line for line in lines if line.strip() and line[0] != "-"), "")
+
+
+def _prefix(rank: int) -> str:
+    """Names a rank other than 0, and its host if there are several hosts."""
+    if rank == 0:
+        return ""
+    return f"rank {rank}: " if on_one_machine() else f"rank {rank} on {os.uname().nodename}: "
+
+
+def _open_standard_streams() -> None:
+    """Make sure that the standard streams exist, and print any file name.
+
+    If one of the first three descriptors is free, the next file that is opened gets its number, and
+    also whatever a library writes there.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    # Python has no stream for a descriptor that was closed when it started.
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

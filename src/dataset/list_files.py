@@ -1,0 +1,108 @@
+"""Data sets described by a list file with lines of "PATH LABEL"."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from src.dataset.class_folders import EXTENSIONS
+from src.dataset.image_set import ImageSet
+from src.dataset.packed import ENDING as PACKED
+from src.utils.errors import UserError
+
+_MAX_LABEL = 10**6
+_SHOWN_CHARACTERS = 80
+
+
+def is_list(path: Path, split: str) -> bool:
+    """Whether ``path`` is a list file, or a folder with ``split``_list.txt."""
+    return path.is_file() or (path / f"{split}_list.txt").is_file()
+
+
+def open_list(path: Path, split: str, class_to_index: Mapping[str, int] | None) -> ImageSet:
+    """The images of a list file, or of ``split``_list.txt in the folder ``path``."""
+    list_file = path if path.is_file() else path / f"{split}_list.txt"
+    root = list_file.parent.resolve()
+    try:
+        lines = list_file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as failure:
+        reason = getattr(failure, "strerror", None) or _what_instead(path)
+        raise UserError(f"cannot read the list {list_file}: {reason}") from None
+    paths: list[str] = []
+    listed: list[int] = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            image, label = _parse_line(line, f"{list_file} line {number}", root, split)
+            paths.append(image)
+            listed.append(label)
+    if not paths:
+        raise UserError(f"the list {list_file} names no image; it needs lines of 'PATH LABEL'")
+    if not os.path.isfile(paths[0]):
+        raise UserError(f"{list_file} names {paths[0]}, which does not exist")
+    labels = np.array(listed, np.int32)
+    known = class_to_index or _class_names(paths, labels)
+    if class_to_index is not None:
+        _check_labels(list_file, paths, listed, known)
+    outside = labels[labels > max(known.values())]
+    if outside.size:
+        raise UserError(
+            f"{list_file} has label {outside[0]}, outside the {len(known)} training classes"
+        )
+    return ImageSet(dict(known), labels, paths)
+
+
+def _check_labels(
+    list_file: Path, paths: Sequence[str], labels: Sequence[int], known: Mapping[str, int]
+) -> None:
+    """Raise UserError for labels that contradict the class folders in their paths."""
+    contradictions = [
+        (path, label)
+        for path, label in zip(paths, labels)
+        if known.get(os.path.basename(os.path.dirname(path)), label) != label
+    ]
+    if contradictions:
+        image, label = contradictions[0]
+        name = os.path.basename(os.path.dirname(image))
+        raise UserError(
+            f"{list_file}: {len(contradictions)} of {len(paths)} labels contradict the class "
+            f"folders in their paths; the first is {image}, labelled {label}, while '{name}' is "
+            f"class {known[name]} in training"
+        )
+
+
+def _what_instead(path: Path) -> str:
+    if path.suffix.lower() in EXTENSIONS:
+        return "it is an image; name a folder of images"
+    if path.stem.lower().endswith(PACKED):
+        return f"it is a part of a packed set; name its first file, {path.stem}"
+    return "it is not text"
+
+
+def _parse_line(line: str, where: str, root: Path, split: str) -> tuple[str, int]:
+    path, _, label = line.strip().rpartition(" ")
+    path = path.strip()
+    is_label = label.isascii() and label.isdigit() and int(label) <= _MAX_LABEL
+    if not path or not is_label:
+        shown = line.strip()[:_SHOWN_CHARACTERS]
+        raise UserError(f"{where}: '{shown}' is not 'PATH LABEL' with a label from 0")
+    full = os.path.normpath(os.path.join(root, path))
+    if "\0" in path or not full.startswith(str(root) + os.sep):
+        raise UserError(f"{where}: '{path[:_SHOWN_CHARACTERS]}' leaves the folder of the list")
+    # Lists are written both ways: relative to the tree, and relative to its train/ or val/ folder.
+    in_split = os.path.join(root, split, path)
+    if not os.path.exists(full) and os.path.exists(in_split):
+        return in_split, int(label)
+    return full, int(label)
+
+
+def _class_names(paths: Sequence[str], labels: np.ndarray) -> dict[str, int]:
+    """{class name: label}: the folder of each label's images if unambiguous, else the number."""
+    folders: dict[int, set[str]] = {}
+    for path, label in zip(paths, labels.tolist()):
+        folders.setdefault(label, set()).add(os.path.basename(os.path.dirname(path)))
+    names = {label: next(iter(found)) for label, found in folders.items()}
+    one_folder_each = all(len(found) == 1 for found in folders.values())
+    if one_folder_each and len(set(names.values())) == len(names):
+        return {names.get(label, str(label)): label for label in range(max(names) + 1)}
+    return {str(label): label for label in range(max(names) + 1)}

@@ -1,0 +1,190 @@
+"""The training and validation images of a configuration, for all commands."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from src.cli.config import DIGITS, Config
+from src.dataset.batches import HOW_TO_GO_ON, steps_per_epoch
+from src.dataset.decoding import BadImage, looks_whole_file, read_image
+from src.dataset.image_set import ImageSet
+from src.dataset.packed import ENDING as PACKED
+from src.dataset.sources import Classes, holds_cifar, open_images
+from src.distributed.communicator import Communicator, check_ranks_agree
+from src.utils.errors import UserError
+
+_AUTO_FRACTION = 0.2
+_MAX_SEARCHED_FILES = 100_000
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The images of a run.
+
+    Attributes:
+        validation: images to evaluate on while training, labelled like the training images; None
+            if the run does not evaluate.
+    """
+
+    train: ImageSet
+    validation: ImageSet | None
+
+
+def open_training_data(config: Config, communicator: Communicator) -> TrainingData:
+    """The images of a run. Every rank calls it.
+
+    Raises:
+        UserError: on every rank, for data that is missing or cannot be used.
+    """
+    if config.deploy and not (config.run_eval or config.val_split):
+        raise UserError(
+            f"deploy={'best' if config.deploy == 'best' else 1} evaluates the trained and the "
+            "fused network after training: add --run_eval=1, or --deploy=0"
+        )
+    if config.val_split and split_fraction(config) and config.eval_data_path:
+        raise UserError(
+            "val_split takes validation images from the training images and eval_data_path names "
+            "others; give one of them"
+        )
+    images = open_images(config.data_path, "train", config.dataset_format)
+    if config.bad_samples == "error":
+        _check_images(images, communicator)
+    data = TrainingData(images, None)
+    if split_fraction(config):
+        data = _hold_out(images, config)
+    elif config.run_eval or config.val_split:
+        data = TrainingData(images, _open_validation(config, images.class_to_index))
+    if not config.fit_batch:
+        # Raises if there are too few images for one step.
+        steps_per_epoch(len(data.train), config, communicator.size)
+    check_ranks_agree(communicator, data.train.summary("training"))
+    if data.validation is not None:
+        check_ranks_agree(communicator, data.validation.summary("validation"))
+    return data
+
+
+def open_train_part(config: Config, class_to_index: Classes) -> ImageSet:
+    """The images that a run of ``config`` trains on. Raises UserError if there are none."""
+    if not config.data_path:
+        raise UserError("no training images: pass --data_path=DIR")
+    images = open_images(config.data_path, "train", config.dataset_format, class_to_index)
+    fraction = split_fraction(config)
+    return images.split(fraction, config.seed)[0] if fraction else images
+
+
+def open_eval_part(config: Config, class_to_index: Classes) -> ImageSet:
+    """The images to evaluate a checkpoint on: those of the flags, or of the recorded run.
+
+    Raises:
+        UserError: if there are none.
+    """
+    path = config.eval_data_path or config.data_path
+    if not path:
+        raise UserError("no images to evaluate on: pass --data_path=DIR")
+    fraction = split_fraction(config)
+    if not fraction:
+        return open_images(path, "val", config.dataset_format, class_to_index)
+    images = open_images(path, "train", config.dataset_format, class_to_index)
+    return images.split(fraction, config.seed)[1]
+
+
+def open_all_parts(config: Config) -> dict[str, ImageSet]:
+    """{"train": images, "val": images} of ``config``, without "val" if there are none."""
+    images = open_images(config.data_path, "train", config.dataset_format)
+    fraction = split_fraction(config)
+    if fraction:
+        data = _hold_out(images, config)
+        return {"train": data.train, **({"val": data.validation} if data.validation else {})}
+    path = config.eval_data_path or validation_path(config.data_path)
+    if path is None:
+        return {"train": images}
+    validation = open_images(path, "val", config.dataset_format, images.class_to_index)
+    return {"train": images, "val": validation}
+
+
+def split_fraction(config: Config) -> float:
+    """Fraction of the training images that is held out for validation.
+
+    val_split=auto is 0.2 if there are no other validation images.
+    """
+    if config.val_split != "auto":
+        return config.val_split
+    has_others = config.eval_data_path or validation_path(config.data_path)
+    return 0.0 if has_others else _AUTO_FRACTION
+
+
+def validation_path(data_path: str) -> str | None:
+    """Where the validation images of a training ``data_path`` are by custom, or None.
+
+    A root holds both parts; next to ``.../train`` is ``.../val`` or ``.../val_list.txt``.
+    """
+    path = Path(data_path)
+    is_root = (path / "val").is_dir() or (path / "val_list.txt").is_file() or holds_cifar(path)
+    if data_path == DIGITS or is_root:
+        return data_path
+    if path.name not in ("train", "train_list.txt", f"train{PACKED}"):
+        return None
+    for name in ("val", "val_list.txt", f"val{PACKED}", "validation", "test"):
+        if (path.parent / name).exists():
+            return str(path.parent / name)
+    return None
+
+
+def left_out_message(images: ImageSet, what: str) -> str | None:
+    """A message on files that look like images and are not read; None if there are none."""
+    if not images.left_out:
+        return None
+    kinds = {os.path.splitext(path)[1].lower() or "a linked folder" for path in images.left_out}
+    return (
+        f"left out of the {f'{what} ' if what else ''}images: {len(images.left_out)} files or "
+        f"linked folders that are not read ({', '.join(sorted(kinds))}), such as "
+        f"{images.left_out[0]}"
+    )
+
+
+def _open_validation(config: Config, class_to_index: Classes) -> ImageSet:
+    path = config.eval_data_path or validation_path(config.data_path)
+    if path is None:
+        raise UserError(
+            f"run_eval=1 but there is no validation data next to '{config.data_path}'; pass "
+            "--eval_data_path=DIR, or --val_split=0.1 to split some off"
+        )
+    return open_images(path, "val", config.dataset_format, class_to_index)
+
+
+def _hold_out(images: ImageSet, config: Config) -> TrainingData:
+    fraction = split_fraction(config)
+    train, validation = images.split(fraction, config.seed)
+    if not len(validation):
+        raise UserError(
+            f"val_split={fraction:g} finds no class with two images or more in "
+            f"'{config.data_path}'; add images, or train without validation: --val_split=0 "
+            "--run_eval=0 --early_stopping=0 --deploy=0"
+        )
+    return TrainingData(train, validation)
+
+
+def _check_images(images: ImageSet, communicator: Communicator) -> None:
+    """Raise UserError, on every rank, for a file that cannot be decoded.
+
+    Each rank looks at the first and last bytes of its files, and decodes those that look cut off.
+    That takes minutes for very many files, so larger sets are not searched here;
+    scripts/check_dataset.py searches them.
+    """
+    mine: list[str] = []
+    if images.paths is not None and len(images) <= _MAX_SEARCHED_FILES:
+        mine = images.paths[communicator.rank :: communicator.size]
+    found = communicator.all_gather(_first_bad_image(mine))
+    message = next(filter(None, found), None)
+    if message:
+        raise UserError(f"{message}; {HOW_TO_GO_ON}")
+
+
+def _first_bad_image(paths: list[str]) -> str | None:
+    for path in paths:
+        if not looks_whole_file(path):
+            try:
+                read_image(path)
+            except BadImage as failure:
+                return str(failure)
+    return None

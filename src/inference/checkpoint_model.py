@@ -1,0 +1,246 @@
+"""The network of a checkpoint or an exported file: its configuration, form and class names."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from src.cli.config import Affects, Config, keys_affecting
+from src.cli.flags import current_keys
+from src.cli.recipes import load_config
+from src.dataset.image_set import ImageSet
+from src.dataset.splits import open_eval_part, open_train_part, validation_path
+from src.kernels.library import KernelLibrary
+from src.models.blocks import BLOCKS, find_block, recognise_block
+from src.models.create import create_network
+from src.models.layers import ImageClassifier
+from src.models.networks import NETWORKS, aliases
+from src.models.weight_files import Arrays
+from src.models.weights import count_classes
+from src.utils.errors import UserError
+
+# Checkpoints of version 0.2 and before did not record these; there was only one value.
+_FORMER_SETTINGS = {
+    "eval_resize_mode": "square",
+    "crop_pct": 0.875,
+    "interpolation": "bilinear",
+    "antialias": False,
+}
+# How torchvision, timm and the ACNet repository evaluate.
+_FOREIGN_SETTINGS = {
+    "eval_resize_mode": "shorter_side",
+    "interpolation": "bilinear",
+    "antialias": True,
+}
+
+
+@dataclass(frozen=True)
+class CheckpointModel:
+    """What a checkpoint holds.
+
+    Attributes:
+        config: its resolved configuration.
+        fused: whether its blocks are fused.
+        class_to_index: its class map, or None.
+    """
+
+    config: Config
+    fused: bool
+    class_to_index: dict[str, int] | None
+
+    @classmethod
+    def of(
+        cls,
+        arrays: Arrays,
+        metadata: Mapping[str, Any],
+        flags: Mapping[str, Any],
+        path: Path | None = None,
+    ) -> "CheckpointModel":
+        """The model of a file as ``read_weights`` returns it.
+
+        Recorded values count, and flags win over them. Files of other programs record nothing:
+        their names, and those of their weights, tell what they hold.
+
+        Args:
+            path: the file; class_indexing.json may be next to it.
+
+        Raises:
+            UserError: if flags or the weights contradict what is recorded.
+        """
+        recorded = {
+            **_recorded_data(metadata, flags),
+            **infer_model_settings(arrays, metadata, path),
+        }
+        fused = bool(metadata.get("fused", False))
+        if not metadata.get("config"):
+            recorded["data_path"] = ""
+            fused = _is_fused_foreign_file(arrays, flags)
+        network = flags.get("network", recorded.get("network"))
+        if network is None:
+            raise UserError("the checkpoint does not name its network; pass --network=NAME")
+        classes = count_classes(arrays, network) or recorded.get("num_classes", 0)
+        config = load_config(flags, checkpoint_layer={**recorded, "num_classes": classes})
+        class_to_index = metadata.get("class_to_index") or _class_map_beside(path)
+        if config.class_names:
+            class_to_index = read_class_names(config.class_names, config.num_classes)
+        return cls(config, fused, class_to_index)
+
+    @property
+    def has_branches(self) -> bool:
+        """Whether its network has blocks that can be fused."""
+        return bool(find_block(self.config.block).kernels) and not self.fused
+
+    def create_network(self, kernels: KernelLibrary | None = None) -> ImageClassifier:
+        """The network with random weights."""
+        return create_network(self.config, kernels, fused=self.fused)
+
+    def open_training_images(self) -> ImageSet:
+        """The images that it was trained on, or those of --data_path.
+
+        Raises:
+            UserError: if there are none.
+        """
+        return open_train_part(self.config, self.class_to_index)
+
+    def open_images(self) -> ImageSet:
+        """The images to evaluate on: those of --data_path, or the recorded validation images.
+
+        Raises:
+            UserError: if there are none, or their labels do not fit the network.
+        """
+        images = open_eval_part(self.config, self.class_to_index)
+        if images.num_classes > self.config.num_classes:
+            raise UserError(
+                f"the data in '{self.config.data_path}' has {images.num_classes} classes but the "
+                f"checkpoint was trained with {self.config.num_classes}"
+            )
+        return images
+
+
+def infer_model_settings(
+    arrays: Arrays, metadata: Mapping[str, Any], path: Path | None
+) -> dict[str, Any]:
+    """{key: value} of a file's network and preprocessing.
+
+    Our checkpoints record them. For a file of another program they come from, in this order: the
+    evaluation that such programs share, the block that the names of the weights show, the network
+    that the file name begins with, and timm's config.json next to the file.
+
+    Args:
+        arrays, metadata: the result of ``read_weights``.
+        path: the file; None for exported files, which record everything.
+    """
+    model_keys = keys_affecting(Affects.MODEL)
+    recorded = current_keys(metadata.get("config", {}))
+    own = {key: value for key, value in recorded.items() if key in model_keys}
+    if own:
+        return {**_FORMER_SETTINGS, **own}
+    settings: dict[str, Any] = {"block": recognise_block(arrays)[0], **_FOREIGN_SETTINGS}
+    if path is not None:
+        if network := _network_in_name(path.stem):
+            settings["network"] = network
+        settings |= _timm_settings(path.with_name("config.json"))
+    return settings
+
+
+def read_class_names(file: str, classes: int) -> dict[str, int]:
+    """{name: label} from a text file with one name per line, or from a class_indexing.json.
+
+    Lines are in the order of labels, from 0.
+
+    Raises:
+        UserError: if the file cannot be read, names a class twice, or does not have ``classes``
+            names.
+    """
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as failure:
+        reason = getattr(failure, "strerror", None) or "it is not text"
+        raise UserError(f"cannot read class_names '{file}': {reason}") from None
+    if file.endswith(".json"):
+        return _parse_class_map(text, Path(file))
+    names = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(names) != classes:
+        raise UserError(
+            f"class_names '{file}' has {len(names)} names, one per line, but the network has "
+            f"{classes} classes"
+        )
+    class_to_index = {name: label for label, name in enumerate(names)}
+    if len(class_to_index) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"class_names '{file}' has '{twice}' twice; class names must be unique")
+    return class_to_index
+
+
+def _recorded_data(metadata: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """{key: value} of the recorded images and batch size, as far as flags do not replace them."""
+    kept = keys_affecting(Affects.IMAGES, Affects.BATCH) | {"seed"}
+    recorded = {k: v for k, v in metadata.get("config", {}).items() if k in kept}
+    data_path = recorded.get("data_path")
+    if "data_path" in flags:
+        recorded.pop("eval_data_path", None)
+        # Keep the split if the data is the training folder: evaluate on the held-out part.
+        if os.path.realpath(flags["data_path"]) != os.path.realpath(data_path or os.devnull):
+            recorded.pop("val_split", None)
+    elif data_path and not recorded.get("eval_data_path") and not recorded.get("val_split"):
+        recorded["eval_data_path"] = validation_path(data_path) or ""
+    return recorded
+
+
+def _is_fused_foreign_file(arrays: Arrays, flags: Mapping[str, Any]) -> bool:
+    block, fused = recognise_block(arrays)
+    # If the user names a block and the weights show none, the block is fused.
+    named = find_block(flags.get("block", block))
+    return fused or (block == "base" and named != BLOCKS["base"])
+
+
+def _network_in_name(stem: str) -> str | None:
+    """The network whose name or alias a file name begins with, the longest one."""
+    known = {**{name: name for name in NETWORKS}, **aliases()}
+    name = stem.lower().replace("-", "_")
+    matches = [candidate for candidate in known if name.startswith(candidate)]
+    return known[max(matches, key=len)] if matches else None
+
+
+def _timm_settings(file: Path) -> dict[str, Any]:
+    """{key: value} from timm's config.json: architecture and preprocessing that exist here too."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        timm = {}
+        if isinstance(content, dict):
+            timm = {**content, **content.get("pretrained_cfg", {})}
+    except (OSError, ValueError, TypeError):
+        raise UserError(
+            f"{file} is damaged: it must be the JSON that timm writes next to weights"
+        ) from None
+    settings = {key: timm[key] for key in ("mean", "std", "crop_pct") if key in timm}
+    if network := _network_in_name(str(timm.get("architecture", ""))):
+        settings["network"] = network
+    if timm.get("interpolation") in ("bilinear", "bicubic"):
+        settings["interpolation"] = timm["interpolation"]
+    if timm.get("crop_mode") == "squash":
+        settings["eval_resize_mode"] = "square"
+    size = timm.get("input_size")
+    if isinstance(size, list) and len(size) == 3 and isinstance(size[-1], int):
+        settings["image_size"] = size[-1]
+    return settings
+
+
+def _class_map_beside(path: Path | None) -> dict[str, int] | None:
+    """The class map in class_indexing.json next to ``path`` or one folder up, or None."""
+    if path is None:
+        return None
+    for folder in (path.parent, path.parent.parent):
+        file = folder / "class_indexing.json"
+        if file.is_file():
+            return _parse_class_map(file.read_text(encoding="utf-8"), file)
+    return None
+
+
+def _parse_class_map(text: str, file: Path) -> dict[str, int]:
+    try:
+        return {str(name): int(label) for name, label in json.loads(text).items()}
+    except (ValueError, AttributeError, TypeError):
+        raise UserError(f"{file} is damaged: it must map class names to indices") from None

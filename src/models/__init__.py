@@ -1,1 +1,0 @@
-"""What is computed: networks, blocks and their fusion, names and files of weights."""

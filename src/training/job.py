@@ -1,0 +1,130 @@
+"""The story of a training run, from the opened data to the recorded results."""
+
+from src.cli.command import Command
+from src.cli.config import DIGITS, Config
+from src.dataset.splits import left_out_message
+from src.distributed.communicator import Communicator, check_ranks_agree
+from src.distributed.launcher import tell_launcher
+from src.distributed.stopping import GracefulStop
+from src.inference.export import deploy
+from src.kernels.library import KernelChoice
+from src.models.create import create_network
+from src.runs.recorder import LogOnly, Recorder, RunRecorder
+from src.runs.run_folder import RunFolder, create_run_folder
+from src.training.dry_run import estimate
+from src.training.resolve import PreparedData, resolve
+from src.training.start import choose_start, read_pretrained
+from src.training.trainer import Trainer
+from src.utils.log import create_log
+from src.utils.machine import available_cores, software_versions
+
+
+def train(command: Command, data: PreparedData) -> None:
+    """Train as the command line says. Leaves a run folder."""
+    communicator, images = command.communicator, data.images
+
+    # Pretrained weights bring their network and preprocessing, so they come before the final
+    # configuration.
+    path = command.config.checkpoint_file_path
+    pretrained = read_pretrained(path) if path else None
+    settings = pretrained.settings if pretrained else None
+    check_ranks_agree(communicator, settings or {}, "the same file of weights on every host")
+
+    # The configuration that is recorded. Nothing changes it after this line.
+    config = resolve(command.flags, command.config, images, settings, communicator)
+
+    # Which checkpoint to resume depends on the final configuration, and where to record depends on
+    # the checkpoint.
+    start = choose_start(config, pretrained, communicator)
+    network = create_network(config, command.kernels.library)
+    recorder = create_recorder(config, command, start.run_folder or data.folder)
+    trainer = Trainer(network, config, communicator, images, recorder, command.kernels)
+    message = start.load_into(trainer)
+
+    log_summary(trainer, command.kernels, message)
+    if config.dry_run:
+        for line in estimate(trainer, config, communicator):
+            recorder.log(line)
+        return
+    with GracefulStop(command.signals, communicator) as stop:
+        images_per_second = trainer.fit(stop)
+    log_speed(trainer, images_per_second)
+    if config.deploy and images.validation is not None:
+        deploy(network, config, communicator, images.validation, recorder, command.kernels)
+    recorder.log_results()
+
+
+def create_recorder(config: Config, command: Command, folder: RunFolder) -> Recorder:
+    """Rank 0 records to the run folder, created if new; the other ranks record nothing."""
+    communicator = command.communicator
+    if not communicator.is_root:
+        return Recorder()
+    if config.dry_run:
+        return LogOnly(create_log())
+    if not config.resume:
+        folder = create_run_folder(folder)
+    tell_launcher(
+        run_folder=str(folder.path.resolve()),
+        accumulation_steps=config.accumulation_steps,
+        global_batch_size=config.global_batch_size
+        or config.per_batch_size * communicator.size * config.accumulation_steps,
+    )
+    environment = {
+        "hosts": communicator.hosts,
+        "device": config.device_target,
+        "kernels": command.kernels.name,
+        **software_versions(),
+    }
+    return RunRecorder(folder, config, create_log(file=folder.log), environment)
+
+
+def log_summary(trainer: Trainer, kernels: KernelChoice, start_message: str | None) -> None:
+    """Log what is about to be trained, and hints and warnings."""
+    config, images = trainer.config, trainer.data
+    validation = images.validation
+    lines = [
+        kernels.hint,
+        ranks_hint(config, trainer.communicator, kernels),
+        "training on the bundled handwritten digits; --data_path=DIR trains on your own images"
+        if config.data_path == DIGITS
+        else None,
+        left_out_message(images.train, "training"),
+        left_out_message(validation, "validation") if validation is not None else None,
+        "warning: the training data has a single class" if config.num_classes == 1 else None,
+        start_message,
+        f"freeze_epochs={config.freeze_epochs} covers every epoch: only the classifier is trained"
+        if config.freeze_epochs >= config.max_epoch
+        else None,
+        f"{config.network} block={config.block} on {trainer.communicator.size} x "
+        f"{config.device_target}: {len(images.train)} images, {config.num_classes} classes, "
+        f"{trainer.steps_per_epoch} steps of {trainer.batches.global_batch_size} images per epoch, "
+        f"{config.max_epoch} epochs",
+    ]
+    for line in filter(None, lines):
+        trainer.recorder.log(line)
+
+
+def ranks_hint(config: Config, communicator: Communicator, kernels: KernelChoice) -> str | None:
+    """A hint if several ranks on this machine would be faster, else None.
+
+    oneDNN's kernels use the cores of one process as well as ranks do; MindSpore's own kernels do
+    not (docs/distributed.md).
+    """
+    cores = available_cores()
+    alone = communicator.size == 1 and config.run_distribute is not False
+    if config.device_target != "CPU" or kernels.library or not alone or cores < 2:
+        return None
+    return (
+        f"one process computes on {cores} cores; --ranks=auto, one rank per core, trains 1.1 to "
+        "1.5 times as fast with these kernels on 2 cores"
+    )
+
+
+def log_speed(trainer: Trainer, images_per_second: float) -> None:
+    """Log the speed in the model zoo's words. A run that was resumed at its end has none."""
+    if images_per_second:
+        trainer.recorder.log(
+            f"FPS: {images_per_second:.2f} img/s in total, "
+            f"{images_per_second / trainer.communicator.size:.2f} img/s per device, "
+            f"{images_per_second / trainer.batches.global_batch_size:.2f} it/s"
+        )

@@ -1,0 +1,217 @@
+"""From the command line, the data and pretrained weights to the final configuration of a run.
+
+Imports nothing of MindSpore: ``prepare_data`` runs before it is imported.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from src.cli.command import Command
+from src.cli.config import Config
+from src.cli.recipes import load_config
+from src.dataset.batches import global_batch_size
+from src.dataset.splits import TrainingData, open_training_data, split_fraction
+from src.distributed.communicator import Communicator
+from src.models.networks import NETWORKS, check_network, network_name
+from src.runs.run_folder import RunFolder, dated_run_folder
+from src.utils.errors import UserError
+from src.utils.log import create_log
+from src.utils.machine import available_bytes
+
+_STEPS_PER_EPOCH = 10
+# Batch norm is unreliable with fewer images per rank.
+_LEAST_IMAGES = 8
+# Fraction of the free memory that training may take.
+_MEMORY_FRACTION = 0.6
+# Memory of a process without a network: MindSpore itself and its compiled graph.
+_BASE_BYTES = 0.7e9
+# Per parameter: weight, gradient, momentum, and buffers of reduction and optimizer. Per activation:
+# the activation, its gradient and work space; ResNeXt-50 takes 4.6 bytes with the kernels of
+# src/kernels, 7 with MindSpore's.
+_BYTES_PER_PARAMETER, _BYTES_PER_ACTIVATION = 20, 8
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """The images of a run, and the folder that a new run will use."""
+
+    images: TrainingData
+    folder: RunFolder
+
+
+def prepare_data(command: Command) -> PreparedData:
+    """Check the keys and open the images. Every rank calls it.
+
+    Raises:
+        UserError: on every rank, for keys that contradict each other, or data that cannot be used.
+    """
+    check_training_keys(command.config)
+    images = open_training_data(command.config, command.communicator)
+    resolve_data(command.config, images)
+    folder = dated_run_folder(command.config.output_path)
+    if command.communicator.is_root:
+        create_log()(_first_line(command.config, command.communicator, folder))
+    return PreparedData(images, folder)
+
+
+def resolve(
+    flags: Mapping[str, str],
+    config: Config,
+    data: TrainingData,
+    pretrained_settings: Mapping[str, Any] | None,
+    communicator: Communicator,
+) -> Config:
+    """The final configuration, which is recorded and never changes. Every rank calls it.
+
+    Args:
+        config: the configuration from the command line.
+        pretrained_settings: {key: value} that pretrained weights record; None without any.
+    """
+    if pretrained_settings is not None:
+        # Network and preprocessing are those of the weights, unless the recipe or flags differ.
+        config = load_config(flags, pretrained_layer=pretrained_settings)
+    config = resolve_data(config, data)
+    config = auto_batch_size(config, len(data.train), communicator)
+    check_training_keys(config)
+    return config
+
+
+def check_training_keys(config: Config) -> None:
+    """Raise UserError for keys that the network or device does not support, or that need others."""
+    check_network(config.network, config.image_size)
+    if config.freeze_epochs and not (config.checkpoint_file_path or config.resume):
+        raise UserError(
+            f"freeze_epochs={config.freeze_epochs} first trains only the classifier, which needs a "
+            "trained network below it: pass --pretrained=FILE, or --freeze_epochs=0"
+        )
+    if config.early_stopping and not (config.run_eval or config.val_split):
+        raise UserError(
+            f"early_stopping={config.early_stopping} needs validation images: add --run_eval=1 or "
+            "--val_split=auto, or --early_stopping=0"
+        )
+    if config.device_target == "CPU":
+        if config.precision == "O3":
+            raise UserError(
+                "amp_level=O3 needs device_target=GPU or Ascend; CPU trains in float32 (O0) or "
+                "bfloat16 (O2)"
+            )
+        if config.sync_bn:
+            raise UserError(
+                "sync_bn=1 needs device_target=GPU or Ascend; on CPU running statistics are "
+                "averaged over ranks, batch statistics are those of each rank"
+            )
+        if config.reducer == "device":
+            raise UserError(
+                "reducer=device needs device_target=GPU or Ascend; on CPU gradients go through MPI"
+            )
+    elif config.gradient_compression != "none" and config.reducer != "mpi":
+        raise UserError(
+            f"gradient_compression={config.gradient_compression} compresses what MPI sends; add "
+            "--reducer=mpi"
+        )
+
+
+def resolve_data(config: Config, data: TrainingData) -> Config:
+    """``config`` with the data's num_classes, and val_split as a number.
+
+    Raises:
+        UserError: if num_classes does not match the data.
+    """
+    classes = data.train.num_classes
+    if config.num_classes not in (0, classes):
+        raise UserError(
+            f"num_classes={config.num_classes} but the data in '{config.data_path}' has {classes} "
+            "classes"
+        )
+    resolved = config.model_copy(
+        update={"num_classes": classes, "val_split": split_fraction(config)}
+    )
+    if resolved.smoothing > 1:
+        raise UserError(
+            f"label_smooth_factor={config.label_smooth_factor:g} leaves the true class less than "
+            f"each of the other {classes - 1}; use a smaller one"
+        )
+    return resolved
+
+
+def auto_batch_size(config: Config, images: int, communicator: Communicator) -> Config:
+    """``config`` with the batch size and the learning rate in effect.
+
+    With fit_batch the batch is halved until it fits in memory and an epoch of ``images`` images has
+    10 steps. With lr_batch_size the learning rate is scaled in proportion to the batch (Goyal et
+    al., arXiv:1706.02677, section 2.1). Both keys are reset in the result, so that the recorded
+    configuration is the one in effect.
+    """
+    update: dict[str, Any] = {"fit_batch": False, "lr_batch_size": 0}
+    batch = global_batch_size(config, communicator.size) if not config.fit_batch else 0
+    if config.fit_batch:
+        batch = update["global_batch_size"] = _fitting_batch(config, images, communicator)
+    if config.lr_batch_size:
+        scale = batch / config.lr_batch_size
+        update |= {"lr": config.lr * scale, "eta_min": config.eta_min * scale}
+    return config.model_copy(update=update)
+
+
+def training_bytes(config: Config, batch: int) -> float:
+    """Estimated bytes that one rank needs to train on ``batch`` images; 0 if unknown."""
+    network = NETWORKS[network_name(config.network)]
+    if network.size is None:
+        return 0.0
+    pixels = (config.image_size / network.image_size) ** 2
+    branches = 1.0 if config.block == "base" else 3.0
+    parameters = _BYTES_PER_PARAMETER * branches * network.size.parameters
+    activations = _BYTES_PER_ACTIVATION * branches * pixels * network.size.activations
+    return _BASE_BYTES + parameters + activations * batch
+
+
+def uses_collectives(config: Config, communicator: Communicator) -> bool:
+    """Whether the devices must be connected to each other before training."""
+    on_device = config.device_target != "CPU" and config.reducer != "mpi"
+    return on_device and communicator.size > 1
+
+
+def _fitting_batch(config: Config, images: int, communicator: Communicator) -> int:
+    """The global batch that fits. If ranks do not divide the batch, each takes a little less."""
+    per_image = communicator.size * config.accumulation_steps
+    wanted = config.global_batch_size or config.per_batch_size * per_image
+    micro_batch = max(wanted // per_image, 1)
+    limit = min(communicator.all_gather(_memory_limit(config, communicator.local_size)))
+
+    def is_too_large(size: int) -> bool:
+        few_steps = images // (size * per_image) < _STEPS_PER_EPOCH
+        return size > limit or (size > _LEAST_IMAGES and few_steps)
+
+    while micro_batch > 1 and is_too_large(micro_batch):
+        micro_batch //= 2
+    while micro_batch > 1 and images < micro_batch * per_image:
+        micro_batch //= 2
+    return micro_batch * per_image
+
+
+def _memory_limit(config: Config, ranks: int) -> float:
+    """Images per micro-batch that fit in the memory of this machine, on each of ``ranks`` ranks.
+
+    Unlimited on devices, whose memory is not checked.
+    """
+    fixed = training_bytes(config, 0)
+    per_image = training_bytes(config, 1) - fixed
+    if config.device_target != "CPU" or not per_image:
+        return float("inf")
+    return (_MEMORY_FRACTION * available_bytes() / ranks - fixed) / per_image
+
+
+def _first_line(config: Config, communicator: Communicator, folder: RunFolder) -> str:
+    """What is about to start and where it logs, since the first step may take minutes."""
+    name = os.path.basename(config.checkpoint_file_path) or config.network
+    hosts = ""
+    if communicator.has_several_hosts:
+        counts = (f"{host}: {communicator.hosts.count(host)}" for host in communicator.host_names)
+        hosts = f" ({', '.join(counts)})"
+    where = f"the log will be {folder.log}"
+    if config.resume:
+        where = f"continues under {config.output_path}"
+    if config.dry_run:
+        where = "a dry run"
+    return f"{name} on {communicator.size} x {config.device_target}{hosts}: loading; {where}"

@@ -1,0 +1,298 @@
+"""What a run starts from: a checkpoint to resume, pretrained weights, or random weights."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from src.cli.config import Affects, Config, default_values, keys_affecting
+from src.cli.flags import current_keys
+from src.distributed.communicator import Communicator
+from src.inference.checkpoint_model import infer_model_settings
+from src.models.weight_files import Arrays, read_weights
+from src.models.weights import assign_weights, count_classes
+from src.runs.checkpoint import TrainingState, checkpoint_place, read_training_state
+from src.runs.run_folder import RunFolder
+from src.training.schedules import create_schedule
+from src.training.trainer import Trainer
+from src.utils.errors import UserError
+
+_KEYS_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class RandomWeights:
+    """The weights that the network was created with."""
+
+    run_folder = None
+
+    def load_into(self, trainer: Trainer) -> str | None:
+        """Start a new run. Returns a message for the log, or None."""
+        trainer.recorder.start(trainer.class_to_index)
+        return None
+
+
+@dataclass(frozen=True)
+class PretrainedWeights:
+    """A file of weights.
+
+    Attributes:
+        settings: {key: value} of its network and preprocessing, as far as the file tells. Without
+            num_classes: the data decides how many classes are trained.
+        class_to_index: its class map, if it has one.
+    """
+
+    path: str
+    arrays: Arrays
+    settings: dict[str, Any]
+    class_to_index: dict[str, int] | None
+    run_folder = None
+
+    def load_into(self, trainer: Trainer) -> str:
+        """Start a new run from the weights. Returns a message for the log.
+
+        With allow_head_mismatch the classifier starts from random weights if the weights are for
+        other classes, even if there are as many.
+
+        Raises:
+            UserError: if the weights do not fit.
+        """
+        config = trainer.config
+        other_classes = self.class_to_index not in (None, trainer.class_to_index)
+        left_out = assign_weights(
+            trainer.network,
+            self.arrays,
+            self.path,
+            config.allow_head_mismatch,
+            without_head=config.allow_head_mismatch and other_classes,
+        )
+        trainer.recorder.start(trainer.class_to_index)
+        message = f"starting from {self.path}"
+        if left_out:
+            message += (
+                f" without {', '.join(left_out)}: the classifier starts from random weights, for "
+                f"{config.num_classes} classes"
+            )
+            before = count_classes(self.arrays, config.network)
+            if before is not None:
+                other = " other" if before == config.num_classes else ""
+                message += f" instead of {before}{other}"
+        return message
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """A checkpoint to resume from.
+
+    Attributes:
+        skipped: newer checkpoints that are damaged or belong to another run.
+    """
+
+    path: Path
+    state: TrainingState
+    arrays: Arrays
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def run_folder(self) -> RunFolder:
+        """The folder of the run, in which it continues."""
+        return RunFolder.of_checkpoint(self.path)
+
+    def load_into(self, trainer: Trainer) -> str:
+        """Continue the run. Returns a message for the log.
+
+        Raises:
+            UserError: if the run would form other global batches than before.
+        """
+        check_batches(self, trainer.steps_per_epoch, trainer.labels_checksum)
+        # A run can be killed after it wrote best.ckpt and before it wrote the epoch's checkpoint.
+        is_best = self.path.name == "best.ckpt"
+        trainer.restore(self.state, self.arrays, self.path, is_unsaved=is_best)
+        return resume_message(
+            self, trainer.communicator.size, trainer.threads, trainer.kernels.name
+        )
+
+
+Start = RandomWeights | PretrainedWeights | ResumePoint
+
+
+def read_pretrained(path: str) -> PretrainedWeights:
+    """Read weights to start from.
+
+    Raises:
+        UserError: if the file cannot be read, or holds a fused network, which has no batch norms to
+            train with.
+    """
+    arrays, metadata = read_weights(path)
+    if metadata.get("fused"):
+        raise UserError(
+            f"'{path}' is a fused network, for deployment only; train the checkpoint that it was "
+            "exported from"
+        )
+    settings = infer_model_settings(arrays, metadata, Path(path))
+    settings.pop("num_classes", None)
+    return PretrainedWeights(path, arrays, settings, metadata.get("class_to_index"))
+
+
+def choose_start(
+    config: Config, pretrained: PretrainedWeights | None, communicator: Communicator
+) -> Start:
+    """What to start from; the order is important. Every rank calls it.
+
+    1. A run to resume: its checkpoint has everything, also with --pretrained in the command.
+    2. Pretrained weights.
+    3. The random weights that ``seed`` drew.
+    """
+    if config.resume:
+        return find_resume_point(config, communicator)
+    return pretrained or RandomWeights()
+
+
+def find_resume_point(config: Config, communicator: Communicator) -> ResumePoint:
+    """The ResumePoint that ``config.resume`` names: a file, or "auto". Every rank calls it.
+
+    "auto" is the newest checkpoint under output_path: the newest run first, and in it the
+    checkpoint with the most steps, whatever the time of its file. All ranks take the first one that
+    every rank can read and that belongs to the same run.
+
+    Raises:
+        UserError: if there is none; gives the reason for the newest.
+    """
+    is_auto = config.resume == "auto"
+    paths = communicator.broadcast_object(
+        _newest_first(config.output_path) if is_auto else [config.resume]
+    )
+    if not paths:
+        raise UserError(f"resume=auto finds no checkpoint under output_path '{config.output_path}'")
+    skipped: list[str] = []
+    reasons: list[str] = []
+    for path in paths:
+        read, reason = _try_to_read(path, config)
+        failures = [text for text in communicator.all_gather(reason) if text]
+        if read is not None and not failures:
+            state, arrays = read
+            return ResumePoint(Path(path), state, arrays, tuple(skipped))
+        skipped.append(path)
+        reasons += failures[:1]
+    raise UserError(reasons[0])
+
+
+def check_batches(point: ResumePoint, steps_per_epoch: int, labels: int) -> None:
+    """Raise UserError if the resumed run would form other global batches than before.
+
+    Args:
+        labels: checksum of the labels of the training images.
+    """
+    if point.state.labels != labels:
+        raise UserError(
+            f"'{point.path}' was trained on other images than data_path has now; give the same "
+            f"data, or start a new run from its weights with --checkpoint_file_path={point.path}"
+        )
+    if point.state.steps_per_epoch != steps_per_epoch:
+        raise UserError(
+            f"'{point.path}' made {point.state.steps_per_epoch} steps per epoch and this run would "
+            f"make {steps_per_epoch}; keep the data and the global batch (--global_batch_size)"
+        )
+
+
+def resume_message(point: ResumePoint, size: int, threads: Sequence[int], kernels: str) -> str:
+    """A message on a run that resumes on ``size`` ranks with these ``threads`` and ``kernels``."""
+    state = point.state
+    text = f"resuming from {point.path} after step {state.step}"
+    if point.skipped:
+        text += f"; skipped, as damaged or of another run: {', '.join(point.skipped)}"
+    if state.world_size != size:
+        text += (
+            f"; it ran on {state.world_size} ranks and continues on {size}: the same global "
+            "batches, but sums are rounded in another order and batch norm sees other shards"
+        )
+    elif state.threads != list(threads):
+        text += (
+            f"; its ranks computed with {_counts(state.threads)} threads and continue with "
+            f"{_counts(threads)}, which rounds sums in another order (--threads keeps the number)"
+        )
+    if state.kernels != kernels:
+        text += (
+            f"; it computed with the kernels of {state.kernels} and continues with those of "
+            f"{kernels}, which round differently"
+        )
+    return text
+
+
+def _counts(threads: Sequence[int]) -> str:
+    return str(threads[0]) if len(set(threads)) == 1 else ", ".join(map(str, threads))
+
+
+def _newest_first(output_path: str) -> list[str]:
+    """Checkpoints of the runs under ``output_path``.
+
+    The newest run comes first, judging from its name, which is its date; in a run, the most steps.
+    """
+    runs = (folder for folder in Path(output_path).glob("*/") if (folder / "ckpt_0").is_dir())
+    paths: list[Path] = []
+    for run in sorted(runs, reverse=True):
+        files = [f for f in (run / "ckpt_0").glob("*.ckpt") if not f.name.startswith(".")]
+        files.sort(key=checkpoint_place, reverse=True)
+        best = run / "best.ckpt"
+        if best.is_file():
+            place = _place_of_best(best)
+            files.insert(sum(checkpoint_place(file) >= place for file in files), best)
+        paths += files
+    return [str(path) for path in paths]
+
+
+def _place_of_best(file: Path) -> tuple[int, int]:
+    """(epoch, steps in it) that best.ckpt records; (0, 0) if it cannot be read."""
+    try:
+        state, _ = read_training_state(str(file))
+    except UserError:
+        return 0, 0
+    return state.epoch, state.step - (state.epoch - 1) * state.steps_per_epoch
+
+
+def _try_to_read(path: str, config: Config) -> tuple[tuple[TrainingState, Arrays] | None, str]:
+    """(contents of the checkpoint, "") or (None, why it cannot be resumed)."""
+    try:
+        state, arrays = read_training_state(path)
+        _check_same_training(path, state, config)
+        RunFolder.of_checkpoint(Path(path))
+    except UserError as failure:
+        return None, str(failure)
+    return (state, arrays), ""
+
+
+def _check_same_training(path: str, state: TrainingState, config: Config) -> None:
+    """Raise UserError if a key that affects the computation has changed."""
+    fixed = keys_affecting(Affects.MODEL, Affects.GRAPH, Affects.TRAINING)
+    # A key that did not exist yet had the meaning of its default.
+    stored = current_keys({**default_values(), **state.config})
+    present = config.model_dump(mode="json")
+    differing = [
+        key for key in Config.model_fields if key in fixed and stored.get(key) != present[key]
+    ]
+    if set(differing) & {"max_epoch", "T_max"} and _has_steps_left(state, config):
+        before, now = _schedule_length(stored), _schedule_length(present)
+        if before == now:
+            differing = [key for key in differing if key not in ("max_epoch", "T_max")]
+        elif differing == ["max_epoch"] and config.lr_scheduler == "cosine_annealing":
+            raise UserError(
+                f"'{path}' is of a run with max_epoch={stored['max_epoch']}, on which its learning "
+                f"rates depend; to train longer add --T_max={before:g}, which keeps them as they "
+                "were"
+            )
+    if differing:
+        shown = ", ".join(
+            f"{key}={stored.get(key)} there and {present[key]} here"
+            for key in differing[:_KEYS_SHOWN]
+        )
+        more = " ..." if len(differing) > _KEYS_SHOWN else ""
+        raise UserError(f"'{path}' is of another run: {shown}{more}")
+
+
+def _has_steps_left(state: TrainingState, config: Config) -> bool:
+    return state.step <= config.max_epoch * state.steps_per_epoch
+
+
+def _schedule_length(values: Mapping[str, Any]) -> float | None:
+    """Number of epochs on which the learning rates depend, or None."""
+    return create_schedule(Config(**values)).length

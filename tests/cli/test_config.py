@@ -1,0 +1,324 @@
+"""Configuration: every key documented, layers in order, mistakes named."""
+
+import pytest
+import yaml
+
+from src.cli.config import RECIPES, Affects, Config, default_yaml, keys_affecting
+from src.cli.flags import parse_flags
+from src.cli.recipes import load_config, read_layer
+from src.utils.errors import UserError
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_recipe_is_valid_by_name_and_by_path(recipe):
+    assert load_config({"config_path": recipe}) == load_config(
+        {"config_path": str(RECIPES / f"{recipe}.yaml")}
+    )
+
+
+# The hyper-parameters of the seeds' read-me files and of the paper's code (acnet/do_acnet.py).
+@pytest.mark.parametrize(
+    "recipe,expected",
+    [
+        (
+            "alexnet_imagenet",
+            {
+                "network": "alexnet",
+                "lr": 0.13,
+                "per_batch_size": 256,
+                "max_epoch": 150,
+                "warmup_epochs": 5,
+                "weight_decay": 1e-4,
+                "smoothing": 0.1,
+                "lr_scheduler": "cosine_annealing",
+                "momentum": 0.9,
+            },
+        ),
+        (
+            "resnext50_imagenet",
+            {
+                "network": "resnext50_32x4d",
+                "lr": 0.4,
+                "per_batch_size": 128,
+                "max_epoch": 150,
+                "warmup_epochs": 1,
+                "color_jitter": (0.4, 0.4, 0.4),
+            },
+        ),
+        (
+            "acnet_resnet18_imagenet",
+            {
+                "network": "resnet18",
+                "block": "acb",
+                "lr": 0.1,
+                "global_batch_size": 256,
+                "max_epoch": 100,
+                "weight_decay": 1e-4,
+                "gamma_init": 1,
+                "color_jitter": (0, 0, 0),
+            },
+        ),
+        (
+            "acnet_cifar_quick_cifar10",
+            {"lr": 0.1, "global_batch_size": 128, "max_epoch": 150, "gamma_init": 0.333},
+        ),
+        ("acnet_resnet56_cifar_cifar10", {"lr": 0.2, "max_epoch": 400}),
+        ("acnet_wrn16_8_cifar_cifar10", {"lr": 0.1, "weight_decay": 5e-4}),
+    ],
+)
+def test_recipes_are_those_of_the_seeds(recipe, expected):
+    config = load_config({"config_path": recipe})
+    assert {key: getattr(config, key) for key in expected} == expected
+
+
+def test_flags_win_over_recipes_and_aliases_work():
+    flags, positional = parse_flags(
+        [
+            "--data_dir=/d",
+            "--is_distributed=1",
+            "-a",
+            "resnet34",
+            "-b",
+            "acb",
+            "--pretrained",
+            "x.ckpt",
+            "--lr-epochs=3,6",
+            "--run_eval",
+            "photo.jpg",
+        ][:-1]
+        + ["--lr", "0.3"]
+    )
+    config = load_config({**flags, "config_path": "alexnet_imagenet"})
+    assert (config.data_path, config.run_distribute, config.network, config.block) == (
+        "/d",
+        True,
+        "resnet34",
+        "acb",
+    )
+    assert (config.checkpoint_file_path, config.lr_epochs, config.run_eval, config.lr) == (
+        "x.ckpt",
+        [3, 6],
+        True,
+        0.3,
+    )
+    assert config.max_epoch == 150 and positional == []
+
+
+def test_a_flag_without_its_value_is_named_but_for_switches():
+    assert parse_flags(["--run_eval", "--resume", "--test-flip"])[0] == {
+        "run_eval": "true",
+        "resume": "auto",
+        "test_flip": "true",
+    }
+    for words, key in (
+        (["--max_epoch"], "max_epoch"),
+        (["-a"], "network"),
+        (["--data_dir", "--lr=0.1"], "data_path"),
+    ):
+        with pytest.raises(UserError, match=f"^{words[0]} needs a value, as in --{key}=VALUE"):
+            parse_flags(words)
+
+
+def test_a_batch_per_rank_that_is_typed_wins_over_a_recipes_global_batch():
+    config = load_config({"config_path": "digits", "per_batch_size": "4"})
+    assert (config.per_batch_size, config.global_batch_size) == (4, 0)
+    both = load_config({"config_path": "digits", "per_batch_size": "4", "global_batch_size": "16"})
+    assert both.global_batch_size == 16
+
+
+def test_acnet_short_names_bring_their_recipes():
+    assert load_config({"network": "cfqkbnc"}).max_epoch == 150
+    assert load_config({"network": "sres18"}).data_path == "imagenet_data"
+
+
+def test_weights_that_record_nothing_are_read_by_their_recipe():
+    config = load_config(
+        {"network": "cfqkbnc", "data_path": "x"},
+        checkpoint_layer={"block": "acb", "num_classes": 10},
+    )
+    assert (config.network, config.image_size, config.mean) == ("cifar_quick", 32, (0.5, 0.5, 0.5))
+    assert (
+        load_config({"network": "resnet18"}, checkpoint_layer={"num_classes": 10}).image_size == 224
+    )
+
+
+def test_booleans_take_words_and_digits():
+    for text, value in (("1", True), ("0", False), ("true", True), ("False", False)):
+        assert load_config({"run_eval": text}).run_eval is value
+
+
+def test_every_list_can_be_set_on_the_command_line():
+    config = load_config(
+        {"crop_scale": "0.2,0.9", "mean": "[0.1, 0.2, 0.3]", "color_jitter": "0 0 0"}
+    )
+    assert (
+        config.crop_scale == (0.2, 0.9)
+        and config.mean == (0.1, 0.2, 0.3)
+        and config.color_jitter == (0, 0, 0)
+    )
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ({"lr": "fast"}, "lr=fast"),
+        ({"crop_scale": "0.5"}, "crop_scale"),
+        ({"crop_scale": "0.9,0.2"}, "rising"),
+        ({"momentum": "1"}, "momentum=1"),
+        ({"std": "0,1,1"}, "std"),
+        ({"lr": "nan"}, "lr=nan"),
+        ({"eval_resize": "100"}, "eval_resize=100"),
+        ({"num_parallel_workers": "100000"}, "num_parallel_workers=100000: .*256"),
+        ({"eta_min": "0.5"}, "eta_min=0.5 must not be above lr=0.4"),
+        ({"lr_epochs": "60,30"}, "lr_epochs=.* must be rising"),
+    ],
+)
+def test_values_out_of_range_are_named(flags, message):
+    with pytest.raises(UserError, match=message):
+        load_config({"data_path": "x", **flags})
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("learning_rate: 1", "unknown key 'learning_rate'"),
+        ("lr: [", "not valid YAML at line"),
+        ("- a", "key: value"),
+        ("max_epochs: 3", "did you mean 'max_epoch'"),
+    ],
+)
+def test_bad_recipe_is_named(tmp_path, text, message):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_config({"config_path": str(tmp_path / "r.yaml")})
+
+
+def test_resolved_configuration_reads_back():
+    config = load_config({"config_path": "digits", "lr": "0.3"})
+    assert Config(**yaml.safe_load(config.to_yaml())) == config
+
+
+def test_what_keys_affect():
+    """What a user relies on.
+
+    These may be changed when a run is resumed, those are taken from a checkpoint, those compile
+    anew.
+    """
+    fixed = keys_affecting(Affects.MODEL, Affects.GRAPH, Affects.TRAINING)
+    assert {
+        "lr",
+        "seed",
+        "optimizer",
+        "augmentations",
+        "max_epoch",
+        "network",
+        "label_smooth_factor",
+        "gradient_compression",
+    } <= fixed
+    assert not fixed & {
+        "data_path",
+        "output_path",
+        "max_steps",
+        "log_interval",
+        "per_batch_size",
+        "global_batch_size",
+        "device_target",
+        "num_parallel_workers",
+        "keep_checkpoint_max",
+        "eval_interval",
+        "resume",
+        "compile_cache",
+        "stall_timeout_s",
+    }
+    recorded = keys_affecting(Affects.MODEL, Affects.IMAGES, Affects.BATCH)
+    assert {
+        "network",
+        "block",
+        "image_size",
+        "eval_resize",
+        "mean",
+        "std",
+        "data_path",
+        "eval_data_path",
+    } <= recorded
+    assert not recorded & {
+        "device_target",
+        "eval_engine",
+        "result_path",
+        "lr",
+        "output_path",
+        "checkpoint_file_path",
+    }
+    compiled = keys_affecting(Affects.MODEL, Affects.GRAPH)
+    assert {
+        "network",
+        "block",
+        "mean",
+        "std",
+        "dropout",
+        "label_smooth_factor",
+        "amp_level",
+    } <= compiled
+    assert not compiled & {"lr", "seed", "max_epoch", "momentum", "optimizer"}
+
+
+def test_a_recipe_extends_another(tmp_path):
+    (tmp_path / "base.yaml").write_text("lr: 0.3\nmomentum: 0.8\nbackbone: resnet18\n")
+    (tmp_path / "middle.yaml").write_text("extends: base.yaml\nlr: 0.2\n")
+    (tmp_path / "last.yaml").write_text("extends: middle.yaml\nmomentum: 0.7\n")
+    assert read_layer(tmp_path / "last.yaml") == {"lr": 0.2, "momentum": 0.7, "network": "resnet18"}
+    config = load_config(
+        {"config_path": str(tmp_path / "last.yaml"), "data_path": "x", "lr": "0.1"}
+    )
+    assert (config.lr, config.momentum, config.network) == (0.1, 0.7, "resnet18")
+
+
+@pytest.mark.parametrize(
+    "texts,message",
+    [
+        (("extends: b", "extends: a"), "leads back to this recipe"),
+        (("extends: a",), "leads back to this recipe"),
+        (("extends: digit",), "did you mean 'digits'"),
+        (("extends: [a]",), "no configuration file"),
+    ],
+)
+def test_a_recipe_that_extends_wrongly_is_named(tmp_path, texts, message):
+    for name, text in zip("ab", texts):
+        (tmp_path / f"{name}.yaml").write_text(
+            text.replace("extends: a", "extends: a.yaml").replace("extends: b", "extends: b.yaml")
+        )
+    with pytest.raises(UserError, match=message):
+        read_layer(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    "flags,smoothing",
+    [
+        ({}, 0.1),
+        ({"label_smooth": "0"}, 0),
+        ({"label_smooth": "1"}, 0.1),
+        ({"label_smooth_factor": "0"}, 0),
+        ({"label_smooth": "0", "label_smooth_factor": "0.2"}, 0),
+        ({"label_smooth": "1", "label_smooth_factor": "0.2"}, 0.2),
+        # The digits' recipe has no smoothing; the seeds' flag switches it on.
+        ({"config_path": "digits"}, 0),
+        ({"config_path": "digits", "label_smooth": "1"}, 0.1),
+    ],
+)
+def test_the_seeds_switch_of_label_smoothing_is_an_alias(flags, smoothing):
+    config = load_config({"data_path": "x", "label_smooth_over": "all", **flags})
+    assert config.smoothing == smoothing and "label_smooth" not in config.model_dump()
+
+
+def test_a_changed_file_of_defaults_is_refused(monkeypatch, tmp_path):
+    """Nobody reads it, so that a value that is changed there would have no effect."""
+    from src.cli import recipes
+
+    file = tmp_path / "default_config.yaml"
+    monkeypatch.setattr(recipes, "DEFAULT_CONFIG", file)
+    recipes.check_default_config()
+    file.write_text(default_yaml())
+    recipes.check_default_config()
+    file.write_text(default_yaml().replace("lr: 0.4", "lr: 0.1"))
+    with pytest.raises(UserError, match="default_config.yaml was changed.*--config_path=FILE"):
+        recipes.check_default_config()

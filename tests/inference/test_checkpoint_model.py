@@ -1,0 +1,145 @@
+"""The network of a checkpoint, and of files of other programs."""
+
+import json
+
+import numpy as np
+import pytest
+
+from src.cli.recipes import load_config
+from src.inference.checkpoint_model import CheckpointModel, infer_model_settings, read_class_names
+from src.utils.errors import UserError
+
+
+def preprocessing(arrays, metadata, flags):
+    config = CheckpointModel.of(arrays, metadata, flags).config
+    return config.eval_resize_mode, config.antialias, config.resized_side, config.interpolation
+
+
+def test_a_checkpoint_is_evaluated_as_it_records_whatever_its_network_brings():
+    recorded = load_config(
+        {
+            "network": "resnet18",
+            "data_path": "x",
+            "eval_resize_mode": "square",
+            "interpolation": "bicubic",
+            "crop_pct": "0.95",
+            "num_classes": "10",
+        }
+    ).model_dump(mode="json")
+    assert preprocessing({}, {"config": recorded}, {}) == ("square", True, 236, "bicubic")
+    assert preprocessing({}, {"config": recorded}, {"interpolation": "bilinear"}) == (
+        "square",
+        True,
+        236,
+        "bilinear",
+    )
+
+
+def test_checkpoints_of_earlier_versions_are_evaluated_as_they_were():
+    """They record none of these keys, and were resized to a square without antialias."""
+    recorded = load_config(
+        {"network": "resnet18", "data_path": "x", "num_classes": "10"}
+    ).model_dump(mode="json")
+    for key in ("eval_resize_mode", "antialias", "interpolation", "crop_pct"):
+        del recorded[key]
+    assert preprocessing({}, {"config": recorded}, {}) == ("square", False, 256, "bilinear")
+    assert (
+        preprocessing({}, {"config": {**recorded, "network": "cifar_quick", "image_size": 32}}, {})[
+            2
+        ]
+        == 37
+    )
+
+
+@pytest.mark.parametrize("network", ["resnet18", "resnext50_32x4d", "alexnet"])
+def test_files_of_other_programs_are_evaluated_as_there(network):
+    assert preprocessing({}, {}, {"network": network, "data_path": "x"}) == (
+        "shorter_side",
+        True,
+        256,
+        "bilinear",
+    )
+    assert (
+        preprocessing({}, {}, {"network": network, "data_path": "x", "antialias": "0"})[1] is False
+    )
+
+
+def test_their_cifar_networks_take_whole_images():
+    model = CheckpointModel.of({}, {}, {"network": "cfqkbnc", "data_path": "x"})
+    assert (model.config.image_size, model.config.resized_side, model.config.mean) == (
+        32,
+        32,
+        (0.5, 0.5, 0.5),
+    )
+
+
+@pytest.mark.parametrize(
+    "name,network",
+    [
+        ("resnet50.safetensors", "resnet50"),
+        ("ResNet18-f37072fd.pth", "resnet18"),
+        ("resnext50_32x4d-7cdf4587.pth", "resnext50_32x4d"),
+        ("sres18_acb.hdf5", "resnet18"),
+        ("model.safetensors", None),
+    ],
+)
+def test_network_is_the_one_that_the_file_is_called_after(tmp_path, name, network):
+    assert infer_model_settings({}, {}, tmp_path / name).get("network") == network
+
+
+def test_timms_config_says_how_images_are_prepared(tmp_path):
+    # As on huggingface.co/timm/resnet50.a1_in1k.
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "architecture": "resnet50",
+                "num_classes": 1000,
+                "pretrained_cfg": {
+                    "input_size": [3, 160, 160],
+                    "interpolation": "bicubic",
+                    "crop_pct": 0.95,
+                    "crop_mode": "center",
+                    "mean": [0.1, 0.2, 0.3],
+                    "std": [0.4, 0.5, 0.6],
+                },
+            }
+        )
+    )
+    found = infer_model_settings({}, {}, tmp_path / "model.safetensors")
+    assert found == {
+        "block": "base",
+        "network": "resnet50",
+        "image_size": 160,
+        "interpolation": "bicubic",
+        "crop_pct": 0.95,
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.4, 0.5, 0.6],
+        "eval_resize_mode": "shorter_side",
+        "antialias": True,
+    }
+
+
+@pytest.mark.parametrize("text", ["[", '{"pretrained_cfg": 3}'])
+def test_a_damaged_config_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match="config.json is damaged"):
+        infer_model_settings({}, {}, tmp_path / "model.safetensors")
+
+
+def test_own_checkpoints_are_believed():
+    found = infer_model_settings(
+        {"x": np.zeros(1)}, {"config": {"network": "alexnet", "crop_pct": 0.9, "lr": 3}}, None
+    )
+    assert (found["network"], found["crop_pct"]) == ("alexnet", 0.9) and "lr" not in found
+
+
+@pytest.mark.parametrize(
+    "text,word",
+    [("a\nb\n", "has 2 names"), ("a\nb\na\n", "'a' twice"), ("a\nb\nc\nd", "has 4 names")],
+)
+def test_names_must_be_one_for_each_class(tmp_path, text, word):
+    (tmp_path / "names.txt").write_text(text)
+    with pytest.raises(UserError, match=word):
+        read_class_names(str(tmp_path / "names.txt"), 3)
+    (tmp_path / "names.txt").write_text("a\n b c\n\nd\n")
+    assert read_class_names(str(tmp_path / "names.txt"), 3) == {"a": 0, "b c": 1, "d": 2}

@@ -1,0 +1,108 @@
+"""The batch that fits, and the learning rate that fits the batch."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, make_config
+
+from src.distributed.communicator import Communicator
+from src.models.networks import NETWORKS
+from src.training import resolve as fitting
+from src.training.resolve import auto_batch_size, training_bytes
+from src.utils.machine import available_bytes, peak_bytes
+
+
+class Ranks(Communicator):
+    """As many equal ranks as a test wants."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = self.local_size = size
+
+    def gather(self, value):
+        return [value] * self.size
+
+
+@pytest.mark.parametrize(
+    "images,ranks,asked,found",
+    [
+        (10_000, 1, 64, 64),
+        (10_000, 4, 64, 64),  # enough of everything
+        (320, 2, 64, 32),  # ten steps of 32
+        (60, 1, 64, 8),
+        (60, 2, 64, 16),  # ten steps would leave a rank fewer than eight images
+        (5, 1, 64, 4),
+        (3, 2, 64, 2),  # there are not more
+        (10_000, 3, 64, 63),  # ranks that do not divide it
+    ],
+)
+def test_batch_makes_ten_steps_of_at_least_eight_images_a_rank(
+    images, ranks, asked, found, monkeypatch
+):
+    monkeypatch.setattr(fitting, "available_bytes", lambda: 1e15)
+    config = make_config(network="resnet18", global_batch_size=asked, fit_batch=1)
+    assert auto_batch_size(config, images, Ranks(ranks)).global_batch_size == found
+
+
+def test_batch_fits_the_memory(monkeypatch):
+    config = make_config(network="resnet50", global_batch_size=256, fit_batch=1)
+    for gigabytes in (3, 8, 30):
+        monkeypatch.setattr(fitting, "available_bytes", lambda bytes=gigabytes * 1e9: bytes)
+        batch = auto_batch_size(config, 10**6, Ranks(2)).global_batch_size
+        assert 2 * training_bytes(config, batch // 2) <= 0.6 * gigabytes * 1e9 or batch == 2
+        assert batch == 256 or 2 * training_bytes(config, batch) > 0.6 * gigabytes * 1e9
+
+
+def test_learning_rate_is_in_proportion_and_the_result_is_not_fitted_again():
+    config = make_config(
+        network="resnet18", per_batch_size=16, lr=0.1, eta_min=0.01, lr_batch_size=32
+    )
+    fitted = auto_batch_size(config, 1000, Ranks(4))
+    assert (fitted.lr, fitted.eta_min, fitted.lr_batch_size, fitted.global_batch_size) == (
+        pytest.approx(0.2),
+        pytest.approx(0.02),
+        0,
+        0,
+    )
+    assert auto_batch_size(fitted, 1000, Ranks(4)) == fitted
+    assert auto_batch_size(make_config(lr=0.3), 1000, Ranks(4)).lr == 0.3
+
+
+def test_available_memory_is_what_the_system_says():
+    assert 1e8 < available_bytes() < 1e15
+
+
+def test_peak_is_of_this_process_alone():
+    held = bytearray(300_000_000)
+    child = subprocess.run(
+        [sys.executable, "-c", "from src.utils.machine import peak_bytes; print(peak_bytes())"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert peak_bytes() > len(held) > 10 * int(child.stdout) > 0
+
+
+@pytest.mark.extended
+def test_estimated_memory_is_enough_for_what_a_training_takes():
+    command = [
+        sys.executable,
+        "benchmarks/train_step.py",
+        "--network=resnet18",
+        "--per_batch_size=16",
+        "--steps=2",
+    ]
+    for kernels in ("onednn", "mindspore"):
+        line = subprocess.run(
+            [*command, f"--kernels={kernels}", "--threads=1"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        ).stdout
+        peak = float(line.rpartition("peak_rss_mib=")[2]) * 2**20
+        assert peak < training_bytes(make_config(network="resnet18"), 16) < 2.5 * peak, line
+
+
+def test_every_network_says_what_it_costs():
+    assert all(network.size is not None for network in NETWORKS.values())
