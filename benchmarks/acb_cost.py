@@ -5,7 +5,7 @@ In training over the plain network, and after fusion in evaluation (nothing, it 
     python3 benchmarks/acb_cost.py [--networks=resnet18] [--batch=16] [--image_size=224] [--steps=5]
         [--rounds=2] [--pytorch=1]
 
-Training as compare_pytorch.py does it, with PyTorch's cost beside. Evaluation: the plain and the
+Training as compare_pytorch.py does it, compared with PyTorch. Evaluation: the plain and the
 fused network in turn in one process, by each engine; medians.
 """
 

@@ -1,4 +1,4 @@
-"""Reduction of real gradient sets beside raw MPI and MindSpore's MCCL:
+"""Reduction of real gradient sets compared with raw MPI and MindSpore's MCCL:
 
     python3 benchmarks/allreduce.py [--networks=resnext50_32x4d,alexnet,resnet18+acb] [--ranks=2,4]
         [--repeats=10] [--mccl=1]

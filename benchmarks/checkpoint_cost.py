@@ -3,7 +3,7 @@
 `python3 benchmarks/checkpoint_cost.py --network=resnext50_32x4d`.
 
 Prints its size, the medians of writing it (flushed to disk, checksummed) and of reading it with the
-check, beside the step of the same network at --per_batch_size. Takes every configuration key as a
+check, next to the step of the same network at --per_batch_size. Takes every configuration key as a
 flag.
 """
 

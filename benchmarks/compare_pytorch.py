@@ -1,4 +1,4 @@
-"""Training and evaluation rates beside PyTorch's, in turn, on the same cores:
+"""Training and evaluation rates compared with PyTorch's, in turn, on the same cores:
 
     python3 benchmarks/compare_pytorch.py [--cases=resnext50_32x4d:16,alexnet:32,resnet18+acb:16]
         [--mode=train|eval]
@@ -10,7 +10,7 @@ backward, mean over ranks, momentum with weight decay). Here: train_step.py unde
 DistributedDataParallel over gloo, the best of eager NCHW, eager channels_last and, with
 --compile=1, torch.compile. With --precision=bfloat16 ours trains in it (amp_level=O2), and two
 ratios are printed: over PyTorch under autocast in bfloat16, and over PyTorch in float32.
-Evaluation: random images through the network on all cores, the engine that eval.py picks beside
+Evaluation: random images through the network on all cores, the engine that eval.py picks and
 PyTorch's best of NCHW and channels_last. Best of the rounds on both sides. Needs `bash
 scripts/setup.sh --parity`.
 """

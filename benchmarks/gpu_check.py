@@ -4,7 +4,7 @@
         [--batches=64,128,256] [--steps=30]
 
 Each network: loss and gradient norms of one step against CPU in float32; images/s of training in
-O0, O2 and O3 at the best of the batches, beside PyTorch on the same GPU (float32 and autocast,
+O0, O2 and O3 at the best of the batches, next to PyTorch on the same GPU (float32 and autocast,
 channels_last) if a PyTorch with CUDA is installed; the fused ACNet against the plain network in
 inference. Each measurement is a process of its own. `--device_target=CPU` shows the program itself
 to work if there is no GPU.
@@ -102,7 +102,7 @@ def report(network, options, failures):
         if found:
             # PyTorch has one mixed precision.
             other = theirs.get(level, theirs[levels[min(1, len(levels) - 1)]])
-            beside = (
+            comparison = (
                 f" pytorch_images_per_second={other[0]:.1f} pytorch_batch={other[1]} "
                 f"ratio={found[0] / other[0]:.2f}"
                 if other
@@ -110,7 +110,7 @@ def report(network, options, failures):
             )
             print(
                 f"gpu_check network={network} amp_level={level} batch={found[1]} "
-                f"images_per_second={found[0]:.1f}{beside}",
+                f"images_per_second={found[0]:.1f}{comparison}",
                 flush=True,
             )
     plain, fused = (fastest("inference", of=name) for name in (network.partition("+")[0], network))

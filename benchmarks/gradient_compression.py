@@ -3,7 +3,7 @@
 `python3 benchmarks/gradient_compression.py [--epochs=12] [--ranks=2]`.
 
 The digits recipe with --gradient_compression=none, float16 and bfloat16; each form's losses by
-epoch beside those without (relative differences), and the same with another seed as a measure of
+epoch next to those without (relative differences), and the same with another seed as a measure of
 what such differences mean. Prints one line per form.
 """
 

@@ -1,4 +1,4 @@
-"""Images a second of the input pipelines beside PyTorch's DataLoader with Pillow:
+"""Images a second of the input pipelines next to PyTorch's DataLoader with Pillow:
 
     python3 benchmarks/input_pipeline.py [--images=768] [--workers=2] [--batch=64] [--rounds=2]
 

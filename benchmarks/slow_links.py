@@ -1,4 +1,4 @@
-"""Training over slow links beside PyTorch's, in turn.
+"""Training over slow links compared with PyTorch's, in turn.
 
 On hosts made of network namespaces (tests/hosts/rig.py; needs root, Linux):
 
@@ -7,7 +7,7 @@ On hosts made of network namespaces (tests/hosts/rig.py; needs root, Linux):
         [--compressions=none,bfloat16] [--steps=4] [--pytorch=1]
 
 One rank of one core on each host. The whole step on random images: images/s, seconds that a step
-waits for the reduction, MiB that a host sends in a step beside the 2 (n - 1) / n of the gradients
+waits for the reduction, MiB that a host sends in a step next to the 2 (n - 1) / n of the gradients
 that a ring needs, and PyTorch's DistributedDataParallel over gloo on the same hosts, eager, its
 better layout for 2 cores. --cases=exchange reduces AlexNet's gradients alone, and --ranks_per_host
 counts there. Needs `bash scripts/setup.sh --parity` for PyTorch's side; --pytorch=0 leaves it out.
@@ -97,7 +97,7 @@ def compare(rig, options, link, case):
         )
         found = dict(re.findall(r"(\w+)=(\S+)", printed))
         rate = float(found["images_per_second"])
-        beside = (
+        comparison = (
             f" pytorch_images_per_second={theirs:.2f} ratio={rate / theirs:.2f}" if theirs else ""
         )
         print(
@@ -106,7 +106,7 @@ def compare(rig, options, link, case):
             f"compression={compression} images_per_second={rate:.2f} "
             f"step_s={int(batch) * options.hosts / rate:.3f} "
             f"waiting_s={found['allreduce_s']} sent_mib={found['sent_mib']} "
-            f"ring_mib={ring_mib(network, block, options.hosts, compression):.1f}{beside}",
+            f"ring_mib={ring_mib(network, block, options.hosts, compression):.1f}{comparison}",
             flush=True,
         )
 
@@ -191,7 +191,7 @@ def on_hosts(rig, hosts, ranks_per_host, *words):
 def exchange():
     """On each rank.
 
-    AlexNet's gradients as the step reduces them, beside MPI's Allreduce of one tensor after the
+    AlexNet's gradients as the step reduces them, next to MPI's Allreduce of one tensor after the
     other.
     """
     from benchmarks.allreduce import gradient_shapes

@@ -4,7 +4,7 @@
 
 Each training (8 digits of SIZE x SIZE per step) runs with the graph cache off and with the graph in
 it. Medians of what was spent on imports, the data set, building the network, compiling and the rest
-of the first step, beside a later step.
+of the first step, next to a later step.
 """
 
 import argparse

@@ -486,7 +486,7 @@ def test_a_trained_hdf5_of_acnets_is_fused_and_evaluated(image_root, tmp_path):
 
 
 def test_a_tree_as_the_seeds_show_it_is_read_through_its_link(tmp_path, image_root):
-    """train/ and val/ beside train_list.txt and val_list.txt.
+    """train/ and val/ next to train_list.txt and val_list.txt.
 
     Whose lines name files under the tree or under its parts.
     """

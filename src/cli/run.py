@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from src.distributed.launcher import (
@@ -44,15 +45,24 @@ def run(
         distributed: whether the command runs on several ranks.
         translate: changes the command line before it is parsed.
     """
-
-    def start_and_run(signals: Signals) -> None:
-        from src.cli.start import print_help, run_main, start
-
-        if not print_help(about or "", rank):
-            run_main(main, start(translate(sys.argv[1:]), signals, positional, distributed))
-
     rank = launched_rank() if distributed else 0
-    run_process(start_and_run, rank)
+    action = partial(_start_and_run, main, about or "", positional, distributed, translate, rank)
+    run_process(action, rank)
+
+
+def _start_and_run(
+    main: "Callable[[Command], object]",
+    about: str,
+    positional: str,
+    distributed: bool,
+    translate: Callable[[list[str]], list[str]],
+    rank: int,
+    signals: Signals,
+) -> None:
+    from src.cli.start import print_help, run_main, start
+
+    if not print_help(about, rank):
+        run_main(main, start(translate(sys.argv[1:]), signals, positional, distributed))
 
 
 def run_process(action: Callable[[Signals], object], rank: int = 0) -> None:

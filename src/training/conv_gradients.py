@@ -2,6 +2,8 @@
 
 from mindspore import Tensor, nn, ops
 
+from src.kernels.layers import conv_padding
+
 
 def replace_conv_gradients(network: nn.Cell) -> None:
     """Compute input gradients of some convolutions as forward convolutions, which are faster.
@@ -18,7 +20,7 @@ def replace_conv_gradients(network: nn.Cell) -> None:
 
 
 def _fits(conv: nn.Conv2d) -> bool:
-    vertical, _, horizontal, _ = _padding(conv)
+    vertical, _, horizontal, _ = conv_padding(conv)
     reach = [dilation * (size - 1) for dilation, size in zip(conv.dilation, conv.kernel_size)]
     return (
         tuple(conv.stride) == (1, 1)
@@ -28,18 +30,12 @@ def _fits(conv: nn.Conv2d) -> bool:
     )
 
 
-def _padding(conv: nn.Conv2d) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right)."""
-    padding = conv.padding
-    return (padding,) * 4 if isinstance(padding, int) else tuple(padding)
-
-
 class _StrideOneConvolution(nn.Cell):
     """(x, weight) -> convolution; takes the place of the primitive in an nn.Conv2d."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__(auto_prefix=False)
-        top, bottom, left, right = padding = _padding(conv)
+        top, bottom, left, right = padding = conv_padding(conv)
         rows, columns = (
             dilation * (size - 1) for dilation, size in zip(conv.dilation, conv.kernel_size)
         )

@@ -1,6 +1,7 @@
 """Learning-rate schedules: pure functions of the step, in a table."""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ from src.cli.config import Config
 from src.utils.specs import FORBID_EXTRA, create_from_spec
 
 
-class Schedule:
+class Schedule(ABC):
     """A schedule's formula; its fields are the arguments that lr_scheduler may give it."""
 
     # Whether the linear warm-up over warmup_epochs comes first.
@@ -21,9 +22,9 @@ class Schedule:
         """The schedule with the arguments in lr_scheduler."""
         return cls(**arguments)
 
+    @abstractmethod
     def rate(self, config: Config, step: int, steps_per_epoch: int) -> float:
         """Learning rate of ``step``, counted from 0."""
-        raise NotImplementedError
 
     def length(self, config: Config) -> float | None:
         """Number of epochs that the learning rates depend on from the start, or None."""

@@ -32,7 +32,7 @@ def test_a_rank_that_costs_a_tenth_and_a_second_is_named(times, line):
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
 def test_a_rank_whose_core_has_other_work_is_named_and_recorded(image_root, tmp_path):
     core = sorted(os.sched_getaffinity(0))[1]
-    # Several, because tests beside this one may keep the other rank's core busy, too.
+    # Several, because other tests may keep the other rank's core busy, too.
     others = [
         subprocess.Popen(["taskset", "-c", str(core), sys.executable, "-c", "while True: pass"])
         for _ in range(4)
