@@ -40,7 +40,7 @@ def main(arguments):
     from src.models.create import create_network
     from src.models.weight_files import read_weights
     from src.runs.checkpoint import save_checkpoint
-    from src.training.step import create_train_step
+    from src.training.create_step import create_train_step
 
     select_device(config.device_target, 0)
     network = create_network(config)

@@ -84,8 +84,8 @@ def print_losses(network_name, steps):
     from src.dataset.batches import TrainBatches
     from src.dataset.sources import open_images
     from src.models.create import create_network
+    from src.training.create_step import create_train_step
     from src.training.schedules import create_schedule
-    from src.training.step import create_train_step
 
     select_device("CPU", 0)
     network = create_network(config)

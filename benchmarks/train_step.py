@@ -39,7 +39,7 @@ def main(arguments):
     from src.dataset.batches import Batch
     from src.kernels.library import choose_kernels
     from src.models.create import create_network
-    from src.training.step import create_train_step
+    from src.training.create_step import create_train_step
 
     select_device(config.device_target, communicator.local_rank)
     kernels = choose_kernels(config)

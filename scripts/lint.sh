@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh --lint
 source .venv/bin/activate
-cpp=(src/kernels/source/*.cpp src/kernels/source/*.h tests/kernels/*.cpp)
+cpp=(src/kernels/source/*.cpp src/kernels/source/*.h tests/kernels/*.cpp tests/gpu/*.c)
 if [ "${1:-}" = --fix ]; then
     ruff format -q .
     clang-format -i "${cpp[@]}"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from src.cli.config import Config
+from src.distributed.placement import choose_device
 from src.distributed.shutdown import Signals
 from src.kernels.library import KernelChoice
 from src.utils.device import select_device
@@ -42,9 +43,9 @@ class Command:
         """
         if self.communicator.is_root and self.config.checkpoint_file_path:
             print_status(f"loading {self.config.checkpoint_file_path}")
-        device = self.config.device_id
-        if device is None:
-            device = self.communicator.local_rank
+        device = 0
+        if self.config.device_target != "CPU":
+            device = choose_device(self.config, self.communicator, collectives)
         prepare = self.communicator.local_rank == 0
         select_device(
             self.config.device_target, device, prepare, self.communicator.barrier, collectives

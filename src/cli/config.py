@@ -304,8 +304,8 @@ class _Device(_Keys):
     amp_level: Annotated[Literal["auto", "O0", "O2", "O3"], BeforeValidator(_amp_level)] = key(
         "auto",
         Affects.GRAPH,
-        "O0: float32; O2: float16 with float32 batch norm, bfloat16 on CPU; O3: float16 (GPU and "
-        "Ascend); auto: O0 on CPU, O2 for blocks on GPU, else O3",
+        "O0: float32; O2 and O3: convolutions and dense layers in float16 on GPU and Ascend; O2 on "
+        "CPU: bfloat16; auto: O0 on CPU, else O3",
         ("train", "eval", "predict", "serve", "report"),
     )
     loss_scale: Annotated[float, Field(ge=1)] = key(1024.0, Affects.TRAINING, "for O2 and O3")
@@ -609,16 +609,20 @@ class Config(_Output, _Optimization, _Device, _Preprocessing, _Augmentation, _Da
 
     @property
     def precision(self) -> str:
-        """amp_level in force: "auto" is O0 (float32) on CPU and the model zoo's O3 on devices.
+        """amp_level in force: "auto" is O0 (float32) on CPU, and O3 on devices as in the model zoo.
 
-        For blocks on GPU it is O2: MindSpore 2.10 fuses batch norm, addition and ReLU in O3, and a
-        sum of branches becomes a cycle in its graph (docs/gpu.md).
+        O2 and O3 mean the same here.
         """
         if self.amp_level != "auto":
             return self.amp_level
-        if self.device_target == "CPU":
-            return "O0"
-        return "O2" if self.device_target == "GPU" and self.block != "base" else "O3"
+        return "O0" if self.device_target == "CPU" else "O3"
+
+    @property
+    def compute_type(self) -> str:
+        """The type of activations: "float32", "float16" or, on CPU, "bfloat16"."""
+        if self.precision == "O0":
+            return "float32"
+        return "bfloat16" if self.device_target == "CPU" else "float16"
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

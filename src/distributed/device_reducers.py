@@ -1,45 +1,40 @@
-"""Averages gradients on GPU and Ascend: through the host by MPI, or by NCCL and HCCL."""
+"""Averages gradients on GPU and Ascend: by NCCL or HCCL in the graph, or by MPI on the host."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from typing import ClassVar
 
 import numpy as np
-from mindspore import Parameter, Tensor, ops
+from mindspore import Parameter, Tensor, nn, ops
 
 from src.cli.config import Config
 from src.distributed.allreduce import COMPRESSIONS
 from src.distributed.communicator import Communicator
 
 
-class HostStagedReducer:
-    """Copies tensors to the host, averages them there by MPI, and copies them back."""
+class DeviceReducer:
+    """Base class of the reducers for devices. Gradients are flat float32 arrays.
+
+    A subclass has a collective for the graph of the step, or overrides ``reduce``, which is called
+    between the graph of the gradients and that of the update.
+
+    Attributes:
+        collective: a Cell, gradient -> its mean over ranks; None if ranks do not meet in the graph.
+        is_in_graph: whether ``reduce`` has nothing to do.
+    """
+
+    is_in_graph: ClassVar[bool] = True
 
     def __init__(self, config: Config, communicator: Communicator) -> None:
         self._communicator = communicator
         self._compression = COMPRESSIONS[config.gradient_compression]
+        self.collective: nn.Cell | None = None
 
-    def backward(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def add(self, total: list[Tensor] | None, gradients: Sequence[Tensor]) -> list[Tensor]:
-        # Operations outside a Cell run one by one on the device.
-        return list(gradients) if total is None else [a + b for a, b in zip(total, gradients)]
-
-    def reduce(
-        self, total: list[Tensor], micro_steps: int, statistics: Sequence[Parameter]
-    ) -> tuple[list[Tensor], None]:
-        if self._communicator.size == 1 and micro_steps == 1:
-            return total, None
-        scale = np.float32(1 / micro_steps)
-        arrays = [tensor.asnumpy().astype(np.float32) * scale for tensor in total]
-        memory = [parameter.asnumpy().copy() for parameter in statistics]
-        self._communicator.all_reduce_mean_(arrays, self._compression)
-        self._communicator.all_reduce_mean_(memory)
-        for parameter, array in zip(statistics, memory):
-            parameter.set_data(Tensor(array))
-        return [Tensor(array) for array in arrays], None
+    def reduce(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """The mean over ranks of each gradient."""
+        return list(gradients)
 
     def broadcast(self, parameters: Sequence[Parameter]) -> None:
+        """Replace each parameter by rank 0's, by MPI."""
         if self._communicator.size > 1:
             for parameter in parameters:
                 array = parameter.asnumpy().copy()
@@ -47,20 +42,34 @@ class HostStagedReducer:
                 parameter.set_data(Tensor(array))
 
 
-class DeviceReducer(HostStagedReducer):
-    """NCCL's or HCCL's AllReduce between graphs. Rank 0's parameters still travel by MPI."""
+class CollectiveReducer(DeviceReducer):
+    """One AllReduce of NCCL or HCCL per flat gradient, in the graph of the step."""
 
-    def reduce(
-        self, total: list[Tensor], micro_steps: int, statistics: Sequence[Parameter]
-    ) -> tuple[list[Tensor], None]:
-        size = self._communicator.size
-        if size == 1 and micro_steps == 1:
-            return total, None
-        gradients = [self._all_reduce(tensor) / (size * micro_steps) for tensor in total]
-        for parameter in statistics:
-            parameter.set_data(self._all_reduce(parameter) / size)
-        return gradients, None
+    def __init__(self, config: Config, communicator: Communicator) -> None:
+        super().__init__(config, communicator)
+        if communicator.size > 1:
+            self.collective = AllReduceMean(communicator.size)
 
-    def _all_reduce(self, tensor: Tensor) -> Tensor:
-        # Outside a Cell it runs by itself, not as part of a graph.
-        return tensor if self._communicator.size == 1 else ops.AllReduce()(tensor)
+
+class HostStagedReducer(DeviceReducer):
+    """Copies gradients to the host, averages them there by MPI, and copies them back."""
+
+    is_in_graph = False
+
+    def reduce(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        if self._communicator.size == 1:
+            return list(gradients)
+        arrays = [gradient.asnumpy().copy() for gradient in gradients]
+        self._communicator.all_reduce_mean_(arrays, self._compression)
+        return [Tensor(np.asarray(array, np.float32)) for array in arrays]
+
+
+class AllReduceMean(nn.Cell):
+    """A tensor -> its mean over ``size`` ranks."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(auto_prefix=False)
+        self.size, self.all_reduce = size, ops.AllReduce()
+
+    def construct(self, gradient: Tensor) -> Tensor:
+        return self.all_reduce(gradient) / self.size

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import mindspore
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import Tensor, nn, ops
 
 from src.cli.config import Config
 from src.inference.checkpoint_model import CheckpointModel
@@ -97,8 +97,9 @@ def create_backend(network: ImageClassifier, config: Config, kernels: KernelChoi
     """
     if not _takes_onnx(config, kernels):
         return MindSporeBackend(network, config)
-    if network.layers.uses_blocked_layout:
-        plain = create_network(config, None, fused=network.layers.fused)
+    if network.layers.uses_blocked_layout or config.compute_type != "float32":
+        float32 = config.model_copy(update={"amp_level": "O0"})
+        plain = create_network(float32, None, fused=network.layers.fused)
         copy_weights(network, plain)
         network = plain
     return OnnxBackend.of_network(network, config)
@@ -217,4 +218,4 @@ class _NormalizedNetwork(nn.Cell):
         self.network, self.normalizer = network, normalizer
 
     def construct(self, images: Tensor) -> Tensor:
-        return self.network(self.normalizer(images))
+        return ops.cast(self.network(self.normalizer(images)), mindspore.float32)

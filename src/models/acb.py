@@ -46,16 +46,15 @@ class AsymmetricConvBlock(ReparamConv):
         )
         set_gamma(gamma_init, self.square_bn, self.hor_bn, self.ver_bn)
 
-    def construct(self, x: Tensor) -> Tensor:
+    def construct(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         hor_input, ver_input = x, x
         if self.crop > 0:
             hor_input = x[:, :, self.crop : -self.crop, :]
             ver_input = x[:, :, :, self.crop : -self.crop]
-        return (
-            self.square_bn(self.square_conv(x))
-            + self.hor_bn(self.hor_conv(hor_input))
-            + self.ver_bn(self.ver_conv(ver_input))
-        )
+        out = self.square_bn(self.square_conv(x)) + self.hor_bn(self.hor_conv(hor_input))
+        if shortcut is not None:
+            out = out + shortcut
+        return out + self.ver_bn(self.ver_conv(ver_input))
 
     def norm_branches(self) -> tuple[tuple[nn.Conv2d, nn.Cell], ...]:
         if self.crop > 0:

@@ -10,7 +10,13 @@ from src.cli.config import Config
 from src.kernels.layers import set_layer_names
 from src.kernels.library import KernelLibrary
 from src.models.kernel_layers import KernelLayers
-from src.models.layers import WEIGHT_INITS, ImageClassifier, LayerFactory, set_parameter_names
+from src.models.layers import (
+    WEIGHT_INITS,
+    ImageClassifier,
+    LayerFactory,
+    set_parameter_names,
+    use_float16,
+)
 from src.models.networks import NETWORKS, check_network, network_name
 from src.utils.errors import UserError
 
@@ -36,7 +42,7 @@ def create_network(
         weight_init=config.weight_init,
         zero_init_residual=config.zero_init_residual,
         kernels=kernels,
-        bfloat16=config.precision != "O0",
+        compute_type=config.compute_type,
     )
 
 
@@ -53,7 +59,7 @@ def create_model(
     weight_init: str = "kaiming_uniform",
     zero_init_residual: bool = False,
     kernels: KernelLibrary | None = None,
-    bfloat16: bool = False,
+    compute_type: str = "float32",
 ) -> ImageClassifier:
     """A network: (N, 3, image_size, image_size) float images -> (N, num_classes) logits.
 
@@ -69,7 +75,8 @@ def create_model(
         zero_init_residual: start the last scale of each residual branch at 0, so that each block
             starts as the identity (Goyal et al., arXiv:1706.02677, section 5.1).
         kernels: kernels to compute with on CPU; None is MindSpore's own. Parameters are the same.
-        bfloat16: with kernels, activations and their gradients are bfloat16.
+        compute_type: "float16": convolutions and dense layers compute in it, on devices;
+            "bfloat16": with kernels, activations and their gradients are of that type.
 
     Raises:
         UserError: for an unknown name or block, or an image size that the network cannot take.
@@ -79,7 +86,7 @@ def create_model(
     entry = NETWORKS[name]
     layers = LayerFactory(block, fused, gamma_init, sync_bn, WEIGHT_INITS[weight_init])
     if kernels is not None:
-        layers = KernelLayers(**vars(layers), library=kernels, bfloat16=bfloat16)
+        layers = KernelLayers(**vars(layers), library=kernels, bfloat16=compute_type == "bfloat16")
     build = pkgutil.resolve_name(entry.builder)
     network = build(
         num_classes,
@@ -89,6 +96,8 @@ def create_model(
         **entry.arguments,
     )
     network.network_name = name
+    if compute_type == "float16":
+        use_float16(network)
     set_parameter_names(network)
     set_layer_names(network)
     if zero_init_residual and not fused:

@@ -61,14 +61,13 @@ class DiverseBranchBlock(ReparamConv):
         self.crop = max(-self.shift, 0)
         set_gamma(gamma_init, self.dense_bn, self.linear_bn, self.outer_bn, self.pool_bn)
 
-    def construct(self, x: Tensor) -> Tensor:
+    def construct(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         centre = x if self.crop == 0 else x[:, :, self.crop : -self.crop, self.crop : -self.crop]
-        return (
-            self.dense_bn(self.dense_conv(x))
-            + self.linear_bn(self.linear_conv(centre))
-            + self.outer_bn(self.outer_conv(self.inner_bn(x + self.inner_conv(x))))
-            + self.pool_bn(self.pool(self.mix_bn(self.mix_conv(x))))
-        )
+        out = self.dense_bn(self.dense_conv(x)) + self.linear_bn(self.linear_conv(centre))
+        out = out + self.outer_bn(self.outer_conv(self.inner_bn(x + self.inner_conv(x))))
+        if shortcut is not None:
+            out = out + shortcut
+        return out + self.pool_bn(self.pool(self.mix_bn(self.mix_conv(x))))
 
     def equivalent_kernel_bias(self) -> tuple[np.ndarray, np.ndarray]:
         size, groups, out_channels = (

@@ -53,7 +53,7 @@ class KernelLayers(LayerFactory):
     def dense(self, in_channels: int, out_channels: int) -> nn.Cell:
         return layers.DenseLayer(self.library, super().dense(in_channels, out_channels))
 
-    def split_residual(self) -> nn.Cell:
+    def split_residual(self, is_projected: bool = False) -> nn.Cell:
         return layers.SplitResidual(self.library)
 
     def add(self) -> nn.Cell:

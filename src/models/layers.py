@@ -16,7 +16,8 @@ from mindspore.common.initializer import HeNormal
 from src.kernels.attributes import Epilogue
 from src.kernels.library import ReadyGradients
 from src.models.blocks import find_block
-from src.models.reparam import plain_conv
+from src.models.reparam import ReparamConv, plain_conv
+from src.models.residual import AddRelu, SplitProjected, SplitResidual
 
 # Initial weights of plain convolutions. None keeps the framework's, which are PyTorch's: Kaiming
 # uniform with a = sqrt(5), that is uniform within 1 / sqrt(fan-in). "kaiming_normal" is He et al.,
@@ -150,9 +151,13 @@ class LayerFactory:
         """A dense layer with bias, (N, in_channels) -> (N, out_channels)."""
         return nn.Dense(in_channels, out_channels)
 
-    def split_residual(self) -> nn.Cell:
-        """x -> (x, x), the inputs of the two branches of a residual block."""
-        return SplitResidual()
+    def split_residual(self, is_projected: bool = False) -> nn.Cell:
+        """x -> (x, x), the inputs of the two branches of a residual block.
+
+        Args:
+            is_projected: whether the shortcut is a convolution.
+        """
+        return SplitProjected() if is_projected else SplitResidual()
 
     def add(self) -> nn.Cell:
         """(activation, activation) -> their sum."""
@@ -169,7 +174,7 @@ class LayerFactory:
     def _finish(self, layer: nn.Cell, epilogue: Epilogue) -> nn.Cell:
         """``layer``, then ``epilogue``: a layer with a shortcut takes (x, shortcut)."""
         if epilogue.has_shortcut:
-            return AddRelu(layer)
+            return AddRelu(layer, isinstance(layer, ReparamConv))
         return ReluAfter(layer) if epilogue.has_relu else layer
 
     def _batch_norm(self, channels: int) -> nn.Cell:
@@ -277,15 +282,14 @@ class ReluAfter(nn.Cell):
         return self.relu(self.source(x))
 
 
-class AddRelu(nn.Cell):
-    """(x, shortcut) -> relu(layer(x) + shortcut)."""
+def use_float16(network: nn.Cell) -> None:
+    """Compute convolutions and dense layers of ``network`` in float16, as PyTorch's autocast does.
 
-    def __init__(self, source: nn.Cell) -> None:
-        super().__init__()
-        self.source, self.relu = source, nn.ReLU()
-
-    def construct(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        return self.relu(self.source(x) + shortcut)
+    Weights and running statistics stay float32, and batch norm computes in float32 from float16.
+    """
+    for _, cell in network.cells_and_names():
+        if isinstance(cell, (nn.Conv2d, nn.Dense)):
+            cell.to_float(mindspore.float16)
 
 
 def set_parameter_names(network: nn.Cell) -> None:
@@ -296,13 +300,6 @@ def set_parameter_names(network: nn.Cell) -> None:
     """
     for path, parameter in network.parameters_and_names():
         parameter.name = ".".join(part for part in path.split(".") if part != "source")
-
-
-class SplitResidual(nn.Cell):
-    """x -> (x, x), the inputs of the two branches of a residual block."""
-
-    def construct(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x, x
 
 
 class Add(nn.Cell):
@@ -370,7 +367,8 @@ class AdaptiveAveragePool(nn.Cell):
         self.columns = Tensor(weights.T.copy())
 
     def construct(self, x: Tensor) -> Tensor:
-        return ops.matmul(ops.matmul(self.rows, x), self.columns)
+        rows, columns = ops.cast(self.rows, x.dtype), ops.cast(self.columns, x.dtype)
+        return ops.matmul(ops.matmul(rows, x), columns)
 
 
 class GlobalAverage(nn.Cell):

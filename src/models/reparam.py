@@ -10,11 +10,16 @@ from typing import Any
 import numpy as np
 from mindspore import Tensor, nn
 
+from src.models.residual import AddRelu
+
 
 class ReparamConv(nn.Cell):
     """Base class of the blocks: (N, in_channels, H, W) float -> (N, out_channels, H', W').
 
-    A subclass makes its branches in ``__init__`` and adds them in ``construct``. Its
+    A subclass makes its branches in ``__init__`` and adds them in ``construct``, which may be given
+    the shortcut of a residual block. It adds the shortcut before the last batch norm: MindSpore
+    fuses that batch norm with the addition and the ReLU that follow it on GPU, and executes batch
+    norms in the order of the code (docs/gpu.md). Its
     ``equivalent_kernel_bias`` returns the convolution that computes the same in inference: the
     kernel (out_channels, in_channels / groups, k, k) and the bias (out_channels,), in float64.
 
@@ -133,6 +138,8 @@ def fuse(network: nn.Cell) -> nn.Cell:
             if isinstance(block, ReparamConv):
                 conv = block.fused()
                 _replace_child(parent, name, conv)
+                if isinstance(parent, AddRelu):
+                    parent.is_block = False
                 local_name, parameter = next(block.parameters_and_names())
                 prefix = parameter.name.removesuffix(f".{local_name}")
                 conv.weight.name, conv.bias.name = f"{prefix}.weight", f"{prefix}.bias"

@@ -10,6 +10,7 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from src.models.reparam import ReparamConv, fold_batch_norm, kernel_of, set_gamma
+from src.models.residual import SplitProjected
 
 
 class RepVGGBlock(ReparamConv):
@@ -44,13 +45,18 @@ class RepVGGBlock(ReparamConv):
         self.crop = max(-self.shift, 0)
         self.has_identity = in_channels == out_channels and stride == 1 and self.shift == 0
         set_gamma(gamma_init, self.dense_bn, self.point_bn)
+        self.split = SplitProjected()
         if self.has_identity:
             self.identity_bn = norm(out_channels)
             set_gamma(gamma_init, self.identity_bn)
 
-    def construct(self, x: Tensor) -> Tensor:
+    def construct(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        dense_input, x = self.split(x)
         centre = x if self.crop == 0 else x[:, :, self.crop : -self.crop, self.crop : -self.crop]
-        out = self.dense_bn(self.dense_conv(x)) + self.point_bn(self.point_conv(centre))
+        out = self.dense_bn(self.dense_conv(dense_input))
+        if shortcut is not None:
+            out = out + shortcut
+        out = out + self.point_bn(self.point_conv(centre))
         return out + self.identity_bn(x) if self.has_identity else out
 
     def norm_branches(self) -> tuple[tuple[nn.Conv2d, nn.Cell], ...]:

@@ -30,7 +30,8 @@ class BasicBlock(nn.Cell):
             in_channels, width, 3, stride, padding=1, groups=cardinality
         )
         self.conv2 = layers.conv_norm_add_relu(width, out_channels, 3, padding=1)
-        self.split, self.downsample = layers.split_residual(), downsample
+        self.split = layers.split_residual(not isinstance(downsample, nn.Identity))
+        self.downsample = downsample
 
     def construct(self, x: Tensor) -> Tensor:
         x, shortcut = self.split(x)

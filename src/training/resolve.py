@@ -17,6 +17,7 @@ from src.distributed.communicator import Communicator
 from src.models.networks import NETWORKS, check_network, network_name
 from src.runs.run_folder import RunFolder, dated_run_folder
 from src.utils.errors import UserError
+from src.utils.gpu import gpu_bytes
 from src.utils.log import create_log
 from src.utils.machine import available_bytes
 
@@ -191,15 +192,16 @@ def _fitting_batch(config: Config, images: int, communicator: Communicator) -> i
 
 
 def _memory_limit(config: Config, ranks: int) -> float:
-    """Images per micro-batch that fit in the memory of this machine, on each of ``ranks`` ranks.
+    """Images per micro-batch that fit in memory, on each of ``ranks`` ranks of this machine.
 
-    Unlimited on devices, whose memory is not checked.
+    Unlimited on Ascend, whose memory is not known.
     """
     fixed = training_bytes(config, 0)
     per_image = training_bytes(config, 1) - fixed
-    if config.device_target != "CPU" or not per_image:
+    if config.device_target == "Ascend" or not per_image:
         return float("inf")
-    return (_MEMORY_FRACTION * available_bytes() / ranks - fixed) / per_image
+    available = gpu_bytes() if config.device_target == "GPU" else available_bytes() / ranks
+    return (_MEMORY_FRACTION * available - fixed) / per_image
 
 
 def _first_line(config: Config, communicator: Communicator, folder: RunFolder) -> str:

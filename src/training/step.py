@@ -1,27 +1,25 @@
-"""One optimizer step: forward and backward as a graph, the reduction over ranks, the update."""
+"""One optimizer step: forward and backward as a graph, the reduction over ranks, the update.
+
+Here for CPU, where reduction and update work in the gradients' own memory; device_step.py has the
+step for GPU and Ascend.
+"""
 
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import mindspore
-import mindspore.amp
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn
 
 from src.cli.config import Config
 from src.dataset.batches import Batch, micro_batch_size
 from src.distributed.communicator import Communicator
-from src.distributed.reducers import Reducer, create_reducer
-from src.kernels.layers import kernel_statistics
+from src.distributed.host_reducer import HostReducer
 from src.models.layers import ImageClassifier
-from src.training.conv_gradients import replace_conv_gradients
-from src.training.graph_cache import GraphCache
-from src.training.losses import create_loss
-from src.training.optimizers import Optimizer, create_optimizer
+from src.training.optimizers import HostOptimizer
 
 # (step, micro-step) -> the further inputs of the network.
 ExtraInputs = Callable[[int, int], tuple[Tensor, ...]]
@@ -47,49 +45,10 @@ class StepResult:
     seconds: dict[str, float]
 
 
-def create_train_step(
-    network: ImageClassifier,
-    config: Config,
-    communicator: Communicator,
-    graph_cache: GraphCache | None = None,
-) -> "TrainStep":
-    """The train step of ``network`` for the device of ``config``.
-
-    Args:
-        graph_cache: takes the compiled graph of an earlier run; None compiles it.
-    """
-    if config.device_target == "CPU":
-        replace_conv_gradients(network)
-    grad_scaler = GradScaler.of(config)
-    normalizer = network.layers.input_normalizer(config.mean, config.std)
-    model = network
-    if config.device_target != "CPU" and config.precision != "O0":
-        model = mindspore.amp.auto_mixed_precision(network, config.precision)
-    network_with_loss = NetworkWithLoss(model, normalizer, create_loss(config))
-    parameters, statistics = model.trainable_params(), kernel_statistics(model)
-    kind = ScaledForwardBackward if grad_scaler.active else ForwardBackward
-    compile_graph = None
-    if graph_cache is not None:
-        layers = repr(network.layers)
-        compile_graph = partial(graph_cache.compile, config=config, layers=layers)
-    return TrainStep(
-        kind(network_with_loss, [*parameters, *statistics]),
-        create_optimizer(config, parameters),
-        create_reducer(config, communicator, network.layers.ready_gradients()),
-        running_statistics(model),
-        dropout_masks(network, config, communicator),
-        grad_scaler,
-        compile_graph,
-        statistics,
-    )
-
-
 class TrainStep:
     """Called with the micro-batches of a step; leaves all ranks with the same weights and state.
 
     Args:
-        forward_backward: a ForwardBackward, or a ScaledForwardBackward if ``grad_scaler`` is
-            active.
         statistics: running means and variances, which are averaged over ranks.
         extra_inputs: gives the network its dropout masks.
         compile_graph: called with (cell, inputs) before the first pass, to take its graph from a
@@ -100,17 +59,18 @@ class TrainStep:
 
     def __init__(
         self,
-        forward_backward: nn.Cell,
-        optimizer: Optimizer,
-        reducer: Reducer,
+        forward_backward: "ForwardBackward",
+        optimizer: HostOptimizer,
+        reducer: HostReducer,
         statistics: Sequence[Parameter],
         extra_inputs: ExtraInputs,
-        grad_scaler: "GradScaler",
         compile_graph: Callable[[nn.Cell, tuple[Tensor, ...]], object] | None = None,
         kernel_statistics: Sequence[Parameter] = (),
     ) -> None:
         self._forward_backward = forward_backward.set_train(True)
-        self.optimizer, self.reducer, self.grad_scaler = optimizer, reducer, grad_scaler
+        self.optimizer, self.reducer = optimizer, reducer
+        # The range of bfloat16 is that of float32: nothing needs to be scaled.
+        self.grad_scaler = GradScaler()
         self._statistics, self._kernel_statistics = list(statistics), list(kernel_statistics)
         self._extra_inputs, self._compile_graph = extra_inputs, compile_graph
 
@@ -127,15 +87,13 @@ class TrainStep:
         computed = time.perf_counter()
         gradients, arrivals = self.reducer.reduce(gradients, len(losses), self._statistics)
         reduced = time.perf_counter()
-        # An overflow on one rank is in the mean, so that every rank skips the same steps.
-        nonfinite = self.optimizer(lr, gradients, self.grad_scaler.value, arrivals)
-        self.grad_scaler.update(overflow=nonfinite is not None)
+        nonfinite = self.optimizer(lr, gradients, arrivals)
         waited = arrivals.waited if arrivals is not None else 0.0
         updated = time.perf_counter()
         name = None if nonfinite is None else self.optimizer.parameters[nonfinite].name
         return StepResult(
             loss=sum(losses) / len(losses),
-            skipped=nonfinite is not None and self.grad_scaler.active,
+            skipped=False,
             nonfinite_parameter=name,
             seconds={
                 "forward_backward": computed - started,
@@ -144,12 +102,17 @@ class TrainStep:
             },
         )
 
+    def broadcast(self, parameters: Sequence[Parameter]) -> None:
+        """Replace each parameter, and the optimizer's state, by rank 0's."""
+        self.reducer.broadcast([*parameters, *self.optimizer.state_parameters])
+
+    def synchronize(self) -> None:
+        """Nothing is left to do: each step averages the running statistics over ranks."""
+
     def _compute_gradients(
         self, batch: Batch, step: int, micro_step: int
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         inputs = (Tensor(batch.images), Tensor(batch.labels), *self._extra_inputs(step, micro_step))
-        if self.grad_scaler.active:
-            inputs = (Tensor(self.grad_scaler.value, mindspore.float32), *inputs)
         if self._compile_graph is not None:
             self._compile_graph(self._forward_backward, inputs)
             self._compile_graph = None
@@ -197,37 +160,6 @@ class ForwardBackward(nn.Cell):
         if mask is None:
             return self.value_and_grad(images, targets)
         return self.value_and_grad(images, targets, mask)
-
-
-class ScaledForwardBackward(nn.Cell):
-    """(loss scale, images, targets, dropout mask or None) -> (loss, gradients times the scale)."""
-
-    def __init__(self, network_with_loss: nn.Cell, parameters: Sequence[Parameter]) -> None:
-        super().__init__(auto_prefix=False)
-        self.scaled_loss = _ScaledLoss(network_with_loss)
-        self.value_and_grad = mindspore.value_and_grad(
-            self.scaled_loss, None, ParameterTuple(parameters)
-        )
-
-    def construct(
-        self, loss_scale: Tensor, images: Tensor, targets: Tensor, mask: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        if mask is None:
-            loss, gradients = self.value_and_grad(loss_scale, images, targets)
-        else:
-            loss, gradients = self.value_and_grad(loss_scale, images, targets, mask)
-        return loss / loss_scale, gradients
-
-
-class _ScaledLoss(nn.Cell):
-    def __init__(self, network_with_loss: nn.Cell) -> None:
-        super().__init__(auto_prefix=False)
-        self.network_with_loss = network_with_loss
-
-    def construct(
-        self, loss_scale: Tensor, images: Tensor, targets: Tensor, mask: Tensor | None = None
-    ) -> Tensor:
-        return self.network_with_loss(images, targets, mask) * loss_scale
 
 
 @dataclass

@@ -24,9 +24,10 @@ from src.models.layers import ImageClassifier
 from src.models.weight_files import Arrays
 from src.runs.checkpoint import TrainingState, restore_arrays
 from src.runs.recorder import Recorder
+from src.training.create_step import create_train_step
 from src.training.graph_cache import user_graph_cache
 from src.training.schedules import create_schedule
-from src.training.step import StepResult, create_train_step
+from src.training.step import StepResult
 from src.training.timing import RankTimes, StepRates, slowest_rank_message
 from src.utils.errors import TrainingInterrupted, UserError
 from src.utils.machine import available_cores
@@ -148,8 +149,7 @@ class Trainer:
             TrainingInterrupted: after a signal on any rank, once the step is done and saved.
             UserError: if the loss or a gradient is no longer finite.
         """
-        optimizer = self.step.optimizer
-        self.step.reducer.broadcast([*self.network.get_parameters(), *optimizer.state_parameters])
+        self.step.broadcast(list(self.network.get_parameters()))
         self._finish_interrupted_epoch()
         micro_steps = self.config.accumulation_steps
         batches = prefetch(
@@ -302,6 +302,7 @@ class Trainer:
     def _evaluate(self) -> EvalResult | None:
         if self.evaluator is None:
             return None
+        self.step.synchronize()
         result = self.evaluator(self.backend)
         if result.undecodable:
             self.recorder.log(undecodable_message(result))
@@ -316,7 +317,8 @@ class Trainer:
             self.recorder.save(*self._state(step))
 
     def _state(self, step: int) -> tuple[TrainingState, nn.Cell, list[Parameter]]:
-        """What the recorder saves."""
+        """What the recorder saves. Every rank calls it."""
+        self.step.synchronize()
         state = TrainingState(
             step=step,
             epoch=self._epoch_of(step),

@@ -34,10 +34,10 @@ class UpdateRule:
         """Numbers of the formula at update ``step``, counted from 1."""
         return ()
 
-    def trust_ratio(self, weight_norm: float, gradient_norm: float, decay: float) -> float:
-        """Factor of the learning rate of a parameter, from its Euclidean norms.
+    def trust_ratio(self, weight_norm: Any, gradient_norm: Any, decay: float) -> Any:
+        """Factor of the learning rate of a parameter, from its Euclidean norms, numbers or tensors.
 
-        Used for parameters with two or more dimensions.
+        Used for parameters with two or more dimensions, if neither norm is 0.
         """
         return 1.0
 
@@ -143,9 +143,7 @@ class Lars(Momentum):
 
     trust: Positive = 0.001
 
-    def trust_ratio(self, weight_norm: float, gradient_norm: float, decay: float) -> float:
-        if not weight_norm > 0 or not gradient_norm > 0:
-            return 1.0
+    def trust_ratio(self, weight_norm: Any, gradient_norm: Any, decay: float) -> Any:
         return self.trust * weight_norm / (gradient_norm + decay * weight_norm)
 
     @staticmethod

@@ -4,13 +4,14 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 from PIL.Image import DecompressionBombWarning
 
 from src.utils.errors import UserError
-from src.utils.gpu import check_device, prepare_gpu
+from src.utils.gpu import find_nccl, prepare_gpu
 from src.utils.gpu_kernels import compile_kernels
 from src.utils.machine import KERNELS_ISA
 from src.utils.progress import ProgressBar, print_status
@@ -63,9 +64,8 @@ def select_device(
     """
     if target == "GPU":
         if compiles_kernels:
-            compile_for_new_gpu(device_id)
+            compile_for_new_gpu(device_id, collectives)
         barrier()
-        check_device(device_id)
     import mindspore
 
     mindspore.set_context(mode=mindspore.GRAPH_MODE)
@@ -74,29 +74,52 @@ def select_device(
             mindspore.set_device("CPU")
         else:
             mindspore.set_device(target, device_id)
-            if collectives:
-                mindspore.communication.init()
     except (RuntimeError, ValueError, ImportError, TypeError) as failure:
         reason = str(failure).strip().splitlines()[0].strip(". ")
         raise UserError(
             f"device_target={target} cannot be used here: MindSpore reports '{reason}'; it needs "
             f"{_NEEDS.get(target)}. --device_target=CPU works on this machine"
         ) from None
+    if collectives:
+        _connect_devices(target)
 
 
-def compile_for_new_gpu(device_id: int) -> None:
-    """Compile MindSpore's kernels for a GPU that is newer than they are, once per machine."""
+def _connect_devices(target: str) -> None:
+    import mindspore
 
-    @contextmanager
-    def watch(count: int) -> Iterator[ProgressBar]:
-        print_status(
-            "this GPU is newer than MindSpore's kernels: compiling them for it, once for this "
-            "machine (10 minutes of one core)"
-        )
-        with ProgressBar("compiled", count, "kernel module") as progress:
-            yield progress
+    library = "NCCL" if target == "GPU" else "HCCL"
+    try:
+        mindspore.communication.init()
+    except (RuntimeError, ValueError) as failure:
+        reason = str(failure).strip().splitlines()[0].strip(". ")
+        raise UserError(
+            f"{library} cannot connect the devices of the ranks: '{reason}'; --reducer=mpi trains "
+            f"without it, through the hosts" + ("; NCCL_DEBUG=INFO shows more" * (target == "GPU"))
+        ) from None
 
+
+def compile_for_new_gpu(device_id: int, collectives: bool = False) -> None:
+    """Compile kernels for a GPU that is newer than they are, once per machine.
+
+    Args:
+        collectives: whether NCCL's kernels will be needed too.
+    """
     mindspore = find_spec("mindspore")
+    libraries: dict[str, Path] = {}
     if mindspore is not None and mindspore.origin:
         plugin = Path(mindspore.origin).parent / "lib" / "plugin" / "gpu" / "libcuda_ops.so.11"
-        compile_kernels(plugin, device_id, watch)
+        libraries["MindSpore's"] = plugin
+    if collectives:
+        libraries["NCCL's"] = find_nccl()
+    for whose, library in libraries.items():
+        compile_kernels(library, device_id, partial(_watch_compilation, whose))
+
+
+@contextmanager
+def _watch_compilation(whose: str, modules: int) -> Iterator[ProgressBar]:
+    print_status(
+        f"this GPU is newer than {whose} kernels: compiling them for it, once for this machine "
+        "(minutes)"
+    )
+    with ProgressBar("compiled", modules, "kernel module") as progress:
+        yield progress

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
 
 from src.utils.errors import UserError
@@ -32,6 +33,10 @@ LIBRARIES = {
     "libcudnn_adv_train.so.8": "nvidia-cudnn-cu11",
     "libcudnn.so.8": "nvidia-cudnn-cu11",
 }
+# Between the GPUs of several ranks. MindSpore's wheel brings an NCCL with machine code for Pascal
+# only, which every newer GPU would compile in each rank at each first start. This one has machine
+# code up to compute capability 8.0.
+NCCL = {"libnccl.so.2": "nvidia-nccl-cu11"}
 _DRIVER = "libcuda.so.1"
 _PLUGINS = ("11.1", "11.6")
 _CUDA_HOME = Path(__file__).resolve().parent / "cuda_home"
@@ -50,7 +55,7 @@ def prepare_gpu(packages: Path | None = None) -> None:
     Raises:
         UserError: that names the missing driver or library and what to install.
     """
-    found = find_libraries(packages)
+    found = [*find_libraries(packages), find_nccl(packages)]
     _load_driver()
     for path in found:
         try:
@@ -72,15 +77,24 @@ def prepare_gpu(packages: Path | None = None) -> None:
 
 def find_libraries(packages: Path | None = None) -> list[Path]:
     """Paths of LIBRARIES, in the order to load them. Raises UserError for the first missing one."""
+    return _find(LIBRARIES, packages)
+
+
+def find_nccl(packages: Path | None = None) -> Path:
+    """The NCCL to use instead of MindSpore's own. Raises UserError if it is missing."""
+    return _find(NCCL, packages)[0]
+
+
+def _find(libraries: Mapping[str, str], packages: Path | None) -> list[Path]:
     root = Path(packages or sysconfig.get_paths()["purelib"]) / "nvidia"
     present = {file.name: file for file in root.glob("*/lib/*.so.*")}
-    for name, package in LIBRARIES.items():
+    for name, package in libraries.items():
         if name not in present:
             raise UserError(
                 f"device_target=GPU needs {name} (of the package {package}): run 'bash "
                 f"scripts/setup.sh --gpu'; {_CPU_WORKS}"
             )
-    return [present[name] for name in LIBRARIES]
+    return [present[name] for name in libraries]
 
 
 def cuda_release(home: str | Path | None) -> str | None:
@@ -99,19 +113,33 @@ def cuda_release(home: str | Path | None) -> str | None:
     return release[1] if release else None
 
 
-def check_device(device_id: int) -> None:
-    """Raise UserError if the driver has no GPU number ``device_id``."""
+def visible_gpus() -> list[str]:
+    """Names of the GPUs that this process sees: their numbers, or what CUDA_VISIBLE_DEVICES lists.
+
+    Raises:
+        UserError: if the driver finds none.
+    """
     driver, count = _load_driver(), ctypes.c_int(0)
     status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
     if status:
         raise UserError(
             f"device_target=GPU: the NVIDIA driver finds no GPU (CUDA error {status}); {_CPU_WORKS}"
         )
-    if device_id >= count.value:
-        raise UserError(
-            f"device_target=GPU: there is no GPU number {device_id}; this machine has "
-            f"{count.value}; start one rank per GPU, or choose with --device_id"
-        )
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if len(listed) < count.value or not listed[0]:
+        return [str(number) for number in range(count.value)]
+    return [name.strip() for name in listed[: count.value]]
+
+
+def gpu_bytes() -> int:
+    """Memory of the smallest GPU that this process sees, in bytes."""
+    driver = _load_driver()
+    sizes = []
+    for device in range(len(visible_gpus())):
+        size = ctypes.c_size_t(0)
+        driver.cuDeviceTotalMem_v2(ctypes.byref(size), device)
+        sizes.append(size.value)
+    return min(sizes)
 
 
 def _load_driver() -> ctypes.CDLL:

@@ -101,28 +101,20 @@ def test_soak_ends_with_the_same_bits(tmp_path):
 
 
 @pytest.mark.extended
-def test_gpu_check_prints_its_lines():
-    run = execute(
-        [
-            "python3",
-            "benchmarks/gpu_check.py",
-            "--device_target=CPU",
-            "--networks=cifar_quick+acb",
-            "--batches=4",
-            "--steps=1",
-            "--image_size=32",
-        ]
-    )
+def test_gpu_suite_prints_its_lines(tmp_path):
+    """On CPU, against a reference from another process: the same numbers."""
+    words = ["python3", "benchmarks/gpu_suite.py", "--device_target=CPU", "--networks=cifar_quick"]
+    words += [f"--reference={tmp_path}/reference.json", "--batches=4", "--steps=2"]
+    run = execute([*words, "--make_reference"])
     assert run.status == 0, run
-    first, second, third = run.out.splitlines()
-    # CPU against CPU in two processes: the same numbers.
-    assert first.endswith(
-        "compared_with=CPU loss_difference=0.00e+00 largest_gradient_norm_difference=0.00e+00"
-    ), run
-    assert (
-        re.search(r"amp_level=O0 batch=4 images_per_second=[\d.]+", second)
-        and "fused_images_per_second=" in third
-    ), run
+    run = execute([*words, "--image_size=32", "--parts=agreement,rates,two_ranks,digits"])
+    assert run.status == 0, run
+    lines = [json.loads(line) for line in run.out.splitlines()]
+    agreement, ours, *_, two_ranks, digits = lines
+    assert agreement["loss_difference"] == agreement["largest_gradient_norm_difference"] == 0
+    assert agreement["largest_loss_difference_in_20_steps"] == 0
+    assert ours["images_per_second"] > 0 and ours["peak_mib"] >= 0
+    assert two_ranks["resumed"] and "TOP1" in digits["last_epoch"]
 
 
 @pytest.mark.slow

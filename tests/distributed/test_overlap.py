@@ -19,7 +19,7 @@ from conftest import make_config
 from src.dataset.batches import Batch
 from src.kernels.library import open_library
 from src.models.create import create_model
-from src.training.step import create_train_step
+from src.training.create_step import create_train_step
 config = make_config(
     network={network!r}, block={block!r}, image_size=64, num_classes=7, dropout=0.0,
     gradient_compression={compression!r},

@@ -23,7 +23,7 @@ from src.kernels.testing import Kernels
 from src.models.create import create_model
 from src.models.layers import ImageClassifier
 from src.models.networks import NETWORKS, Network
-from src.training.step import create_train_step
+from src.training.create_step import create_train_step
 from src.utils.errors import UserError
 
 SIZES = {
@@ -49,7 +49,7 @@ def one_step(kernels, network, block="base", size=32, images=6, steps=1, **optio
         image_size=size,
         dropout=0.0,
         kernels=kernels,
-        bfloat16=config.precision != "O0",
+        compute_type=config.compute_type,
     )
     soften(built)
     step = create_train_step(built, config, Communicator())
@@ -371,7 +371,7 @@ from src.dataset.batches import Batch
 from src.kernels.library import open_library
 from src.kernels.attributes import attribute_table
 from src.models.create import create_model
-from src.training.step import create_train_step
+from src.training.create_step import create_train_step
 from src.utils.device import select_device
 select_device("CPU")
 config = make_config(network="cifar_quick", block="acb", image_size=32, num_classes=7)

@@ -24,9 +24,10 @@ from src.models.create import create_model
 from src.models.layers import InputNormalizer
 from src.models.networks import torch_name
 from src.models.weights import assign_weights
+from src.training.create_step import create_train_step
 from src.training.cross_entropy import CrossEntropy
 from src.training.schedules import create_schedule
-from src.training.step import ForwardBackward, NetworkWithLoss, create_train_step
+from src.training.step import ForwardBackward, NetworkWithLoss
 
 torch = pytest.importorskip(
     "torch", reason="PyTorch, a development-only dependency, is not installed"

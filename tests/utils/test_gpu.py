@@ -40,6 +40,11 @@ def test_a_missing_library_is_named_with_its_package(tmp_path, name):
         gpu.find_libraries(fake_packages(tmp_path, without=(name,)))
 
 
+def test_a_missing_nccl_is_named_with_its_package(tmp_path):
+    with pytest.raises(UserError, match="libnccl.so.2.*nvidia-nccl-cu11.*setup.sh --gpu"):
+        gpu.find_nccl(fake_packages(tmp_path))
+
+
 def test_nvcc_of_ours_answers_for_the_plug_in_of_11_6(tmp_path):
     assert gpu.cuda_release(gpu._CUDA_HOME) == "11.6"
     assert gpu.cuda_release(tmp_path) is None and gpu.cuda_release(None) is None

@@ -1,0 +1,50 @@
+"""Which GPU or Ascend each rank computes on."""
+
+from typing import TYPE_CHECKING
+
+from src.cli.config import Config
+from src.utils.errors import UserError
+from src.utils.gpu import visible_gpus
+
+if TYPE_CHECKING:  # it imports numpy, which starts threads (see src/cli/run.py)
+    from src.distributed.communicator import Communicator
+
+
+def choose_device(config: Config, communicator: "Communicator", collectives: bool) -> int:
+    """Index of this rank's device among those that it sees. Every rank calls it.
+
+    It is ``device_id``. Without that key, a rank that sees one GPU takes it, as under
+    `srun --gpus-per-task=1`; others take the one with the rank's index on its machine.
+
+    Args:
+        collectives: whether NCCL or HCCL will connect the devices: each rank needs its own then.
+
+    Raises:
+        UserError: on every rank, if a rank's device does not exist or is another rank's too.
+    """
+    device = communicator.local_rank if config.device_id is None else config.device_id
+    name, problem = str(device), ""
+    if config.device_target == "GPU":
+        gpus = visible_gpus()
+        if config.device_id is None and len(gpus) == 1:
+            device = 0
+        if device < len(gpus):
+            name = gpus[device]
+        else:
+            problem = (
+                f"device_target=GPU: there is no GPU number {device}; this machine has "
+                f"{len(gpus)}; start one rank per GPU, or choose with --device_id"
+            )
+    places = communicator.all_gather((problem, communicator.hosts[communicator.rank], name))
+    for found, _, _ in places:
+        if found:
+            raise UserError(found)
+    for rank, place in enumerate(places):
+        first = places.index(place)
+        if collectives and first < rank:
+            raise UserError(
+                f"ranks {first} and {rank} would both compute on {config.device_target} {place[2]} "
+                f"of {place[1]}, and NCCL needs one for each; leave --device_id out, start fewer "
+                "ranks, or add --reducer=mpi"
+            )
+    return device

@@ -1,0 +1,41 @@
+"""Where the branches of a residual block part and meet."""
+
+from mindspore import Tensor, nn
+
+
+class AddRelu(nn.Cell):
+    """(x, shortcut) -> relu(layer(x) + shortcut).
+
+    Args:
+        is_block: whether ``source`` is a ReparamConv, which takes the shortcut and adds it itself.
+    """
+
+    def __init__(self, source: nn.Cell, is_block: bool) -> None:
+        super().__init__()
+        self.source, self.is_block, self.relu = source, is_block, nn.ReLU()
+
+    def construct(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        if self.is_block:
+            return self.relu(self.source(x, shortcut))
+        return self.relu(self.source(x) + shortcut)
+
+
+class SplitResidual(nn.Cell):
+    """x -> (x, x), the inputs of the two branches of a residual block."""
+
+    def construct(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+class SplitProjected(SplitResidual):
+    """``SplitResidual`` where both branches compute, and neither is only a shortcut.
+
+    The sum of the gradients is written as a difference: of a sum MindSpore's GPU backend makes an
+    accumulation in place, and loses count of its memory in networks of basic blocks ("Invalid new
+    ref count", docs/gpu.md).
+    """
+
+    def bprop(
+        self, x: Tensor, out: tuple[Tensor, Tensor], gradients: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor]:
+        return (gradients[0] - (-gradients[1]),)
