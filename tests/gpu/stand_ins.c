@@ -230,30 +230,31 @@ int cudaEventElapsedTime(float *ms, void *from, void *to) {
     *ms = 0;
     return 0;
 }
-HANDLE(cudaStreamCreate)
-HANDLE(cudaStreamCreateWithFlags)
-HANDLE(cudaStreamCreateWithPriority)
-HANDLE(cudaEventCreate)
-HANDLE(cudaEventCreateWithFlags)
-TEXT(cudaGetErrorName)
-TEXT(cudaGetErrorString)
+HANDLE(cudaStreamCreate);
+HANDLE(cudaStreamCreateWithFlags);
+HANDLE(cudaStreamCreateWithPriority);
+HANDLE(cudaEventCreate);
+HANDLE(cudaEventCreateWithFlags);
+TEXT(cudaGetErrorName);
+TEXT(cudaGetErrorString);
 #endif
 
 #ifdef IN_libcublas_so_11
-    HANDLE(cublasCreate_v2) int cublasGetMathMode(void *handle, int *mode) {
+HANDLE(cublasCreate_v2);
+int cublasGetMathMode(void *handle, int *mode) {
     *mode = 0;
     return 0;
 }
 #endif
 
 #ifdef IN_libcusolver_so_11
-HANDLE(cusolverDnCreate)
+HANDLE(cusolverDnCreate);
 #endif
 #ifdef IN_libcusparse_so_11
-HANDLE(cusparseCreate)
+HANDLE(cusparseCreate);
 #endif
 #ifdef IN_libcurand_so_10
-HANDLE(curandCreateGenerator)
+HANDLE(curandCreateGenerator);
 #endif
 #ifdef IN_libnvrtc_so_11_2
 int nvrtcVersion(int *major, int *minor) {
@@ -304,15 +305,18 @@ int cudnnGetFilterSizeInBytes(size_t *f, size_t *bytes) {
     *bytes = *f;
     return 0;
 }
-HANDLE(cudnnCreate)
-HANDLE(cudnnCreateActivationDescriptor)
-HANDLE(cudnnCreateConvolutionDescriptor)
-HANDLE(cudnnCreateDropoutDescriptor)
-HANDLE(cudnnCreateFilterDescriptor)
-HANDLE(cudnnCreateLRNDescriptor)
-HANDLE(cudnnCreateOpTensorDescriptor) HANDLE(cudnnCreatePoolingDescriptor)
-    HANDLE(cudnnCreateRNNDescriptor) HANDLE(cudnnCreateReduceTensorDescriptor)
-        HANDLE(cudnnCreateTensorDescriptor) TEXT(cudnnGetErrorString)
+HANDLE(cudnnCreate);
+HANDLE(cudnnCreateActivationDescriptor);
+HANDLE(cudnnCreateConvolutionDescriptor);
+HANDLE(cudnnCreateDropoutDescriptor);
+HANDLE(cudnnCreateFilterDescriptor);
+HANDLE(cudnnCreateLRNDescriptor);
+HANDLE(cudnnCreateOpTensorDescriptor);
+HANDLE(cudnnCreatePoolingDescriptor);
+HANDLE(cudnnCreateRNNDescriptor);
+HANDLE(cudnnCreateReduceTensorDescriptor);
+HANDLE(cudnnCreateTensorDescriptor);
+TEXT(cudnnGetErrorString);
 /* Sizes that are invented here: 1 MiB for each convolution, nothing for the rest. */
 #define P void *
 #define SIZE(function, size, ...)              \
@@ -320,43 +324,40 @@ HANDLE(cudnnCreateOpTensorDescriptor) HANDLE(cudnnCreatePoolingDescriptor)
         *bytes = size;                         \
         return 0;                              \
     }
-            SIZE(cudnnDropoutGetStatesSize, 1024, P handle)
-                SIZE(cudnnGetReductionIndicesSize, 0, P handle, P reduction, P from,
-                     P to) SIZE(cudnnGetReductionWorkspaceSize, 0, P handle, P reduction, P from,
-                                P to) SIZE(cudnnGetConvolutionForwardWorkspaceSize, 1 << 20,
-                                           P handle, P x, P w, P convolution, P y, int algorithm)
-                    SIZE(cudnnGetConvolutionBackwardDataWorkspaceSize, 1 << 20, P handle, P w, P dy,
-                         P convolution, P dx, int algorithm)
-                        SIZE(cudnnGetConvolutionBackwardFilterWorkspaceSize, 1 << 20, P handle, P x,
-                             P dy, P convolution, P dw, int algorithm)
-                            SIZE(cudnnGetBatchNormalizationForwardTrainingExWorkspaceSize, 0,
-                                 P handle, int mode, int ops, P x, P z, P y, P scale, P activation)
-                                SIZE(cudnnGetBatchNormalizationBackwardExWorkspaceSize, 0, P handle,
-                                     int mode, int ops, P x, P y, P dy, P dz, P dx, P scale,
-                                     P activation)
-                                    SIZE(cudnnGetBatchNormalizationTrainingExReserveSpaceSize, 0,
-                                         P handle, int mode, int ops, P activation, P x)
+SIZE(cudnnDropoutGetStatesSize, 1024, P handle);
+SIZE(cudnnGetReductionIndicesSize, 0, P handle, P reduction, P from, P to);
+SIZE(cudnnGetReductionWorkspaceSize, 0, P handle, P reduction, P from, P to);
+SIZE(cudnnGetConvolutionForwardWorkspaceSize, 1 << 20, P handle, P x, P w, P convolution, P y,
+     int algorithm);
+SIZE(cudnnGetConvolutionBackwardDataWorkspaceSize, 1 << 20, P handle, P w, P dy, P convolution,
+     P dx, int algorithm);
+SIZE(cudnnGetConvolutionBackwardFilterWorkspaceSize, 1 << 20, P handle, P x, P dy, P convolution,
+     P dw, int algorithm);
+SIZE(cudnnGetBatchNormalizationForwardTrainingExWorkspaceSize, 0, P handle, int mode, int ops, P x,
+     P z, P y, P scale, P activation);
+SIZE(cudnnGetBatchNormalizationBackwardExWorkspaceSize, 0, P handle, int mode, int ops, P x, P y,
+     P dy, P dz, P dx, P scale, P activation);
+SIZE(cudnnGetBatchNormalizationTrainingExReserveSpaceSize, 0, P handle, int mode, int ops,
+     P activation, P x);
 #define ALGORITHM(function)                                                                    \
     int function(P handle, P a, P b, P c, P d, int asked, int *returned, struct found *best) { \
         *returned = 1;                                                                         \
         *best = (struct found){.algorithm = 1, .math = 1};                                     \
         return 0;                                                                              \
     }
-    // clang-format off
-ALGORITHM(cudnnGetConvolutionForwardAlgorithm_v7)
-ALGORITHM(cudnnFindConvolutionForwardAlgorithm)
-ALGORITHM(cudnnGetConvolutionBackwardDataAlgorithm_v7)
-ALGORITHM(cudnnFindConvolutionBackwardDataAlgorithm)
-ALGORITHM(cudnnGetConvolutionBackwardFilterAlgorithm_v7)
-ALGORITHM(cudnnFindConvolutionBackwardFilterAlgorithm)
-// clang-format on
+ALGORITHM(cudnnGetConvolutionForwardAlgorithm_v7);
+ALGORITHM(cudnnFindConvolutionForwardAlgorithm);
+ALGORITHM(cudnnGetConvolutionBackwardDataAlgorithm_v7);
+ALGORITHM(cudnnFindConvolutionBackwardDataAlgorithm);
+ALGORITHM(cudnnGetConvolutionBackwardFilterAlgorithm_v7);
+ALGORITHM(cudnnFindConvolutionBackwardFilterAlgorithm);
 #endif
 
 #ifdef IN_libcuda_ops_so_11
-    /* generate.py points three kernels here: whether numbers are finite, whether booleans all hold,
-     * booleans side by side. Without their answers, every step would be one whose gradients
-     * overflow. */
-    static int answer(unsigned char *to, size_t count) {
+/* generate.py points three kernels here: whether numbers are finite, whether booleans all hold,
+ * booleans side by side. Without their answers, every step would be one whose gradients
+ * overflow. */
+static int answer(unsigned char *to, size_t count) {
     memset(to, null_gpu_finite(), count);
     null_gpu_know(to, count);
     return 0;
@@ -374,7 +375,7 @@ int null_stack(size_t count, size_t inputs, size_t inner, void **in, unsigned ch
 #endif
 
 #ifdef IN_libnccl_so_2
-TEXT(ncclGetErrorString)
+TEXT(ncclGetErrorString);
 static size_t element(int type) {
     static const size_t bytes[] = {1, 1, 4, 4, 8,
                                    8, 2, 4, 8, 2}; /* in the order of ncclDataType_t */
