@@ -43,7 +43,7 @@ class DeviceReducer:
 
 
 class CollectiveReducer(DeviceReducer):
-    """One AllReduce of NCCL or HCCL per flat gradient, in the graph of the step."""
+    """One AllReduce of NCCL or HCCL, in the graph of the step."""
 
     def __init__(self, config: Config, communicator: Communicator) -> None:
         super().__init__(config, communicator)

@@ -53,8 +53,11 @@ class KernelLayers(LayerFactory):
     def dense(self, in_channels: int, out_channels: int) -> nn.Cell:
         return layers.DenseLayer(self.library, super().dense(in_channels, out_channels))
 
-    def split_residual(self, is_projected: bool = False) -> nn.Cell:
+    def split_residual(self) -> nn.Cell:
         return layers.SplitResidual(self.library)
+
+    def split_projected(self) -> nn.Cell:
+        return self.split_residual()
 
     def add(self) -> nn.Cell:
         return layers.Add(self.library, self._dtype)

@@ -16,7 +16,7 @@ from mindspore.common.initializer import HeNormal
 from src.kernels.attributes import Epilogue
 from src.kernels.library import ReadyGradients
 from src.models.blocks import find_block
-from src.models.reparam import ReparamConv, plain_conv
+from src.models.reparam import plain_conv
 from src.models.residual import AddRelu, SplitProjected, SplitResidual
 
 # Initial weights of plain convolutions. None keeps the framework's, which are PyTorch's: Kaiming
@@ -151,13 +151,13 @@ class LayerFactory:
         """A dense layer with bias, (N, in_channels) -> (N, out_channels)."""
         return nn.Dense(in_channels, out_channels)
 
-    def split_residual(self, is_projected: bool = False) -> nn.Cell:
-        """x -> (x, x), the inputs of the two branches of a residual block.
+    def split_residual(self) -> nn.Cell:
+        """x -> (x, x), the inputs of the two branches of a residual block."""
+        return SplitResidual()
 
-        Args:
-            is_projected: whether the shortcut is a convolution.
-        """
-        return SplitProjected() if is_projected else SplitResidual()
+    def split_projected(self) -> nn.Cell:
+        """``split_residual`` for a block whose shortcut is a convolution."""
+        return SplitProjected()
 
     def add(self) -> nn.Cell:
         """(activation, activation) -> their sum."""
@@ -174,7 +174,7 @@ class LayerFactory:
     def _finish(self, layer: nn.Cell, epilogue: Epilogue) -> nn.Cell:
         """``layer``, then ``epilogue``: a layer with a shortcut takes (x, shortcut)."""
         if epilogue.has_shortcut:
-            return AddRelu(layer, isinstance(layer, ReparamConv))
+            return AddRelu(layer)
         return ReluAfter(layer) if epilogue.has_relu else layer
 
     def _batch_norm(self, channels: int) -> nn.Cell:

@@ -33,6 +33,8 @@ class ReparamConv(nn.Cell):
         ValueError: for an even kernel, or sizes, groups or dilation that no convolution has.
     """
 
+    adds_shortcut = True
+
     def __init__(
         self,
         in_channels: int,
@@ -139,7 +141,7 @@ def fuse(network: nn.Cell) -> nn.Cell:
                 conv = block.fused()
                 _replace_child(parent, name, conv)
                 if isinstance(parent, AddRelu):
-                    parent.is_block = False
+                    parent.adds_inside = False
                 local_name, parameter = next(block.parameters_and_names())
                 prefix = parameter.name.removesuffix(f".{local_name}")
                 conv.weight.name, conv.bias.name = f"{prefix}.weight", f"{prefix}.bias"

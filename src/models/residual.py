@@ -6,16 +6,17 @@ from mindspore import Tensor, nn
 class AddRelu(nn.Cell):
     """(x, shortcut) -> relu(layer(x) + shortcut).
 
-    Args:
-        is_block: whether ``source`` is a ReparamConv, which takes the shortcut and adds it itself.
+    Attributes:
+        source: the layer. If it is a ReparamConv, it takes the shortcut and adds it itself.
     """
 
-    def __init__(self, source: nn.Cell, is_block: bool) -> None:
+    def __init__(self, source: nn.Cell) -> None:
         super().__init__()
-        self.source, self.is_block, self.relu = source, is_block, nn.ReLU()
+        self.source, self.relu = source, nn.ReLU()
+        self.adds_inside = getattr(source, "adds_shortcut", False)
 
     def construct(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        if self.is_block:
+        if self.adds_inside:
             return self.relu(self.source(x, shortcut))
         return self.relu(self.source(x) + shortcut)
 

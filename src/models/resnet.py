@@ -30,7 +30,8 @@ class BasicBlock(nn.Cell):
             in_channels, width, 3, stride, padding=1, groups=cardinality
         )
         self.conv2 = layers.conv_norm_add_relu(width, out_channels, 3, padding=1)
-        self.split = layers.split_residual(not isinstance(downsample, nn.Identity))
+        is_projected = not isinstance(downsample, nn.Identity)
+        self.split = layers.split_projected() if is_projected else layers.split_residual()
         self.downsample = downsample
 
     def construct(self, x: Tensor) -> Tensor:

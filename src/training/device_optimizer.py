@@ -97,7 +97,7 @@ class FlatUpdate(nn.Cell):
     Updates parameters and states if all gradients are finite, and nothing otherwise.
 
     Args:
-        collective: makes a flat gradient its mean over ranks; None on one rank.
+        collective: makes an array its mean over ranks; None on one rank.
     """
 
     def __init__(self, groups: Sequence["_GroupUpdate"], collective: nn.Cell | None) -> None:
@@ -106,11 +106,15 @@ class FlatUpdate(nn.Cell):
         self.map = ops.Map()
         # Per group: learning rate, whether it is trained, and the rule's numbers.
         self.count = groups[0].settings
+        self.sizes = tuple(group.size for group in groups)
+        self.starts = tuple(np.cumsum([0, *self.sizes[:-1]]).tolist())
 
     def construct(self, settings: Tensor, *gradients: Tensor) -> Tensor:
         numbers = ops.unstack(settings)
         if self.collective is not None:
-            gradients = self.map(self.collective, gradients)
+            # One for all groups: MindSpore 2.10 fails with two in a graph ("send_actor is null").
+            whole = self.collective(ops.concat(gradients))
+            gradients = self.map(ops.partial(_slice, whole), self.starts, self.sizes)
         finite = ops.stack(self.map(_is_finite, gradients)).all()
         for index in range(len(gradients)):
             start = 1 + index * self.count
@@ -133,6 +137,7 @@ class _GroupUpdate(nn.Cell):
         super().__init__(auto_prefix=False)
         self.members, self.states = ParameterTuple(members), ParameterTuple(states)
         sizes = [int(parameter.size) for parameter in members]
+        self.size = sum(sizes)
         self.offsets = tuple(np.cumsum([0, *sizes[:-1]]).tolist())
         self.rule_update, self.trust_ratio = rule.update, rule.trust_ratio
         self.decay = kind.decay
@@ -198,7 +203,11 @@ def _part(flat: Tensor, parameter: Parameter, offset: int) -> Tensor:
     """The part of a flat array that belongs to a parameter, in its shape."""
     # Not one split of the whole: the compiler's limit is 1000 nested calls, and a split into 400
     # parts exceeds it.
-    return ops.slice(flat, (offset,), (parameter.size,)).reshape(parameter.shape)
+    return _slice(flat, offset, parameter.size).reshape(parameter.shape)
+
+
+def _slice(flat: Tensor, start: int, size: int) -> Tensor:
+    return ops.slice(flat, (start,), (size,))
 
 
 def _subtract_part(step: Tensor, parameter: Parameter, offset: int) -> Tensor:

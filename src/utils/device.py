@@ -64,7 +64,7 @@ def select_device(
     """
     if target == "GPU":
         if compiles_kernels:
-            compile_for_new_gpu(device_id, collectives)
+            compile_for_new_gpu(device_id, *([find_nccl()] if collectives else []))
         barrier()
     import mindspore
 
@@ -98,28 +98,24 @@ def _connect_devices(target: str) -> None:
         ) from None
 
 
-def compile_for_new_gpu(device_id: int, collectives: bool = False) -> None:
-    """Compile kernels for a GPU that is newer than they are, once per machine.
+def compile_for_new_gpu(device_id: int, *more_libraries: Path) -> None:
+    """Compile MindSpore's kernels for a GPU that is newer than they are, once per machine.
 
     Args:
-        collectives: whether NCCL's kernels will be needed too.
+        more_libraries: others whose kernels will be needed.
     """
     mindspore = find_spec("mindspore")
-    libraries: dict[str, Path] = {}
     if mindspore is not None and mindspore.origin:
         plugin = Path(mindspore.origin).parent / "lib" / "plugin" / "gpu" / "libcuda_ops.so.11"
-        libraries["MindSpore's"] = plugin
-    if collectives:
-        libraries["NCCL's"] = find_nccl()
-    for whose, library in libraries.items():
-        compile_kernels(library, device_id, partial(_watch_compilation, whose))
+        for library in (plugin, *more_libraries):
+            compile_kernels(library, device_id, partial(_watch_compilation, library.name))
 
 
 @contextmanager
-def _watch_compilation(whose: str, modules: int) -> Iterator[ProgressBar]:
+def _watch_compilation(library: str, modules: int) -> Iterator[ProgressBar]:
     print_status(
-        f"this GPU is newer than {whose} kernels: compiling them for it, once for this machine "
-        "(minutes)"
+        f"this GPU is newer than the kernels of {library}: compiling them for it, once for this "
+        "machine (minutes)"
     )
     with ProgressBar("compiled", modules, "kernel module") as progress:
         yield progress

@@ -30,7 +30,8 @@ from pathlib import Path
 
 # Calls of cuDNN, cuBLAS and the run time that set something up and put nothing on a stream.
 _NOT_LAUNCHED = re.compile(
-    r"Create|Destroy|Descriptor|Stream|Event|MathMode|PointerMode|Get[A-Z]|^cudaFree|^cudaSetDevice|^cuModule|Generator"
+    r"Create|Destroy|Descriptor|Stream|Event|MathMode|PointerMode|Get[A-Z]|Generator"
+    r"|^cudaFree|^cudaSetDevice|^cuModule"
 )
 _COUNTING = (
     "libcudnn.so.8",
