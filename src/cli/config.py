@@ -4,6 +4,7 @@ This is the only place where a key is written. Flags, ``--help``, completion and
 come from it; `python3 -m src.cli.config > default_config.yaml` writes that file.
 """
 
+import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -592,8 +593,11 @@ class Config(_Output, _Optimization, _Device, _Preprocessing, _Augmentation, _Da
 
     @property
     def resized_side(self) -> int:
-        """Side in pixels that evaluation resizes to before the centre crop."""
-        return self.eval_resize or round(self.image_size / self.crop_pct)
+        """Side in pixels that evaluation resizes to before the centre crop.
+
+        Rounded down, as in timm (timm/data/transforms_factory.py).
+        """
+        return self.eval_resize or math.floor(self.image_size / self.crop_pct)
 
     @property
     def smoothing(self) -> float:

@@ -22,6 +22,22 @@ EXTENSIONS = (
     ".gif",
     ".avif",
 )
+# Names of the parts of a data set, in lower case. A test set validates if there is no other.
+SPLITS = {
+    "train": (("train", "training"),),
+    "val": (("val", "valid", "validation", "dev", "eval"), ("test", "testing")),
+}
+# What operating systems, editors and file servers leave in folders, besides hidden files.
+_LITTER = (
+    "__macosx",
+    "@eadir",
+    "@recycle",
+    "#recycle",
+    "#snapshot",
+    "$recycle.bin",
+    "system volume information",
+    "lost+found",
+)
 # Pictures of formats that are not read.
 _OTHER_PICTURES = (
     ".heic",
@@ -45,14 +61,11 @@ _OTHER_PICTURES = (
 def open_class_folders(
     path: Path, split: str, class_to_index: Mapping[str, int] | None
 ) -> ImageSet:
-    """The images of the class folders in ``path``, or in ``path``/``split`` if that has any."""
-    inner = path / split
-    root = inner if inner.is_dir() and _has_folders(inner) else path
-    folders = sorted(
-        entry.name
-        for entry in os.scandir(root)
-        if entry.is_dir() and not entry.name.startswith(".")
-    )
+    """The images of the class folders in ``path``, or in its part ``split`` if it has parts."""
+    root = find_split(path, split) or path
+    entries = _folders(root)
+    folders = [name for name in entries if not is_litter(name)]
+    litter = [str(root / name) for name in entries if is_litter(name) and name[0] != "."]
     if not folders:
         what = "is empty: it has no class folders"
         if list_images(root)[0]:
@@ -66,7 +79,7 @@ def open_class_folders(
         )
     paths: list[str] = []
     labels: list[int] = []
-    left_out: list[str] = []
+    left_out = litter
     for name in folders:
         images, others = list_images(root / name)
         left_out += others
@@ -77,6 +90,34 @@ def open_class_folders(
     return ImageSet(dict(known), np.array(labels, np.int32), paths, left_out=tuple(left_out))
 
 
+def find_split(path: Path, split: str) -> Path | None:
+    """The folder of a part of the data set in ``path``; None if ``path`` has no such part.
+
+    A part is a folder of class folders with one of the names in SPLITS, in any case.
+
+    Raises:
+        UserError: if there are other folders than parts, so that it is not clear what is a class.
+    """
+    folders = [name for name in _folders(path) if not is_litter(name)] if path.is_dir() else []
+    every_name = {name for groups in SPLITS.values() for group in groups for name in group}
+    parts = [name for name in folders if name.lower() in every_name and _folders(path / name)]
+    chosen = next(
+        (name for group in SPLITS[split] for name in parts if name.lower() in group), None
+    )
+    others = [name for name in folders if name not in parts]
+    if chosen is not None and others:
+        raise UserError(
+            f"'{path}' has the folder '{others[0]}' next to '{chosen}': if '{chosen}' is a part of "
+            f"the data set, pass --data_path={path / chosen}, else rename the class '{chosen}'"
+        )
+    return None if chosen is None else path / chosen
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file or folder is hidden, or is left there by another program."""
+    return name.startswith((".", "~$")) or name.lower() in _LITTER
+
+
 def list_images(folder: Path | str) -> tuple[list[str], list[str]]:
     """(image files in ``folder`` and below, sorted; pictures there that are left out)."""
     images: list[str] = []
@@ -84,7 +125,10 @@ def list_images(folder: Path | str) -> tuple[list[str], list[str]]:
     folders: list[str] = []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         name = entry.name.lower()
-        if entry.is_dir(follow_symlinks=False):
+        if is_litter(name):
+            if name.endswith(EXTENSIONS) or name in _LITTER:
+                left_out.append(entry.path)
+        elif entry.is_dir(follow_symlinks=False):
             folders.append(entry.path)
         elif name.endswith(EXTENSIONS) and entry.is_file():
             images.append(entry.path)
@@ -97,8 +141,8 @@ def list_images(folder: Path | str) -> tuple[list[str], list[str]]:
     return images, left_out
 
 
-def _has_folders(path: Path) -> bool:
-    return any(entry.is_dir() for entry in os.scandir(path))
+def _folders(path: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
 
 
 def _no_images(folder: Path, others: list[str]) -> str:

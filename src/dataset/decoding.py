@@ -8,7 +8,7 @@ import warnings
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from src.utils.errors import UserError
 
@@ -21,8 +21,21 @@ _LAST_BYTES = 64
 _LARGEST_FILE = 1 << 28
 _MOST_PIXELS = 1 << 26
 _ORIENTATION = 0x0112
+# What turns a picture of each EXIF orientation upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _PLAIN_MODES = ("RGB", "L")
-_OPENCV_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")
+# OpenCV takes the numbers in netpbm, TIFF and BMP files for bytes, whatever their range.
+_OPENCV_FORMATS = ("JPEG", "PNG", "WEBP")
+# Formats whose Pillow mode "I" holds 16-bit values. In others it holds 32-bit ones, of any range.
+_SIXTEEN_BIT_FORMATS = ("PNG", "PPM")
 
 
 class BadImage(UserError):
@@ -85,7 +98,9 @@ def decode_image(encoded: np.ndarray, name: str) -> np.ndarray:
         if picture.width * picture.height > _MOST_PIXELS:
             raise BadImage(f"{name} has too many pixels, as a decompression bomb has")
         try:
-            return _decoded_by_opencv(encoded, name) if _is_plain(picture) else _as_seen(picture)
+            return (
+                _decoded_by_opencv(encoded, name) if _is_plain(picture) else _as_seen(picture, name)
+            )
         except BadImage:
             raise
         except Exception as failure:  # as above
@@ -112,23 +127,37 @@ def _is_plain(picture: Image.Image) -> bool:
         picture.mode in _PLAIN_MODES
         and picture.format in _OPENCV_FORMATS
         and "transparency" not in picture.info
-        and picture.getexif().get(_ORIENTATION, 1) == 1
+        and _orientation(picture) == 1
     )
 
 
-def _as_seen(picture: Image.Image) -> np.ndarray:
+def _orientation(picture: Image.Image) -> int:
+    """The EXIF orientation, 1 for upright. Metadata that cannot be read says nothing."""
+    try:
+        return picture.getexif().get(_ORIENTATION, 1)
+    except Exception:  # many kinds, one for each way of being damaged
+        return 1
+
+
+def _as_seen(picture: Image.Image, name: str) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if picture.mode.startswith("I;16") or picture.mode == "I":
+        orientation = _orientation(picture)
+        is_deep = picture.mode == "I" and picture.format not in _SIXTEEN_BIT_FORMATS
+        if is_deep or picture.mode == "F":
+            raise BadImage(
+                f"{name} has 32-bit values, and its format does not say which value is white; "
+                "convert it to 8 or 16 bits"
+            )
+        if picture.mode.startswith("I"):
             deep = np.asarray(picture, np.float64)
-            eight = Image.fromarray((deep / 257).clip(0, 255).astype(np.uint8))
-            eight.info["exif"] = picture.info.get("exif", b"")
-            picture = eight
-        turned = ImageOps.exif_transpose(picture)
-        if turned.has_transparency_data:
-            turned = turned.convert("RGBA")
-            turned = Image.alpha_composite(Image.new("RGBA", turned.size, "white"), turned)
-        return np.asarray(turned.convert("RGB"))
+            picture = Image.fromarray((deep / 257).clip(0, 255).astype(np.uint8))
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        if orientation in _TURNS:
+            picture = picture.transpose(_TURNS[orientation])
+        return np.asarray(picture.convert("RGB"))
 
 
 def looks_whole_file(path: str) -> bool:

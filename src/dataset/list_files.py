@@ -25,7 +25,8 @@ def open_list(path: Path, split: str, class_to_index: Mapping[str, int] | None) 
     list_file = path if path.is_file() else path / f"{split}_list.txt"
     root = list_file.parent.resolve()
     try:
-        lines = list_file.read_text(encoding="utf-8").splitlines()
+        # Some editors begin UTF-8 with a byte-order mark.
+        lines = list_file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as failure:
         reason = getattr(failure, "strerror", None) or _what_instead(path)
         raise UserError(f"cannot read the list {list_file}: {reason}") from None
@@ -41,6 +42,11 @@ def open_list(path: Path, split: str, class_to_index: Mapping[str, int] | None) 
     if not os.path.isfile(paths[0]):
         raise UserError(f"{list_file} names {paths[0]}, which does not exist")
     labels = np.array(listed, np.int32)
+    if class_to_index is None and labels.min() == 1:
+        raise UserError(
+            f"the labels in {list_file} begin at 1; they must begin at 0, or class 0 would have no "
+            "image"
+        )
     known = class_to_index or _class_names(paths, labels)
     if class_to_index is not None:
         _check_labels(list_file, paths, listed, known)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from src.cli.config import DIGITS, Config
 from src.dataset.batches import HOW_TO_GO_ON, steps_per_epoch
+from src.dataset.class_folders import SPLITS, find_split, is_litter
 from src.dataset.decoding import BadImage, looks_whole_file, read_image
 from src.dataset.image_set import ImageSet
 from src.dataset.packed import ENDING as PACKED
@@ -116,17 +117,20 @@ def split_fraction(config: Config) -> float:
 def validation_path(data_path: str) -> str | None:
     """Where the validation images of a training ``data_path`` are by custom, or None.
 
-    A root holds both parts; next to ``.../train`` is ``.../val`` or ``.../val_list.txt``.
+    A root holds both parts; next to ``.../train`` is ``.../val``, with any of the names that such
+    folders have.
     """
     path = Path(data_path)
-    is_root = (path / "val").is_dir() or (path / "val_list.txt").is_file() or holds_cifar(path)
-    if data_path == DIGITS or is_root:
+    has_part = find_split(path, "val") is not None
+    if data_path == DIGITS or has_part or (path / "val_list.txt").is_file() or holds_cifar(path):
         return data_path
-    if path.name not in ("train", "train_list.txt", f"train{PACKED}"):
-        return None
-    for name in ("val", "val_list.txt", f"val{PACKED}", "validation", "test"):
-        if (path.parent / name).exists():
-            return str(path.parent / name)
+    if path.name in ("train_list.txt", f"train{PACKED}"):
+        others = [path.parent / path.name.replace("train", name) for name in ("val", "test")]
+        found = next((other for other in others if other.exists()), None)
+        return None if found is None else str(found)
+    if path.name.lower() in SPLITS["train"][0]:
+        other = find_split(path.parent, "val")
+        return None if other is None else str(other)
     return None
 
 
@@ -134,12 +138,19 @@ def left_out_message(images: ImageSet, what: str) -> str | None:
     """A message on files that look like images and are not read; None if there are none."""
     if not images.left_out:
         return None
-    kinds = {os.path.splitext(path)[1].lower() or "a linked folder" for path in images.left_out}
+    kinds = {_kind(path) for path in images.left_out}
     return (
         f"left out of the {f'{what} ' if what else ''}images: {len(images.left_out)} files or "
-        f"linked folders that are not read ({', '.join(sorted(kinds))}), such as "
+        f"folders that are not read ({', '.join(sorted(kinds))}), such as "
         f"{images.left_out[0]}"
     )
+
+
+def _kind(path: str) -> str:
+    """A word for a file or folder that is left out."""
+    if is_litter(os.path.basename(path)):
+        return "left by another program"
+    return os.path.splitext(path)[1].lower() or "a linked folder"
 
 
 def _open_validation(config: Config, class_to_index: Classes) -> ImageSet:

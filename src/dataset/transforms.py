@@ -10,6 +10,8 @@ from PIL import Image
 from src.cli.config import Config
 
 _CROP_ATTEMPTS = 10
+# Beyond this and beyond the image's own size, evaluation resizes only what its crop shows.
+_MOST_RESIZED_PIXELS = 1 << 22
 _OPENCV = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 _PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -50,9 +52,12 @@ def eval_transform(image: np.ndarray, config: Config) -> np.ndarray:
     long, and the longer one in proportion, rounded down. Crops begin where torchvision's do.
     """
     height, width = eval_size(image.shape[0], image.shape[1], config)
+    side = config.image_size
+    top, left = round((height - side) / 2), round((width - side) / 2)
+    if height * width > max(_MOST_RESIZED_PIXELS, image.shape[0] * image.shape[1]):
+        return _resized_part(image, (height, width), (top, left), side, config.interpolation)
     image = Resizing.of(config)(image, height, width)
-    top, left = round((height - config.image_size) / 2), round((width - config.image_size) / 2)
-    return image[top : top + config.image_size, left : left + config.image_size]
+    return image[top : top + side, left : left + side]
 
 
 def eval_size(height: int, width: int, config: Config) -> tuple[int, int]:
@@ -62,6 +67,21 @@ def eval_size(height: int, width: int, config: Config) -> tuple[int, int]:
         return side, side
     shorter = min(height, width)
     return height * side // shorter, width * side // shorter
+
+
+def _resized_part(
+    image: np.ndarray, whole: tuple[int, int], start: tuple[int, int], side: int, interpolation: str
+) -> np.ndarray:
+    """The square of ``side`` at ``start`` in the image resized to ``whole``, (height, width).
+
+    Only that part is computed: of a picture of 1 x 8000 pixels, the whole would take gigabytes.
+    Such a picture is enlarged, where antialiasing changes nothing.
+    """
+    scales = image.shape[0] / whole[0], image.shape[1] / whole[1]
+    top, left = start[0] * scales[0], start[1] * scales[1]
+    box = (left, top, left + side * scales[1], top + side * scales[0])
+    resized = Image.fromarray(image).resize((side, side), _PILLOW[interpolation], box)
+    return np.asarray(resized)
 
 
 def random_resized_crop(

@@ -3,14 +3,17 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from src.cli.config import Affects, Config, keys_affecting
+import numpy as np
+
+from src.cli.config import DIGITS, Affects, Config, keys_affecting
 from src.cli.flags import current_keys
 from src.cli.recipes import load_config
 from src.dataset.image_set import ImageSet
+from src.dataset.list_files import is_list
 from src.dataset.splits import open_eval_part, open_train_part, validation_path
 from src.kernels.library import KernelLibrary
 from src.models.blocks import BLOCKS, find_block, recognise_block
@@ -22,7 +25,7 @@ from src.models.weights import count_classes
 from src.utils.errors import UserError
 
 # Checkpoints of version 0.2 and before did not record these; there was only one value.
-_FORMER_SETTINGS = {
+_FORMER_SETTINGS: dict[str, Any] = {
     "eval_resize_mode": "square",
     "crop_pct": 0.875,
     "interpolation": "bilinear",
@@ -81,6 +84,12 @@ class CheckpointModel:
         if network is None:
             raise UserError("the checkpoint does not name its network; pass --network=NAME")
         classes = count_classes(arrays, network) or recorded.get("num_classes", 0)
+        if arrays and not classes:
+            raise UserError(
+                f"'{path}' has no classifier: the weights are those of a backbone; "
+                f"'python3 train.py --config_path=finetune --pretrained={path} --data_path=DIR' "
+                "trains one"
+            )
         config = load_config(flags, checkpoint_layer={**recorded, "num_classes": classes})
         class_to_index = metadata.get("class_to_index") or _class_map_beside(path)
         if config.class_names:
@@ -116,6 +125,36 @@ class CheckpointModel:
                 f"the data in '{self.config.data_path}' has {images.num_classes} classes but the "
                 f"checkpoint was trained with {self.config.num_classes}"
             )
+        return images if self.class_to_index else self._with_numbered_classes(images)
+
+    def _with_numbered_classes(self, images: ImageSet) -> ImageSet:
+        """The images with the labels of a network whose classes have no names.
+
+        Folders that are numbers are labels. Other folders are labelled in the order of their names,
+        which is right only if there is one for every class.
+
+        Raises:
+            UserError: if there are fewer.
+        """
+        path = Path(self.config.eval_data_path or self.config.data_path)
+        names, classes = images.class_to_index, self.config.num_classes
+        if is_list(path, "val") or str(path) == DIGITS:
+            return images
+        if all(name.isascii() and name.isdigit() and int(name) < classes for name in names):
+            numbers = np.zeros(images.num_classes, np.int32)
+            for name, label in names.items():
+                numbers[label] = int(name)
+            return replace(
+                images,
+                class_to_index={name: int(name) for name in names},
+                labels=numbers[images.labels],
+            )
+        if len(names) != classes:
+            raise UserError(
+                f"the network has {classes} classes without names and '{path}' has {len(names)} "
+                "class folders, so which class a folder is cannot be known; pass "
+                "--class_names=FILE, a text file with the name of each class on a line of its own"
+            )
         return images
 
 
@@ -136,6 +175,10 @@ def infer_model_settings(
     recorded = current_keys(metadata.get("config", {}))
     own = {key: value for key, value in recorded.items() if key in model_keys}
     if own:
+        if "crop_pct" not in own:
+            # They rounded to the nearest pixel.
+            side = round(own["image_size"] / _FORMER_SETTINGS["crop_pct"])
+            own["eval_resize"] = own.get("eval_resize") or side
         return {**_FORMER_SETTINGS, **own}
     settings: dict[str, Any] = {"block": recognise_block(arrays)[0], **_FOREIGN_SETTINGS}
     if path is not None:

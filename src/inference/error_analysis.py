@@ -102,7 +102,8 @@ def thumbnail(image: np.ndarray) -> str:
     """An image (H, W, 3) uint8 RGB of at most 160 pixels, as a data: URL of a JPEG."""
     scale = min(_THUMBNAIL / max(image.shape[:2]), 1.0)
     if scale < 1:
-        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        size = (max(round(image.shape[1] * scale), 1), max(round(image.shape[0] * scale), 1))
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     _, encoded = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 85])
     return "data:image/jpeg;base64," + base64.b64encode(encoded.tobytes()).decode()

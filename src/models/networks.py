@@ -36,6 +36,8 @@ class Network:
             dropout=..., **arguments)``; returns a ``layers.ImageClassifier``.
         least_image_size: smallest side of an input in pixels.
         image_size: side of an input in pixels if none is given.
+        single_pixel_at: side of an input in pixels up to which the last batch norms see one pixel
+            per image; 0 if they never do.
         aliases: other names, including those of the seeds.
         arguments: arguments that distinguish it from others with the same builder.
         settings: {key: value} of the configuration that belong to the network: preprocessing,
@@ -52,6 +54,7 @@ class Network:
     builder: str
     least_image_size: int
     image_size: int = 224
+    single_pixel_at: int = 0
     aliases: tuple[str, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
@@ -95,6 +98,7 @@ def _resnet(
     return Network(
         f"src.models.resnet:{builder}",
         least_image_size=32,
+        single_pixel_at=32,
         aliases=(alias,),
         arguments={"depths": depths, **widths},
         settings=_ACNET_IMAGENET if acnet_module else _MODEL_ZOO,

@@ -1,5 +1,6 @@
 """Reads weights from any supported format, recognised by content. Never runs code from a file."""
 
+import argparse
 import json
 import logging
 import os
@@ -28,7 +29,13 @@ _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLE_MAGIC = b"\x80"
 _SAFE_TORCH = (2, 6)
 # Nested dictionaries that training scripts wrap weights in.
-_WRAPPERS = ("state_dict", "model", "model_state_dict")
+# The averaged weights come first: scripts that keep them evaluate them.
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict")
+# What wrappers around a network put before each name: torch.compile, DistributedDataParallel,
+# Lightning modules.
+_NAME_PREFIXES = ("_orig_mod.", "module.", "model.")
+# Types of other data that training scripts save next to weights. Reading them runs no code.
+_HARMLESS_TYPES = (argparse.Namespace,)
 
 
 Arrays = dict[str, np.ndarray]
@@ -38,8 +45,9 @@ Path = str | PathLike[str]
 def read_weights(path: Path) -> tuple[Arrays, dict[str, Any]]:
     """Read a file of weights into ({name: array}, metadata), names as in the file.
 
-    Formats are MindSpore .ckpt, .safetensors, PyTorch's zip format (.pth, .pt) and the ACNet
-    repository's .hdf5. Metadata is {} if the file has none.
+    Formats are MindSpore .ckpt, .safetensors, PyTorch's .pth and .pt, and the ACNet repository's
+    .hdf5. Names of other programs lose what wrappers put before each of them. Metadata is {} if the
+    file has none.
 
     Raises:
         UserError: if the file is missing, truncated, of another format, or its pickle asks for
@@ -67,10 +75,7 @@ def read_weights(path: Path) -> tuple[Arrays, dict[str, Any]]:
     ):
         return _read_safetensors(path)
     if head.startswith(_PICKLE_MAGIC):
-        raise UserError(
-            f"'{path}' is a bare pickle, PyTorch's format before 1.6; save it again with a newer "
-            "PyTorch"
-        )
+        return _read_torch(path), {}
     return _read_mindspore(path)
 
 
@@ -139,18 +144,36 @@ def _read_safetensors(path: Path) -> tuple[Arrays, dict[str, Any]]:
                 raise UserError(
                     f"'{path}' is a packed data set, not weights; it is for --data_path"
                 )
-            arrays = {name: file.get_tensor(name) for name in names}
+            arrays = {name: _native(file.get_tensor(name)) for name in names}
             metadata = file.metadata() or {}
     except (SafetensorError, TypeError, ValueError, OSError, AttributeError) as failure:
         raise UserError(
             f"'{path}' is a damaged .safetensors file: {str(failure).splitlines()[0]}"
         ) from None
-    return arrays, _decoded(path, metadata[METADATA].encode()) if METADATA in metadata else {}
+    if METADATA in metadata:
+        return arrays, _decoded(path, metadata[METADATA].encode())
+    return _without_prefixes(arrays), {}
+
+
+def _native(array: np.ndarray) -> np.ndarray:
+    """The array in a type of numpy's own: float32 for the short ones that numpy lacks."""
+    is_foreign = array.dtype.name.startswith(("bfloat16", "float8"))
+    return array.astype(np.float32) if is_foreign else array
+
+
+def _without_prefixes(arrays: Arrays) -> Arrays:
+    """Take off the prefixes that every name has."""
+    prefix = next((p for p in _NAME_PREFIXES if all(name.startswith(p) for name in arrays)), None)
+    if prefix is None or not arrays:
+        return arrays
+    return _without_prefixes({name.removeprefix(prefix): array for name, array in arrays.items()})
 
 
 def _read_torch(path: Path) -> Arrays:
     try:
-        whole = zipfile.is_zipfile(path)
+        with open(path, "rb") as file:
+            is_zip = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
+        whole = not is_zip or zipfile.is_zipfile(path)
     except zipfile.BadZipFile:
         whole = False
     if not whole:
@@ -168,7 +191,8 @@ def _read_torch(path: Path) -> Arrays:
             "(CVE-2025-32434); install PyTorch 2.6 or later"
         )
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(list(_HARMLESS_TYPES)):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (
         Exception
     ) as failure:  # UnpicklingError, RuntimeError, KeyError ... for what a file can hold
@@ -188,9 +212,7 @@ def _read_torch(path: Path) -> Arrays:
         or not all(isinstance(value, torch.Tensor) for value in loaded.values())
     ):
         raise UserError(f"'{path}' holds no dictionary of weights (a state_dict)")
-    return {
-        str(name).removeprefix("module."): tensor.float().numpy() for name, tensor in loaded.items()
-    }
+    return _without_prefixes({str(name): t.float().numpy() for name, t in loaded.items()})
 
 
 def _read_hdf5(path: Path) -> Arrays:

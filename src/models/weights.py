@@ -140,7 +140,7 @@ def _compare(
     for name, parameter in parameters.items():
         foreign = names[name] or name
         if foreign not in weights:
-            mismatches.append(f"{foreign} is missing")
+            (heads if is_classifier(name) else mismatches).append(f"{foreign} is missing")
         elif tuple(weights[foreign].shape) != tuple(parameter.shape):
             what = (
                 f"{foreign} is {tuple(weights[foreign].shape)} instead of {tuple(parameter.shape)}"

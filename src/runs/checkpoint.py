@@ -62,9 +62,20 @@ class TrainingState:
     since_best: int = 0
 
     def write(self, path: Path, network: nn.Cell, optimizer_state: Sequence[Parameter]) -> None:
-        """Write a checkpoint. Raises UserError if it cannot be written."""
+        """Write a checkpoint.
+
+        Raises:
+            UserError: if it cannot be written, or would be of no use: a value is not finite.
+        """
+        parameters = [*network.get_parameters(), *optimizer_state]
+        for parameter in parameters:
+            if not np.isfinite(parameter.asnumpy()).all():
+                raise UserError(
+                    f"{parameter.name} is not finite after step {self.step}, so no checkpoint was "
+                    f"written to {path}; try a lower --lr, or a larger batch"
+                )
         metadata = {"version": VERSION, "fused": False, **asdict(self)}
-        save_checkpoint(path, [*network.get_parameters(), *optimizer_state], metadata)
+        save_checkpoint(path, parameters, metadata)
 
 
 def read_training_state(path: str) -> tuple[TrainingState, Arrays]:

@@ -91,6 +91,7 @@ def log_summary(trainer: Trainer, kernels: KernelChoice, start_message: str | No
         left_out_message(images.train, "training"),
         left_out_message(validation, "validation") if validation is not None else None,
         "warning: the training data has a single class" if config.num_classes == 1 else None,
+        warmup_warning(config),
         start_message,
         f"freeze_epochs={config.freeze_epochs} covers every epoch: only the classifier is trained"
         if config.freeze_epochs >= config.max_epoch
@@ -102,6 +103,21 @@ def log_summary(trainer: Trainer, kernels: KernelChoice, start_message: str | No
     ]
     for line in filter(None, lines):
         trainer.recorder.log(line)
+
+
+def warmup_warning(config: Config) -> str | None:
+    """A warning if the warm-up leaves nothing of the schedule after it, else None."""
+    if config.warmup_epochs > 0 and config.warmup_epochs >= config.max_epoch:
+        return (
+            f"warning: warmup_epochs={config.warmup_epochs:g} is the whole training: the learning "
+            f"rate rises towards lr={config.lr:g} and never falls"
+        )
+    if 0 < config.T_max <= config.warmup_epochs and config.lr_scheduler == "cosine_annealing":
+        return (
+            f"warning: T_max={config.T_max:g} ends within warmup_epochs={config.warmup_epochs:g}: "
+            f"after the warm-up the learning rate is eta_min={config.eta_min:g}"
+        )
+    return None
 
 
 def ranks_hint(config: Config, communicator: Communicator, kernels: KernelChoice) -> str | None:

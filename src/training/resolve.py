@@ -11,7 +11,7 @@ from typing import Any
 from src.cli.command import Command
 from src.cli.config import Config
 from src.cli.recipes import load_config
-from src.dataset.batches import global_batch_size
+from src.dataset.batches import global_batch_size, micro_batch_size
 from src.dataset.splits import TrainingData, open_training_data, split_fraction
 from src.distributed.communicator import Communicator
 from src.models.networks import NETWORKS, check_network, network_name
@@ -76,6 +76,7 @@ def resolve(
     config = resolve_data(config, data)
     config = auto_batch_size(config, len(data.train), communicator)
     check_training_keys(config)
+    _check_batch_norm(config, micro_batch_size(config, communicator.size))
     return config
 
 
@@ -135,6 +136,24 @@ def resolve_data(config: Config, data: TrainingData) -> Config:
             f"each of the other {classes - 1}; use a smaller one"
         )
     return resolved
+
+
+def _check_batch_norm(config: Config, images: int) -> None:
+    """Raise UserError if a batch norm would see a single value per channel.
+
+    Its variance would be 0, and that of the population, with which it corrects the running
+    variance, undefined.
+
+    Args:
+        images: per rank and micro-batch.
+    """
+    network = NETWORKS[network_name(config.network)]
+    if images == 1 and config.image_size <= network.single_pixel_at and not config.sync_bn:
+        raise UserError(
+            f"one image per rank at image_size={config.image_size} leaves the last batch norms of "
+            f"{config.network} a single value per channel, from which there is no variance; use "
+            f"two images or more per rank, or an image_size above {network.single_pixel_at}"
+        )
 
 
 def auto_batch_size(config: Config, images: int, communicator: Communicator) -> Config:

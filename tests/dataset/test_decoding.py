@@ -1,11 +1,13 @@
 """An image file gives the same pixels in training, evaluation, prediction and packed sets."""
 
 import os
+import struct
 
 import numpy as np
 import pytest
 from conftest import execute
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from src.dataset.decoding import read_image
 from src.dataset.packed import pack
@@ -169,3 +171,64 @@ def test_what_only_opencv_knows_is_refused_because_nothing_bounds_it(tmp_path, s
     (tmp_path / "x.jpg").write_bytes(header + bytes(4 * 4 * 4))
     with pytest.raises(UserError, match="not an image that can be decoded"):
         read_image(str(tmp_path / "x.jpg"))
+
+
+def netpbm(magic, maxval, values):
+    """A netpbm file of one row of grey or RGB values."""
+    channels = 3 if magic in ("P3", "P6") else 1
+    head = f"{magic}\n{len(values) // channels} 1\n{maxval}\n".encode()
+    if magic in ("P2", "P3"):
+        return head + " ".join(map(str, values)).encode() + b"\n"
+    return head + np.array(values, ">u2" if maxval > 255 else "u1").tobytes()
+
+
+@pytest.mark.parametrize("magic", ["P2", "P3", "P5", "P6"])
+@pytest.mark.parametrize("maxval", [15, 255, 1023, 65535])
+def test_netpbm_values_are_fractions_of_their_maximum(tmp_path, magic, maxval):
+    """The definition of the formats (netpbm.sourceforge.net): maxval is white."""
+    grey = [round(maxval * fraction) for fraction in (0, 1 / 3, 2 / 3, 1)]
+    values = [value for value in grey for _ in range(3 if magic in ("P3", "P6") else 1)]
+    (tmp_path / "x.ppm").write_bytes(netpbm(magic, maxval, values))
+    found = read_image(str(tmp_path / "x.ppm"))[0]
+    expected = np.array(grey) / maxval * 255
+    assert np.abs(found - expected[:, None]).max() <= 1 and (found == found[:, :1]).all()
+
+
+@pytest.mark.parametrize("masks", [None, (0xF800, 0x07E0, 0x001F)])
+def test_bitmaps_of_16_bits_reach_white(tmp_path, masks):
+    """5-5-5 and 5-6-5: the largest value of each channel is 255."""
+    row = np.array([0, 0x7FFF if masks is None else 0xFFFF], "<u2").tobytes()
+    fields = b"" if masks is None else np.array(masks, "<u4").tobytes()
+    info = struct.pack("<IiiHHIIiiII", 40, 2, 1, 1, 16, 0 if masks is None else 3, 4, 0, 0, 0, 0)
+    start = 14 + 40 + len(fields)
+    header = b"BM" + struct.pack("<IHHI", start + 4, 0, 0, start)
+    (tmp_path / "x.bmp").write_bytes(header + info + fields + row)
+    assert read_image(str(tmp_path / "x.bmp"))[0].tolist() == [[0, 0, 0], [255, 255, 255]]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_values_without_a_white_are_refused(tmp_path, dtype):
+    """They came out black."""
+    Image.fromarray(np.full((4, 4), 200, dtype)).save(tmp_path / "x.tif")
+    with pytest.raises(UserError, match="x.tif has 32-bit values"):
+        read_image(str(tmp_path / "x.tif"))
+
+
+def test_pictures_with_unreadable_metadata_are_upright(picture, tmp_path):
+    picture.save(tmp_path / "good.jpg", dpi=(72, 72))
+    whole = (tmp_path / "good.jpg").read_bytes()
+    end = 4 + int.from_bytes(whole[4:6], "big")
+    for number, exif in enumerate((b"\0" * 64, b"MM\0*\0\0\xff\xff", b"II*\0\x08\0\0\0\xff\xff")):
+        block = b"Exif\0\0" + exif
+        segment = b"\xff\xe1" + (len(block) + 2).to_bytes(2, "big") + block
+        file = tmp_path / f"bad{number}.jpg"
+        file.write_bytes(whole[:end] + segment + whole[end:])
+        assert np.array_equal(read_image(str(file)), read_image(str(tmp_path / "good.jpg")))
+    for kind in ("png", "webp"):
+        file = tmp_path / f"bad.{kind}"
+        picture.save(file, exif=b"Exif\0\0" + b"\0" * 64, lossless=True)
+        assert np.array_equal(read_image(str(file)), np.asarray(picture))
+    text = PngInfo()
+    text.add_text("exif", "not metadata")
+    picture.save(tmp_path / "text.png", pnginfo=text)
+    assert np.array_equal(read_image(str(tmp_path / "text.png")), np.asarray(picture))

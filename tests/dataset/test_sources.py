@@ -5,12 +5,13 @@ import pickle
 
 import numpy as np
 import pytest
+from conftest import make_config
 from PIL import Image
 
 from src.dataset.decoding import read_image
 from src.dataset.image_set import ImageSet
 from src.dataset.sources import open_images
-from src.dataset.splits import left_out_message, validation_path
+from src.dataset.splits import left_out_message, open_all_parts, validation_path
 from src.utils.errors import UserError
 
 
@@ -266,7 +267,7 @@ def test_what_looks_like_an_image_and_is_left_out_is_counted_and_named(broken_co
     assert len(images) == 48 and len(images.left_out) == 4
     line = left_out_message(images, "training")
     assert (
-        "4 files or linked folders" in line
+        "4 files or folders" in line
         and ".heic" in line
         and ".jpg" in line
         and "linked folder" in line
@@ -300,3 +301,78 @@ def test_labels_that_contradict_the_class_folders_are_refused(broken_copy):
         open_images(
             str(broken_copy / "val_list.txt"), "val", class_to_index={"ant": 0, "bee": 1, "cat": 2}
         )
+
+
+def make_folders(root, *folders):
+    """Each with an image."""
+    for folder in folders:
+        (root / folder).mkdir(parents=True)
+        Image.fromarray(np.full((8, 8, 3), 9, np.uint8)).save(root / folder / "a.png")
+    return root
+
+
+@pytest.mark.parametrize(
+    "train,val",
+    [
+        ("train", "val"),
+        ("Train", "Valid"),
+        ("training", "validation"),
+        ("train", "test"),
+        ("TRAIN", "TEST"),
+        ("training", "testing"),
+    ],
+)
+def test_parts_of_a_data_set_have_many_names(tmp_path, train, val):
+    """Training on `training` against `test` as two classes gave no error."""
+    make_folders(tmp_path, *(f"{part}/{name}" for part in (train, val) for name in ("cat", "dog")))
+    for root in (tmp_path, tmp_path / train):
+        config = make_config(data_path=str(root), val_split="auto")
+        parts = open_all_parts(config)
+        assert parts["train"].class_to_index == {"cat": 0, "dog": 1}
+        assert all(f"/{train}/" in path for path in parts["train"].paths)
+        assert all(f"/{val}/" in path for path in parts["val"].paths)
+
+
+def test_a_validation_set_goes_before_a_test_set(tmp_path):
+    make_folders(tmp_path, "train/cat", "test/cat", "val/cat")
+    assert validation_path(str(tmp_path)) == str(tmp_path)
+    (path,) = open_images(str(tmp_path), "val").paths
+    assert "/val/" in path
+
+
+def test_a_class_that_has_the_name_of_a_part_is_no_part(tmp_path):
+    """plane was dropped in silence, and steam and electric became the classes."""
+    make_folders(tmp_path, "plane", "train/steam", "train/electric")
+    with pytest.raises(UserError, match="'plane' next to 'train'.*rename the class 'train'"):
+        open_images(str(tmp_path), "train")
+    # Without folders of its own it is a class like any other.
+    other = make_folders(tmp_path / "other", "plane", "train", "test")
+    assert open_images(str(other), "train").class_to_index == {"plane": 0, "test": 1, "train": 2}
+
+
+def test_what_other_programs_leave_behind_is_no_image_and_no_class(tmp_path):
+    make_folders(
+        tmp_path, "cat", "dog", "__MACOSX", "@eaDir", "cat/@eaDir", ".cache", "dog/.hidden"
+    )
+    for place in (tmp_path / "cat", tmp_path / "dog"):
+        (place / "._a.png").write_bytes(b"AppleDouble")
+        (place / "Thumbs.db").write_bytes(b"x")
+    images = open_images(str(tmp_path), "train")
+    assert images.class_to_index == {"cat": 0, "dog": 1}
+    assert [os.path.relpath(path, tmp_path) for path in images.paths] == ["cat/a.png", "dog/a.png"]
+    message = left_out_message(images, "training")
+    assert "left by another program" in message and "5 files or folders" in message, message
+
+
+def test_a_list_with_a_byte_order_mark(tmp_path):
+    make_folders(tmp_path, "cat")
+    (tmp_path / "train_list.txt").write_text("cat/a.png 0\n", encoding="utf-8-sig")
+    assert open_images(str(tmp_path), "train").paths == [str(tmp_path / "cat" / "a.png")]
+
+
+def test_labels_that_begin_at_1_are_refused(tmp_path):
+    """They gave a class 0 without an image."""
+    make_folders(tmp_path, "cat", "dog")
+    (tmp_path / "train_list.txt").write_text("cat/a.png 1\ndog/a.png 2\n")
+    with pytest.raises(UserError, match="begin at 1; they must begin at 0"):
+        open_images(str(tmp_path), "train")

@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
-from conftest import make_config
+from conftest import execute, make_config
 from PIL import Image
 
 from src.dataset.augmentations import sample_generator
@@ -135,6 +135,37 @@ def test_resizing_without_antialias_is_pytorchs_to_one_level(interpolation):
     assert np.abs(Resizing(interpolation)(image, 300, 256) - theirs).max() <= 1.01
 
 
-def test_crop_share_decides_what_is_resized_to():
-    assert make_config(image_size=224, crop_pct=0.95).resized_side == 236
+def test_crop_pct_decides_what_is_resized_to():
+    """Rounded down, as in timm 1.0's transforms_imagenet_eval."""
+    assert make_config(image_size=224, crop_pct=0.95).resized_side == 235
+    assert make_config(image_size=224).resized_side == 256
     assert make_config(network="cifar_quick").resized_side == 32
+
+
+@pytest.mark.parametrize("antialias", [0, 1])
+@pytest.mark.parametrize("shape", [(3, 400), (400, 3), (5, 60)])
+def test_a_part_of_an_enlarged_picture_is_that_of_the_whole(shape, antialias, monkeypatch):
+    """Pictures of extreme shape are enlarged only where the crop shows them: the same pixels."""
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    config = make_config(image_size=224, eval_resize_mode="shorter_side", antialias=antialias)
+    whole = eval_transform(image, config)
+    monkeypatch.setattr("src.dataset.transforms._MOST_RESIZED_PIXELS", 0)
+    part = eval_transform(image, config)
+    assert part.shape == whole.shape == (224, 224, 3)
+    assert np.abs(part.astype(int) - whole).max() <= 1
+
+
+def test_a_picture_of_a_line_takes_little_memory():
+    """1 x 65000 pixels took 17 GB: enlarged to 256 x 16640000 before the crop."""
+    code = """
+import resource
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+import numpy as np
+from src.cli.recipes import load_config
+from src.dataset.transforms import eval_transform
+config = load_config({"data_path": "x", "eval_resize_mode": "shorter_side", "antialias": "1"})
+image = eval_transform(np.full((1, 65000, 3), 7, np.uint8), config)
+print(image.shape, (image == 7).all())
+"""
+    run = execute(["python3", "-c", code])
+    assert run.status == 0 and run.out == "(224, 224, 3) True\n", run

@@ -1,9 +1,11 @@
 """The network of a checkpoint, and of files of other programs."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from src.cli.recipes import load_config
 from src.inference.checkpoint_model import CheckpointModel, infer_model_settings, read_class_names
@@ -26,11 +28,11 @@ def test_a_checkpoint_is_evaluated_as_it_records_whatever_its_network_brings():
             "num_classes": "10",
         }
     ).model_dump(mode="json")
-    assert preprocessing({}, {"config": recorded}, {}) == ("square", True, 236, "bicubic")
+    assert preprocessing({}, {"config": recorded}, {}) == ("square", True, 235, "bicubic")
     assert preprocessing({}, {"config": recorded}, {"interpolation": "bilinear"}) == (
         "square",
         True,
-        236,
+        235,
         "bilinear",
     )
 
@@ -143,3 +145,36 @@ def test_names_must_be_one_for_each_class(tmp_path, text, word):
         read_class_names(str(tmp_path / "names.txt"), 3)
     (tmp_path / "names.txt").write_text("a\n b c\n\nd\n")
     assert read_class_names(str(tmp_path / "names.txt"), 3) == {"a": 0, "b c": 1, "d": 2}
+
+
+def opened(tmp_path, folders, classes):
+    """The ImageSet for weights of that many classes without names."""
+    for name in folders:
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "data" / name / "a.png")
+    keys = {"network": "resnet18", "num_classes": str(classes), "data_path": f"{tmp_path}/data"}
+    return CheckpointModel(load_config(keys), False, None).open_images()
+
+
+@pytest.mark.parametrize("folders", [range(12), (3, 5, 7)])
+def test_folders_that_are_numbers_are_the_labels(tmp_path, folders):
+    """Sorted as text, 10 came before 2, and 3, 5, 7 were 0, 1, 2: a network that is right in every
+    image had 16.67 and 0 %."""
+    images = opened(tmp_path, map(str, folders), 12)
+    assert [int(Path(path).parent.name) for path in images.paths] == images.labels.tolist()
+
+
+def test_fewer_folders_than_classes_without_names_are_refused(tmp_path):
+    with pytest.raises(UserError, match="12 classes without names.*2 class folders.*--class_names"):
+        opened(tmp_path, ["cat", "dog"], 12)
+
+
+def test_as_many_folders_as_classes_are_labelled_in_their_order(tmp_path):
+    images = opened(tmp_path, ["cat", "dog", "ant"], 3)
+    assert images.class_to_index == {"ant": 0, "cat": 1, "dog": 2}
+
+
+def test_a_backbone_cannot_predict(tmp_path):
+    arrays = {"conv1.weight": np.zeros((64, 3, 7, 7), np.float32)}
+    with pytest.raises(UserError, match="has no classifier.*config_path=finetune"):
+        CheckpointModel.of(arrays, {}, {"network": "resnet18"}, tmp_path / "x.pth")

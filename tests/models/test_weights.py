@@ -1,5 +1,8 @@
 """Weights from files of other programs, by content and by name."""
 
+import argparse
+import json
+
 import numpy as np
 import pytest
 from conftest import randomise
@@ -271,3 +274,60 @@ def test_integer_weights_are_refused_by_name():
     arrays["fc1.weight"] = arrays["fc1.weight"].astype(np.int8)
     with pytest.raises(UserError, match="fc1.weight is of type int8"):
         assign_weights(network, arrays, "a.safetensors")
+
+
+def foreign_arrays(name="resnet18"):
+    """{torchvision's name: array} of a network, and the network."""
+    network = create_model(name, 5)
+    randomise(network)
+    arrays = {torch_name(p.name, name): p.asnumpy() for p in network.get_parameters()}
+    return arrays, network
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "model.", "module._orig_mod.model."])
+def test_prefixes_of_wrappers_are_taken_off(prefix, tmp_path):
+    """Of torch.compile, DistributedDataParallel and Lightning, also one around the other."""
+    from safetensors.numpy import save_file
+
+    arrays, network = foreign_arrays()
+    save_file({prefix + name: array for name, array in arrays.items()}, tmp_path / "x.safetensors")
+    other = create_model("resnet18", 5)
+    assert load_weights(other, str(tmp_path / "x.safetensors")) == []
+    assert_same_weights(network, other)
+
+
+def test_bfloat16_safetensors(tmp_path):
+    """A header and 2-byte values, as the format is defined; numpy has no such type."""
+    values = np.array([1.0, -2.5, 3.140625], np.float32)
+    content = (values.view(np.uint32) >> 16).astype("<u2").tobytes()
+    header = json.dumps({"x": {"dtype": "BF16", "shape": [3], "data_offsets": [0, 6]}}).encode()
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + content)
+    arrays, _ = read_weights(file)
+    assert arrays["x"].dtype == np.float32 and arrays["x"].tolist() == values.tolist()
+
+
+def test_checkpoints_as_training_scripts_write_them(tmp_path):
+    """With options, averaged weights, and in the format before PyTorch 1.6."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    weight, averaged = torch.ones(2), torch.full((2,), 3.0)
+    options = argparse.Namespace(lr=0.1, model="resnet18")
+    cases = {
+        "options": ({"model": {"w": weight}, "args": options}, {}, 1),
+        "ema": ({"state_dict": {"w": weight}, "state_dict_ema": {"w": averaged}}, {}, 3),
+        "old": ({"w": weight}, {"_use_new_zipfile_serialization": False}, 1),
+    }
+    for name, (content, how, expected) in cases.items():
+        torch.save(content, tmp_path / f"{name}.pth", **how)
+        arrays, _ = read_weights(tmp_path / f"{name}.pth")
+        assert {key: value.tolist() for key, value in arrays.items()} == {"w": [expected] * 2}, name
+
+
+def test_a_backbone_starts_a_training_with_a_new_classifier(tmp_path):
+    arrays, _ = foreign_arrays()
+    backbone = {name: array for name, array in arrays.items() if not name.startswith("fc.")}
+    network = create_model("resnet18", 3)
+    with pytest.raises(UserError, match="fc.weight is missing.*allow_head_mismatch"):
+        assign_weights(network, backbone, "x.pth")
+    left_out = assign_weights(network, backbone, "x.pth", allow_head_mismatch=True)
+    assert left_out == ["classifier.bias", "classifier.weight"]

@@ -5,14 +5,16 @@ import os
 import re
 import signal
 import time
+from dataclasses import fields
 
 import numpy as np
 import pytest
 from conftest import TINY, execute, only_run
+from mindspore import Tensor
 
 from src.models.create import create_model
 from src.models.weight_files import read_weights
-from src.runs.checkpoint import choose_checkpoint, find_checkpoints, save_checkpoint
+from src.runs.checkpoint import TrainingState, choose_checkpoint, find_checkpoints, save_checkpoint
 from src.runs.run_folder import RunFolder, create_run_folder, dated_run_folder
 from src.utils.errors import UserError
 from src.utils.files import remove_partials
@@ -164,3 +166,15 @@ def test_of_a_folder_the_best_or_the_newest_is_taken_and_said(tmp_path):
         choose_checkpoint(str(tmp_path / "net-9_5.ckpt"), said.append).name == "net-9_5.ckpt"
         and len(said) == 2
     )
+
+
+def test_what_is_not_finite_is_not_written(tmp_path):
+    network = create_model("cifar_quick", 10)
+    values = {field.name: 0 for field in fields(TrainingState)}
+    state = TrainingState(**{**values, "step": 7})
+    state.write(tmp_path / "a.ckpt", network, [])
+    parameters = {parameter.name: parameter for parameter in network.get_parameters()}
+    parameters["conv1.norm.moving_variance"].set_data(Tensor(np.full(32, np.nan, np.float32)))
+    with pytest.raises(UserError, match="moving_variance is not finite after step 7"):
+        state.write(tmp_path / "b.ckpt", network, [])
+    assert [file.name for file in tmp_path.iterdir()] == ["a.ckpt"]

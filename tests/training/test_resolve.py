@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, make_config
+from conftest import ROOT, execute, make_config
 
 from src.distributed.communicator import Communicator
 from src.models.networks import NETWORKS
@@ -106,3 +106,22 @@ def test_estimated_memory_is_enough_for_what_a_training_takes():
 
 def test_every_network_says_what_it_costs():
     assert all(network.size is not None for network in NETWORKS.values())
+
+
+@pytest.mark.parametrize("kernels", ["auto", "mindspore"])
+def test_a_batch_norm_over_one_value_is_refused_before_the_first_step(
+    image_root, tmp_path, kernels
+):
+    """PyTorch refuses it too. Here it ended with status 0 and variances that were not finite."""
+    flags = (
+        f"--data_path={image_root}/train",
+        "--network=resnet18",
+        "--image_size=32",
+        "--per_batch_size=1",
+        f"--kernels={kernels}",
+        f"--output_path={tmp_path}/out",
+    )
+    run = execute(["python3", "train.py", *flags])
+    assert run.status == 2 and len(run.error_lines) == 1, run
+    assert "a single value per channel" in run.error_lines[0]
+    assert not (tmp_path / "out").exists()
