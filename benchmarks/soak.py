@@ -1,11 +1,10 @@
-"""Kill a training at random again and again and see that it ends as the one that was left alone:
+"""Kill a run at random moments, and compare its end with that of a run that nobody disturbed:
 
     python3 benchmarks/soak.py [--epochs=1000] [--kills=8] [--ranks=2] [--output=FOLDER]
 
-A tiny set, cifar_quick with ACB. The training is killed (kill -9 of a rank, or of mpirun and all
-ranks) at random moments and resumed with --resume=auto. Prints whether the last weights, optimizer
-state and metrics are the same bits, and how memory and open files of the ranks moved in the
-undisturbed run.
+The network is cifar_quick with ACB, on a tiny data set. kill -9 hits a rank, or mpirun and all
+ranks, and --resume=auto continues. Prints whether the last weights, optimizer state and metrics
+have the same bits, and how memory and open files of the ranks changed in the undisturbed run.
 """
 
 import argparse

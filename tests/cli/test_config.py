@@ -201,8 +201,8 @@ def test_resolved_configuration_reads_back():
 def test_what_keys_affect():
     """What a user relies on.
 
-    These may be changed when a run is resumed, those are taken from a checkpoint, those compile
-    anew.
+    Some keys may be changed when a run is resumed, some are taken from a checkpoint, and some
+    compile another graph.
     """
     fixed = keys_affecting(Affects.MODEL, Affects.GRAPH, Affects.TRAINING)
     assert {

@@ -1,4 +1,4 @@
-"""Where images come from, and what is said when they do not."""
+"""Where images come from, and the messages if they cannot be found."""
 
 import os
 import pickle

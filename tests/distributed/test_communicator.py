@@ -85,7 +85,7 @@ for form, digits in (("float16", 11), ("bfloat16", 8)):
     big, small = all_ranks[c.rank].copy(), all_ranks[c.rank][:7].reshape(7, 1).copy()
     c.all_reduce_mean_([big, small], COMPRESSIONS[form])
     mean = np.mean(all_ranks, axis=0)
-    # Each of the values added, and their mean, was rounded to so many binary digits.
+    # Each of the values added, and their mean, was rounded to that many binary digits.
     bound = 2.0 ** -digits * (np.mean(np.abs(all_ranks), axis=0) + np.abs(mean)) * 1.01
     assert (np.abs(big - mean) <= bound).all(), form
     assert (np.abs(small[:, 0] - mean[:7]) <= bound[:7]).all(), form

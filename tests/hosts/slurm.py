@@ -82,7 +82,7 @@ class Slurm:
         (self._folder / "state").mkdir()
         (self._folder / "local").mkdir()
         for name in self._names:
-            # PMIx makes the same names on every node, whose own this is.
+            # PMIx makes files of the same names on every node.
             subprocess.run(
                 self._rig.on(
                     name, "mount", "-t", "tmpfs", "tmpfs", str(self._folder / "local"), cwd="/"

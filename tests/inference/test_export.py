@@ -160,7 +160,7 @@ def test_fusion_brings_parameters_and_work_back_to_the_plain_network():
         network_size(fuse(network), 32),
     )
     assert fused.multiply_adds == plain.multiply_adds
-    # A bias in place of scale and offset.
+    # A bias instead of scale and offset.
     assert fused.parameters == plain.parameters - (32 + 32 + 64)
     assert network_size(network, 32).multiply_adds > 1.3 * plain.multiply_adds
     assert network.set_train(False)(Tensor(np.zeros((1, 3, 32, 32), np.float32))).shape == (1, 10)

@@ -1,4 +1,4 @@
-"""What a training reports as it goes on."""
+"""What a run reports while it trains."""
 
 from conftest import make_config
 

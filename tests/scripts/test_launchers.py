@@ -104,7 +104,7 @@ def written_commands(tmp_path):
     stand_in.parent.mkdir()
     stand_in.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
     stand_in.chmod(0o755)
-    scripts = tmp_path / "scripts"  # beside no .venv
+    scripts = tmp_path / "scripts"  # no .venv next to it
     shutil.copytree(ROOT / "scripts", scripts)
     (tmp_path / "data").mkdir()
     (tmp_path / "x.ckpt").write_text("")

@@ -56,21 +56,21 @@ def graphs(tmp_path):
 
 @pytest.mark.slow
 def test_same_bits_with_a_kept_graph_a_damaged_one_and_none(train, tmp_path):
-    anew = train("anew", "--compile_cache=0")
+    fresh = train("fresh", "--compile_cache=0")
     assert not (tmp_path / "cache" / "acnet-mindspore").exists()
-    assert train("first") == anew
+    assert train("first") == fresh
     (kept,) = graphs(tmp_path)
     # Another learning rate is no other graph.
     assert (
-        train("second") == anew
-        and train("other_lr", "--lr=0.02")[1] != anew[1]
+        train("second") == fresh
+        and train("other_lr", "--lr=0.02")[1] != fresh[1]
         and graphs(tmp_path) == [kept]
     )
     (mindir,) = kept.rglob("*.mindir")
     whole = mindir.read_bytes()
     mindir.chmod(0o600)
     mindir.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
-    assert train("damaged") == anew
+    assert train("damaged") == fresh
     assert graphs(tmp_path) == [kept] and mindir.read_bytes()[100] == whole[100]
 
 

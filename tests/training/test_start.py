@@ -1,4 +1,4 @@
-"""What a training's checkpoint holds, and which one ranks go on from."""
+"""What the checkpoint of a run holds, and from which one ranks resume."""
 
 import os
 import shutil
