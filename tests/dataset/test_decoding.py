@@ -1,15 +1,16 @@
 """An image file gives the same pixels in training, evaluation, prediction and packed sets."""
 
+import io
 import os
 import struct
 
 import numpy as np
 import pytest
 from conftest import execute
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from src.dataset.decoding import read_image
+from src.dataset.decoding import BadImage, decode_image, read_image
 from src.dataset.packed import pack
 from src.dataset.sources import open_images
 from src.utils.errors import UserError
@@ -232,3 +233,67 @@ def test_pictures_with_unreadable_metadata_are_upright(picture, tmp_path):
     text.add_text("exif", "not metadata")
     picture.save(tmp_path / "text.png", pnginfo=text)
     assert np.array_equal(read_image(str(tmp_path / "text.png")), np.asarray(picture))
+
+
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF", "AVIF")
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I", "F", "I;16")
+
+
+def drawn_pictures(count):
+    """(name, bytes) of pictures of every format and mode that Pillow writes, drawn from a seed."""
+    random = np.random.default_rng(20261128)
+    for number in range(count):
+        kind, mode = str(random.choice(FORMATS)), str(random.choice(MODES))
+        height, width = random.integers(1, 40, 2)
+        picture = Image.fromarray(random.integers(0, 256, (height, width, 4), np.uint8), "RGBA")
+        options = {}
+        if random.random() < 0.5:
+            exif = Image.Exif()
+            exif[0x0112] = int(random.integers(0, 10))  # two of them no orientation
+            options["exif"] = exif.tobytes()
+        if random.random() < 0.3:
+            options["icc_profile"] = random.bytes(64)
+        if kind == "WEBP":
+            options["lossless"] = bool(random.random() < 0.5)
+        file = io.BytesIO()
+        try:
+            via = picture if mode in ("LA", "PA", "RGBA") else picture.convert("RGB")
+            via = via.convert("L") if mode == "I;16" else via
+            via.convert(mode).save(file, kind, **options)
+        except (OSError, ValueError, KeyError):
+            continue
+        yield f"{number} {kind} {mode} {options.keys()}", file.getvalue()
+
+
+def as_pillow_shows(encoded):
+    """(H, W, 3): upright, over white, 16 bits reduced to 8; None for values without a white."""
+    picture = Image.open(io.BytesIO(encoded))
+    if picture.mode == "F" or (picture.mode == "I" and picture.format == "TIFF"):
+        return None
+    orientation = picture.getexif().get(0x0112, 1)
+    if picture.mode.startswith("I"):
+        picture = Image.fromarray((np.asarray(picture, float) / 257).astype(np.uint8))
+    picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+    if picture.mode == "RGBA":
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    exif = picture.getexif()
+    exif[0x0112] = orientation
+    return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(5000, marks=pytest.mark.extended)])
+def test_drawn_pictures_are_as_pillow_shows_them_or_refused(count):
+    seen = set()
+    for name, encoded in drawn_pictures(count):
+        expected = as_pillow_shows(encoded)
+        try:
+            found = decode_image(np.frombuffer(encoded, np.uint8), name)
+        except BadImage as refusal:
+            assert expected is None and "32-bit values" in str(refusal), name
+            continue
+        assert expected is not None and found.shape == expected.shape, name
+        # Two JPEG and WebP decoders differ by rounding.
+        lossy = name.split()[1] in ("JPEG", "WEBP")
+        assert np.abs(found.astype(int) - expected).max() <= (3 if lossy else 0), name
+        seen.add(tuple(name.split()[1:3]))
+    assert len(seen) > 40
