@@ -91,26 +91,26 @@ def open_class_folders(
 
 
 def find_split(path: Path, split: str) -> Path | None:
-    """The folder of a part of the data set in ``path``; None if ``path`` has no such part.
-
-    A part is a folder of class folders with one of the names in SPLITS, in any case.
+    """``find_part``, where it is clear that ``path`` is a root of parts.
 
     Raises:
-        UserError: if there are other folders than parts, so that it is not clear what is a class.
+        UserError: if there are other folders, which may be classes like it.
     """
-    folders = [name for name in _folders(path) if not is_litter(name)] if path.is_dir() else []
-    every_name = {name for groups in SPLITS.values() for group in groups for name in group}
-    parts = [name for name in folders if name.lower() in every_name and _folders(path / name)]
-    chosen = next(
-        (name for group in SPLITS[split] for name in parts if name.lower() in group), None
-    )
-    others = [name for name in folders if name not in parts]
-    if chosen is not None and others:
+    part = find_part(path, split)
+    others = [name for name in _folders(path) if not is_litter(name) and not _is_split(name)]
+    if part is not None and others:
         raise UserError(
-            f"'{path}' has the folder '{others[0]}' next to '{chosen}': if '{chosen}' is a part of "
-            f"the data set, pass --data_path={path / chosen}, else rename the class '{chosen}'"
+            f"'{path}' has the folder '{others[0]}' next to '{part.name}': if '{part.name}' is a "
+            f"part of the data set, pass --data_path={part}, else rename the class '{part.name}'"
         )
-    return None if chosen is None else path / chosen
+    return part
+
+
+def find_part(path: Path, split: str) -> Path | None:
+    """The folder in ``path`` that has a name of ``split`` in SPLITS, in any case, and folders."""
+    folders = [name for name in _folders(path) if _folders(path / name)]
+    found = (name for names in SPLITS[split] for name in folders if name.lower() in names)
+    return next((path / name for name in found), None)
 
 
 def is_litter(name: str) -> bool:
@@ -141,7 +141,13 @@ def list_images(folder: Path | str) -> tuple[list[str], list[str]]:
     return images, left_out
 
 
+def _is_split(name: str) -> bool:
+    return any(name.lower() in names for groups in SPLITS.values() for names in groups)
+
+
 def _folders(path: Path) -> list[str]:
+    if not path.is_dir():
+        return []
     return sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from src.cli.config import DIGITS, Config
 from src.dataset.batches import HOW_TO_GO_ON, steps_per_epoch
-from src.dataset.class_folders import SPLITS, find_split, is_litter
+from src.dataset.class_folders import SPLITS, find_part, find_split, is_litter
 from src.dataset.decoding import BadImage, looks_whole_file, read_image
 from src.dataset.image_set import ImageSet
 from src.dataset.packed import ENDING as PACKED
@@ -129,7 +129,7 @@ def validation_path(data_path: str) -> str | None:
         found = next((other for other in others if other.exists()), None)
         return None if found is None else str(found)
     if path.name.lower() in SPLITS["train"][0]:
-        other = find_split(path.parent, "val")
+        other = find_part(path.parent, "val")
         return None if other is None else str(other)
     return None
 

@@ -345,6 +345,11 @@ def test_a_class_that_has_the_name_of_a_part_is_no_part(tmp_path):
     make_folders(tmp_path, "plane", "train/steam", "train/electric")
     with pytest.raises(UserError, match="'plane' next to 'train'.*rename the class 'train'"):
         open_images(str(tmp_path), "train")
+    # Whoever names the part itself is not asked, and a test set without classes is no class.
+    make_folders(tmp_path / "root", "train/cat", "val/cat", "labels", "test")
+    assert validation_path(f"{tmp_path}/root/train") == f"{tmp_path}/root/val"
+    (tmp_path / "root" / "labels").rename(tmp_path / "labels")
+    assert open_images(f"{tmp_path}/root", "train").class_to_index == {"cat": 0}
     # Without folders of its own it is a class like any other.
     other = make_folders(tmp_path / "other", "plane", "train", "test")
     assert open_images(str(other), "train").class_to_index == {"plane": 0, "test": 1, "train": 2}
