@@ -16,7 +16,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.cli.run import run_process  # noqa: E402
-from src.dataset.class_folders import find_part  # noqa: E402
 from src.utils.errors import UserError  # noqa: E402
 
 
@@ -79,6 +78,8 @@ def parse(arguments):
 
 def has_both(data_path):
     """Whether ``data_path`` is a root that holds a training part too."""
+    from src.dataset.class_folders import find_part
+
     path = Path(data_path)
     is_list_root = (path / "train_list.txt").exists()
     return data_path == "digits" or is_list_root or find_part(path, "train") is not None
