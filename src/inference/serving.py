@@ -5,6 +5,7 @@ packages starlette and uvicorn are an optional extra.
 """
 
 import asyncio
+import email
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -154,10 +155,15 @@ def create_app(model: CheckpointModel, backends: Sequence[Backend]) -> Any:
         body = await _body(request)
         if body is None:
             return _error(413, f"the image has more than {LARGEST_BODY >> 20} MiB")
-        if not body or request.headers.get("content-type", "").startswith("multipart/"):
+        content_type = request.headers.get("content-type", "")
+        if content_type.startswith("multipart/"):
+            loop = asyncio.get_running_loop()
+            body = await loop.run_in_executor(None, file_in_form, content_type, body)
+        if not body:
             return _error(
                 400,
-                "send an image as the body of the request, as curl --data-binary @photo.jpg does",
+                "send an image as the body of the request, as curl --data-binary @photo.jpg does, "
+                "or as the file of a form, as curl --form image=@photo.jpg does",
             )
         try:
             image = await asyncio.get_running_loop().run_in_executor(None, prepared, body)
@@ -228,6 +234,19 @@ async def _body(request: Any) -> bytes | None:
             return None
         parts.append(part)
     return b"".join(parts)
+
+
+def file_in_form(content_type: str, body: bytes) -> bytes:
+    """The first file of a multipart/form-data body (RFC 7578), else its first field; or b""."""
+    header = f"Content-Type: {content_type}\r\n\r\n".encode("latin-1", "replace")
+    try:
+        form = email.message_from_bytes(header + body)
+    except (RecursionError, LookupError, ValueError):  # parts within parts, unknown character sets
+        return b""
+    parts = form.get_payload() if form.is_multipart() else []
+    files = [part for part in parts if part.get_filename() is not None]
+    chosen = next(iter(files or parts), None)
+    return b"" if chosen is None else chosen.get_payload(decode=True) or b""
 
 
 def serve_app(

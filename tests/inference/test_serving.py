@@ -20,7 +20,7 @@ pytest.importorskip("uvicorn")
 from src.inference.backends import MindSporeBackend, open_backends  # noqa: E402
 from src.inference.export import export_checkpoint  # noqa: E402
 from src.inference.onnx import OnnxBackend  # noqa: E402
-from src.inference.serving import LARGEST_BODY, Batcher, Busy  # noqa: E402
+from src.inference.serving import LARGEST_BODY, Batcher, Busy, file_in_form  # noqa: E402
 from src.kernels.library import KernelChoice  # noqa: E402
 
 
@@ -127,6 +127,33 @@ def test_what_is_no_picture_is_refused_in_words(server, body, kind, status, word
     )
     assert found == status and word in answer["error"] and "\n" not in answer["error"]
     assert server.request("GET", "/health")[0] == 200
+
+
+def test_the_file_of_a_form_is_classified_like_a_body(server, image_root):
+    photo = (image_root / "val" / "cat" / "003.jpg").read_bytes()
+    form = (
+        b'--edge\r\nContent-Disposition: form-data; name="note"\r\n\r\nhello\r\n'
+        b'--edge\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r\n'
+        b"Content-Type: image/jpeg\r\n\r\n" + photo + b"\r\n--edge--\r\n"
+    )
+    kind = {"Content-Type": "multipart/form-data; boundary=edge"}
+    assert server.request("POST", "/predict", form, **kind) == server.request(
+        "POST", "/predict", photo
+    )
+
+
+def test_files_in_forms_arrive_as_they_are():
+    """Also with line ends and boundaries' first characters in them."""
+    random = np.random.default_rng(0)
+    for number in range(300):
+        values = [13, 10, 45, 0, 255] if number % 2 else range(256)
+        data = random.choice(values, random.integers(0, 300)).astype(np.uint8).tobytes()
+        form = b'--edge\r\nContent-Disposition: form-data; name="x"; filename="y"\r\n\r\n'
+        found = file_in_form("multipart/form-data; boundary=edge", form + data + b"\r\n--edge--")
+        assert found == data, data
+    assert file_in_form("multipart/form-data", b"no boundary") == b""
+    nested = b"--edge\r\nContent-Type: multipart/mixed; boundary=edge\r\n\r\n" * 3000
+    assert file_in_form("multipart/form-data; boundary=edge", nested) is not None
 
 
 def test_other_methods_and_places(server):
