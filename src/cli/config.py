@@ -161,9 +161,7 @@ class _Network(_Keys):
     zero_init_residual: bool = key(
         False, Affects.TRAINING, "1: start each residual branch as the identity, with scale 0"
     )
-    sync_bn: bool = key(
-        False, Affects.GRAPH, "1: batch-norm statistics over all ranks (GPU and Ascend)"
-    )
+    sync_bn: bool = key(False, Affects.GRAPH, "1: batch-norm statistics over all ranks (Ascend)")
 
 
 class _Data(_Keys):

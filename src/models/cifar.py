@@ -78,7 +78,7 @@ class _BasicBranchBlock(nn.Cell):
         self.downsample = (
             layers.conv_norm(in_channels, channels, 1, stride) if project else nn.Identity()
         )
-        self.split = layers.split_residual()
+        self.split = layers.split_projected() if project else layers.split_residual()
 
     def construct(self, x: Tensor) -> Tensor:
         x, shortcut = self.split(x)

@@ -93,16 +93,17 @@ def check_training_keys(config: Config) -> None:
             f"early_stopping={config.early_stopping} needs validation images: add --run_eval=1 or "
             "--val_split=auto, or --early_stopping=0"
         )
+    if config.sync_bn and config.device_target != "Ascend":
+        raise UserError(
+            "sync_bn=1 needs device_target=Ascend: MindSpore 2.10 has no such operation for CPU or "
+            "GPU; there running statistics are averaged over ranks, and batch statistics are those "
+            "of each rank"
+        )
     if config.device_target == "CPU":
         if config.precision == "O3":
             raise UserError(
                 "amp_level=O3 needs device_target=GPU or Ascend; CPU trains in float32 (O0) or "
                 "bfloat16 (O2)"
-            )
-        if config.sync_bn:
-            raise UserError(
-                "sync_bn=1 needs device_target=GPU or Ascend; on CPU running statistics are "
-                "averaged over ranks, batch statistics are those of each rank"
             )
         if config.reducer == "device":
             raise UserError(

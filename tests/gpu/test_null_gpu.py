@@ -196,3 +196,23 @@ def test_fit_batch_knows_the_gpus_memory(null_gpu, tmp_path):
             NULL_GPU_MEMORY_GB=gigabytes,
         )
         assert run.status == 0 and f"steps of {batch} images" in run.out, run
+
+
+def test_sync_bn_is_refused(null_gpu):
+    run = null_gpu.run("train.py", *DIGITS, "--sync_bn=1")
+    assert run.status == 2 and len(run.error_lines) == 1, run
+    assert "sync_bn=1 needs device_target=Ascend" in run.error_lines[0]
+
+
+@pytest.mark.slow
+def test_deploy_and_predict(null_gpu, tmp_path):
+    """Evaluation of the trained and the fused network; prediction from the trained one."""
+    flags = ("--max_epoch=1", "--run_eval=1", "--deploy=1", f"--output_path={tmp_path}")
+    run = null_gpu.run("train.py", *DIGITS, *flags)
+    assert run.status == 0 and "difference: top1=0.00000" in run.out, run
+    (folder,) = tmp_path.glob("*/ckpt_0")
+    photo = next((ROOT / "data" / "digits" / "val" / "3").glob("*.png"))
+    run = null_gpu.run(
+        "predict.py", "--device_target=GPU", f"--checkpoint_file_path={folder}", photo
+    )
+    assert run.status == 0 and "10.0%" in run.out, run
