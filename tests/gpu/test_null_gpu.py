@@ -154,7 +154,7 @@ def test_a_failure_of_nccl_is_named_with_a_way_out(null_gpu, tmp_path):
     assert "NCCL cannot connect" in run.error_lines[0] and "--reducer=mpi" in run.error_lines[0]
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_a_newer_gpu_compiles_kernels_once_for_a_machine(null_gpu, tmp_path):
     """Compute capability 9: MindSpore's kernels and, for several ranks, NCCL's."""
     flags = (*DIGITS, "--max_steps=1", f"--output_path={tmp_path}")
@@ -182,7 +182,7 @@ def test_the_benchmark_suite_runs_to_its_end(null_gpu, tmp_path):
     assert {line["part"] for line in lines} == {"agreement", "rates", "two_ranks", "digits"}
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_fit_batch_knows_the_gpus_memory(null_gpu, tmp_path):
     """AlexNet's weights take 1.2 GB and an image 4 MB; a process takes 0.7 GB without them."""
     flags = (*DIGITS, "--network=alexnet", "--image_size=224", "--block=base", "--dry_run=1")
@@ -204,7 +204,7 @@ def test_sync_bn_is_refused(null_gpu):
     assert "sync_bn=1 needs device_target=Ascend" in run.error_lines[0]
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_deploy_and_predict(null_gpu, tmp_path):
     """Evaluation of the trained and the fused network; prediction from the trained one."""
     flags = ("--max_epoch=1", "--run_eval=1", "--deploy=1", f"--output_path={tmp_path}")
