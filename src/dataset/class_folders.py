@@ -108,9 +108,9 @@ def find_split(path: Path, split: str) -> Path | None:
 
 def find_part(path: Path, split: str) -> Path | None:
     """The folder in ``path`` that has a name of ``split`` in SPLITS, in any case, and folders."""
-    folders = [name for name in _folders(path) if _folders(path / name)]
+    folders = _folders(path)
     found = (name for names in SPLITS[split] for name in folders if name.lower() in names)
-    return next((path / name for name in found), None)
+    return next((path / name for name in found if _folders(path / name)), None)
 
 
 def is_litter(name: str) -> bool:

@@ -135,6 +135,8 @@ def _orientation(picture: Image.Image) -> int:
     """The EXIF orientation, 1 for upright. Metadata that cannot be read says nothing."""
     try:
         return picture.getexif().get(_ORIENTATION, 1)
+    except MemoryError:
+        raise
     except Exception:  # many kinds, one for each way of being damaged
         return 1
 

@@ -243,10 +243,11 @@ def file_in_form(content_type: str, body: bytes) -> bytes:
         form = email.message_from_bytes(header + body)
     except (RecursionError, LookupError, ValueError):  # parts within parts, unknown character sets
         return b""
-    parts = form.get_payload() if form.is_multipart() else []
+    parts = [part for part in form.walk() if not part.is_multipart()] if form.is_multipart() else []
     files = [part for part in parts if part.get_filename() is not None]
     chosen = next(iter(files or parts), None)
-    return b"" if chosen is None else chosen.get_payload(decode=True) or b""
+    content = None if chosen is None else chosen.get_payload(decode=True)
+    return content if isinstance(content, bytes) else b""
 
 
 def serve_app(

@@ -57,10 +57,6 @@ class DeviceOptimizer(OptimizerBase):
             values += [lr * kind.lr_factor, float(trained), *scalars]
         return Tensor(np.array(values, np.float32))
 
-    def count_update(self) -> None:
-        """Count an update that was made: its gradients were finite."""
-        self._count_update()
-
     def store_states(self) -> None:
         """Copy the flat arrays to ``state_parameters``."""
         for indices, flats in zip(self._indices, self.flat_states):

@@ -41,10 +41,12 @@ class DeviceTrainStep:
         self._gradients = FlatGradients(network_with_loss, optimizer.members).set_train(True)
         self._update = optimizer.create_update(reducer.collective)
         self._whole_step = _WholeStep(self._gradients, self._update).set_train(True)
+        self._is_synchronized = True
 
     def __call__(self, micro_batches: Iterable[Batch], lr: float, step: int) -> StepResult:
         """Train on the micro-batches of ``step``, counted from 0, with learning rate ``lr``."""
         started = time.perf_counter()
+        self._is_synchronized = False
         inputs = [
             (Tensor(batch.images), Tensor(batch.labels), *self._extra_inputs(step, micro_step))
             for micro_step, batch in enumerate(micro_batches)
@@ -86,6 +88,9 @@ class DeviceTrainStep:
 
         The running statistics are averaged over ranks, and the state is copied from the device.
         """
+        if self._is_synchronized:
+            return
+        self._is_synchronized = True
         self.optimizer.store_states()
         if self._communicator.size == 1:
             return

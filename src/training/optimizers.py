@@ -70,7 +70,8 @@ class OptimizerBase:
         frozen_updates = self._frozen_updates + self.backbone_frozen
         return self.rule.scalars(max(updates - frozen_updates, 1)), self.rule.scalars(updates)
 
-    def _count_update(self) -> None:
+    def count_update(self) -> None:
+        """Count an update."""
         self._updates += 1
         self._frozen_updates += self.backbone_frozen
 
@@ -115,7 +116,7 @@ class HostOptimizer(OptimizerBase):
         if arrivals is None:
             arrivals = range(len(gradients))
         scalars = [tuple(map(np.float32, part)) for part in self._next_scalars()]
-        self._count_update()
+        self.count_update()
         # Fetch the buffers at every update: loading a parameter replaces its buffer.
         weights = [p.asnumpy() for p in self.parameters]
         nonfinite_indices: list[int] = []
