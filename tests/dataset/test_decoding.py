@@ -285,7 +285,12 @@ def as_pillow_shows(encoded):
 def test_drawn_pictures_are_as_pillow_shows_them_or_refused(count):
     seen = set()
     for name, encoded in drawn_pictures(count):
-        expected = as_pillow_shows(encoded)
+        try:
+            expected = as_pillow_shows(encoded)
+        except OSError:
+            # Before version 13, Pillow could not read the YCbCr TIFF that it writes.
+            assert name.split()[1:3] == ["TIFF", "YCbCr"], name
+            continue
         try:
             found = decode_image(np.frombuffer(encoded, np.uint8), name)
         except BadImage as refusal:
