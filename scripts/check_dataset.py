@@ -33,7 +33,8 @@ def main(command):
             print(line)
     paths = [path for images in sets.values() for path in images.paths or ()]
     started, findings = time.perf_counter(), []
-    checked = check_files(paths, config.num_parallel_workers or available_cores())
+    workers = config.num_parallel_workers or available_cores()
+    checked = check_files(paths, workers, config.max_pixels)
     with ProgressBar("checked", len(paths), "image") as progress:
         for finding in checked:
             progress.advance()

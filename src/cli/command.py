@@ -9,6 +9,7 @@ from src.distributed.placement import choose_device
 from src.distributed.shutdown import Signals
 from src.kernels.library import KernelChoice
 from src.utils.device import select_device
+from src.utils.log import Log, refuse_warnings
 from src.utils.progress import print_status
 
 if TYPE_CHECKING:  # it imports numpy, which starts threads (see run.py)
@@ -34,6 +35,10 @@ class Command:
     communicator: "Communicator"
     kernels: KernelChoice
     signals: Signals
+
+    def checked(self, log: Log) -> Log:
+        """``log`` itself; with --strict=1 one to which a warning is an error."""
+        return refuse_warnings(log) if self.config.strict else log
 
     def start_mindspore(self, collectives: bool = False) -> None:
         """Import MindSpore and select this rank's device.

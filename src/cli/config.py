@@ -53,19 +53,28 @@ class KeyInfo:
     Attributes:
         commands: the commands that use it.
         help: one line.
+        needs: the setting without which the key changes nothing in training, as "KEY=VALUE" or
+            "KEY=VALUE|VALUE", or "KEY" for one that must be set.
     """
 
     affects: Affects
     commands: tuple[str, ...]
     help: str
+    needs: str = ""
 
 
-def key(default: Any, affects: Affects, help: str, commands: Sequence[str] | None = None) -> Any:
+def key(
+    default: Any,
+    affects: Affects,
+    help: str,
+    commands: Sequence[str] | None = None,
+    needs: str = "",
+) -> Any:
     """A field of Config. By default the commands follow from what the key affects."""
     if commands is None:
         only_training = affects in (Affects.TRAINING, Affects.GRAPH)
         commands = _TRAIN if only_training else COMMANDS
-    info = KeyInfo(affects, tuple(commands), help)
+    info = KeyInfo(affects, tuple(commands), help, needs)
     return Field(default, json_schema_extra={"info": info})  # type: ignore[dict-item]
 
 
@@ -148,9 +157,14 @@ class _Network(_Keys):
         Affects.MODEL,
         "initial batch-norm scale inside blocks; null: 1 (ACNet's code: 1/3 on CIFAR)",
         _USES_MODEL,
+        needs="block=acb|repvgg|dbb",
     )
     dropout: Fraction = key(
-        0.5, Affects.MODEL, "AlexNet's drop probability, in training only", _USES_MODEL
+        0.5,
+        Affects.MODEL,
+        "AlexNet's drop probability, in training only",
+        _USES_MODEL,
+        needs="network=alexnet",
     )
     weight_init: Annotated[Literal["kaiming_uniform", "kaiming_normal"], Word] = key(
         "kaiming_uniform",
@@ -195,6 +209,13 @@ class _Data(_Keys):
         Affects.TRAINING,
         "images that cannot be decoded; error: stop; replace: use the next good image",
     )
+    max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = key(
+        1 << 26,
+        Affects.RUN,
+        "larger images are refused: a small file may decode to gigabytes. At most 178956970, "
+        "Pillow's limit",
+        (*_READS_DATA, "predict", "serve"),
+    )
     num_parallel_workers: Annotated[int, Field(ge=0, le=256)] = key(
         0,
         Affects.PROCESS,
@@ -220,22 +241,38 @@ class _Augmentation(_Keys):
         "random_resized: random area and aspect ratio; padded: resize, pad, crop at random; "
         "resize: only resize",
         _AUGMENTS,
+        needs="augmentations=crop",
     )
     crop_scale: Interval = key(
-        (0.08, 1.0), Affects.TRAINING, "random_resized: fraction of the image's area", _AUGMENTS
+        (0.08, 1.0),
+        Affects.TRAINING,
+        "random_resized: fraction of the image's area",
+        _AUGMENTS,
+        needs="train_crop=random_resized",
     )
     crop_ratio: Interval = key(
-        (0.75, 1.333), Affects.TRAINING, "random_resized: width over height", _AUGMENTS
+        (0.75, 1.333),
+        Affects.TRAINING,
+        "random_resized: width over height",
+        _AUGMENTS,
+        needs="train_crop=random_resized",
     )
-    crop_padding: NonNegative = key(4, Affects.TRAINING, "padded: pixels on each side", _AUGMENTS)
+    crop_padding: NonNegative = key(
+        4, Affects.TRAINING, "padded: pixels on each side", _AUGMENTS, needs="train_crop=padded"
+    )
     flip_probability: Probability = key(
-        0.5, Affects.TRAINING, "probability of a horizontal flip", _AUGMENTS
+        0.5,
+        Affects.TRAINING,
+        "probability of a horizontal flip",
+        _AUGMENTS,
+        needs="augmentations=flip",
     )
     color_jitter: Probabilities = key(
         (0.4, 0.4, 0.4),
         Affects.TRAINING,
         "strength of random brightness, contrast and saturation",
         _AUGMENTS,
+        needs="augmentations=color_jitter",
     )
 
 
@@ -307,11 +344,14 @@ class _Device(_Keys):
         "CPU: bfloat16; auto: O0 on CPU, else O3",
         ("train", "eval", "predict", "serve", "report"),
     )
-    loss_scale: Annotated[float, Field(ge=1)] = key(1024.0, Affects.TRAINING, "for O2 and O3")
+    loss_scale: Annotated[float, Field(ge=1)] = key(
+        1024.0, Affects.TRAINING, "for O2 and O3", needs="precision=O2|O3"
+    )
     is_dynamic_loss_scale: bool = key(
         False,
         Affects.TRAINING,
         "1: halve the loss scale when gradients overflow, double it after 2000 good steps",
+        needs="precision=O2|O3",
     )
     reducer: Annotated[str, Word] = key(
         "auto",
@@ -319,6 +359,7 @@ class _Device(_Keys):
         "how GPU and Ascend average gradients; mpi: through the host; device: NCCL or HCCL; auto: "
         "device",
         _TRAIN,
+        needs="device_target=GPU|Ascend",
     )
     gradient_compression: Annotated[Literal["none", "float16", "bfloat16"], Word] = key(
         "none",
@@ -394,17 +435,32 @@ class _Optimization(_Keys):
         0.0,
         Affects.TRAINING,
         "cosine_annealing: epochs until eta_min, including warm-up; 0: max_epoch",
+        needs="lr_scheduler=cosine_annealing",
     )
     eta_min: NonNegativeReal = key(
-        0.0, Affects.TRAINING, "cosine_annealing, cosine_restarts: lowest learning rate"
+        0.0,
+        Affects.TRAINING,
+        "cosine_annealing, cosine_restarts: lowest learning rate",
+        needs="lr_scheduler=cosine_annealing|cosine_restarts",
     )
     lr_epochs: Epochs = key(
-        [30.0, 60.0, 90.0, 120.0], Affects.TRAINING, "step: epochs at which lr drops"
+        [30.0, 60.0, 90.0, 120.0],
+        Affects.TRAINING,
+        "step: epochs at which lr drops",
+        needs="lr_scheduler=step|exponential",
     )
     lr_gamma: Annotated[float, Field(gt=0, le=1)] = key(
-        0.1, Affects.TRAINING, "step: factor at each of lr_epochs; exponential_decay: per epoch"
+        0.1,
+        Affects.TRAINING,
+        "step: factor at each of lr_epochs; exponential_decay: per epoch",
+        needs="lr_scheduler=step|exponential|exponential_decay",
     )
-    momentum: Fraction = key(0.9, Affects.TRAINING, "for momentum, nesterov and lars")
+    momentum: Fraction = key(
+        0.9,
+        Affects.TRAINING,
+        "for momentum, nesterov and lars",
+        needs="optimizer=momentum|nesterov|lars",
+    )
     weight_decay: NonNegativeReal = key(
         1e-4, Affects.TRAINING, "L2 coefficient; decoupled for adamw"
     )
@@ -440,6 +496,7 @@ class _Optimization(_Keys):
         "others",
         Affects.GRAPH,
         "others: spread over the other classes, as the model zoo; all: over all, as PyTorch",
+        needs="label_smooth_factor",
     )
 
 
@@ -459,7 +516,11 @@ class _Output(_Keys):
         ("eval", "predict", "serve"),
     )
     allow_head_mismatch: bool = key(
-        False, Affects.RUN, "1: start from weights for other classes, with a new classifier", _TRAIN
+        False,
+        Affects.RUN,
+        "1: start from weights for other classes, with a new classifier",
+        _TRAIN,
+        needs="checkpoint_file_path",
     )
     run_eval: bool = key(
         False, Affects.RUN, "1: evaluate during training, keep the best as best.ckpt", _TRAIN
@@ -539,6 +600,7 @@ class _Output(_Keys):
         128, Affects.RUN, "training images that quantize calibrates with", ("export",)
     )
     fuse: bool = key(True, Affects.RUN, "fuse blocks into plain convolutions", ("export",))
+    strict: bool = key(False, Affects.RUN, "1: what would be a warning is an error")
     host: str = key(
         "127.0.0.1",
         Affects.PROCESS,

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from types import NoneType
 from typing import Any, get_args
 
-from src.cli.config import Config
+from src.cli.config import Config, key_info
 from src.utils.errors import UserError, suggestion
+from src.utils.log import WARNING
 
 # Other names of keys, from the systems that this program replaces.
 ALIASES = {
@@ -166,6 +167,37 @@ def empty_to_none(flags: Mapping[str, Any]) -> dict[str, Any]:
         else value
         for key, value in flags.items()
     }
+
+
+def misplaced_flags(flags: Mapping[str, Any], command: str) -> list[str]:
+    """A warning for each flag that belongs to other commands than ``command``."""
+    return [
+        f"{WARNING}--{name} changes nothing here; it is a flag of "
+        + ", ".join(f"{other}.py" for other in key_info(name).commands)
+        for name in flags
+        if name in Config.model_fields and command not in key_info(name).commands
+    ]
+
+
+def flags_without_effect(flags: Mapping[str, Any], config: Config) -> list[str]:
+    """A warning for each flag that changes nothing in a training run of ``config``."""
+    return [
+        f"{WARNING}--{name} changes nothing without --{needs.replace('precision', 'amp_level')}"
+        for name in flags
+        if name in Config.model_fields
+        and (needs := key_info(name).needs)
+        and not _is_set(needs, config)
+    ]
+
+
+def _is_set(needs: str, config: Config) -> bool:
+    """Whether ``config`` has the setting that a KeyInfo's ``needs`` describes."""
+    name, _, values = needs.partition("=")
+    value = getattr(config, name)
+    if not values:
+        return bool(value)
+    specs = value if isinstance(value, list) else [value]
+    return any(spec.partition("(")[0].strip() in values.split("|") for spec in specs)
 
 
 def _is_boolean(key: str) -> bool:

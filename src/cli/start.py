@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from src.cli.command import Command
 from src.cli.config import Affects, Config, keys_affecting
-from src.cli.flags import parse_flags
+from src.cli.flags import misplaced_flags, parse_flags
 from src.cli.help import help_text, key_help_text, list_text
 from src.cli.recipes import check_default_config, load_config
 from src.dataset.augmentations import check_augmentations
@@ -26,6 +26,7 @@ from src.training.update_rules import create_update_rule
 from src.utils.device import prepare_process
 from src.utils.errors import UserError
 from src.utils.machine import available_cores, set_cpu_affinity, software_versions
+from src.utils.progress import print_status
 
 
 def start(
@@ -64,7 +65,11 @@ def start(
         "--threads=1, or more, gives all of them the same",
     )
     kernels = choose_kernels(config)
-    return Command(flags, names, config, communicator, kernels, signals)
+    command = Command(flags, names, config, communicator, kernels, signals)
+    if communicator.is_root:
+        for message in misplaced_flags(flags, _command_name()):
+            command.checked(print_status)(message)
+    return command
 
 
 def print_help(about: str, rank: int) -> bool:
@@ -87,8 +92,7 @@ def print_help(about: str, rank: int) -> bool:
     following = arguments[index + 1 : index + 2]
     if not key and following and not following[0].startswith("-"):
         key = following[0]
-    command = os.path.splitext(os.path.basename(sys.argv[0]))[0]
-    print(key_help_text(key) if key else help_text(about, command))
+    print(key_help_text(key) if key else help_text(about, _command_name()))
     return True
 
 
@@ -110,6 +114,11 @@ def prepare_rank(communicator: Communicator, device_target: str = "CPU", threads
     """
     set_cpu_affinity(communicator.local_rank, communicator.local_size, threads)
     prepare_process(device_target)
+
+
+def _command_name() -> str:
+    """The name of the script that runs, without its ending."""
+    return os.path.splitext(os.path.basename(sys.argv[0]))[0]
 
 
 def _check_positional(names: Sequence[str], positional: str) -> None:

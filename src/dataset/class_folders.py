@@ -71,6 +71,7 @@ def open_class_folders(
         if list_images(root)[0]:
             what = "has images but no class folders"
         raise UserError(f"data_path '{root}' {what}; it must hold one folder of images per class")
+    _check_depth(root, folders)
     known = class_to_index or {name: label for label, name in enumerate(folders)}
     unknown = [name for name in folders if name not in known]
     if unknown:
@@ -79,7 +80,7 @@ def open_class_folders(
         )
     paths: list[str] = []
     labels: list[int] = []
-    left_out = litter
+    left_out = litter + _loose_pictures(root)
     for name in folders:
         images, others = list_images(root / name)
         left_out += others
@@ -88,6 +89,37 @@ def open_class_folders(
         paths += images
         labels += [known[name]] * len(images)
     return ImageSet(dict(known), np.array(labels, np.int32), paths, left_out=tuple(left_out))
+
+
+def _check_depth(root: Path, folders: list[str]) -> None:
+    """Raise UserError if the class folders are probably one level further down."""
+    for name in folders:
+        part = find_part(root / name, "train") or find_part(root / name, "val")
+        if part is not None:
+            raise UserError(
+                f"'{root / name}' holds the part '{part.name}' of a data set, so it is not a class "
+                f"folder: pass --data_path={root / name}"
+            )
+    inner = [name for name in _folders(root / folders[0]) if not is_litter(name)]
+    if len(folders) == 1 and len(inner) > 1 and not _has_pictures(root / folders[0]):
+        raise UserError(
+            f"'{root}' has the single class folder '{folders[0]}', which has folders and no "
+            f"images: if these are the classes, pass --data_path={root / folders[0]}"
+        )
+
+
+def _has_pictures(folder: Path) -> bool:
+    return any(name.lower().endswith(EXTENSIONS) for name in os.listdir(folder))
+
+
+def _loose_pictures(root: Path) -> list[str]:
+    """Pictures next to the class folders, which belong to no class."""
+    files = (entry for entry in os.scandir(root) if not entry.is_dir())
+    return sorted(
+        entry.path
+        for entry in files
+        if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".")
+    )
 
 
 def find_split(path: Path, split: str) -> Path | None:
@@ -107,10 +139,23 @@ def find_split(path: Path, split: str) -> Path | None:
 
 
 def find_part(path: Path, split: str) -> Path | None:
-    """The folder in ``path`` that has a name of ``split`` in SPLITS, in any case, and folders."""
+    """The folder in ``path`` that has a name of ``split`` in SPLITS, in any case, and folders.
+
+    Raises:
+        UserError: if it has pictures only. Such a test set is passed over: it has no labels.
+    """
     folders = _folders(path)
-    found = (name for names in SPLITS[split] for name in folders if name.lower() in names)
-    return next((path / name for name in found if _folders(path / name)), None)
+    found = [path / name for names in SPLITS[split] for name in folders if name.lower() in names]
+    only_parts = all(_is_split(name) or is_litter(name) for name in folders)
+    for folder in found:
+        if _folders(folder):
+            return folder
+        if only_parts and folder.name.lower() in SPLITS[split][0] and _has_pictures(folder):
+            raise UserError(
+                f"'{folder}' has images but no class folders, which say what they show; move it "
+                "away, or put its images into one folder per class"
+            )
+    return None
 
 
 def is_litter(name: str) -> bool:

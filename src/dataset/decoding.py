@@ -19,7 +19,9 @@ _MAGIC = (_JPEG, _PNG, b"BM", b"RIFF", b"II*\0", b"MM\0*", b"P1", b"P2", b"P3", 
 _ENDS = {_JPEG: b"\xff\xd9", _PNG: b"IEND"}
 _LAST_BYTES = 64
 _LARGEST_FILE = 1 << 28
-_MOST_PIXELS = 1 << 26
+# Of 3 bytes each.
+MOST_PIXELS = 1 << 26
+_TOO_MANY = "too many pixels, as a decompression bomb has"
 _ORIENTATION = 0x0112
 # What turns a picture of each EXIF orientation upright.
 _TURNS = {
@@ -42,7 +44,7 @@ class BadImage(UserError):
     """An image file that cannot be read or decoded."""
 
 
-def read_image(path: str) -> np.ndarray:
+def read_image(path: str, max_pixels: int = MOST_PIXELS) -> np.ndarray:
     """An image file as (H, W, 3) uint8 RGB; see ``decode_image``.
 
     Raises:
@@ -58,7 +60,7 @@ def read_image(path: str) -> np.ndarray:
         raise BadImage(
             f"cannot read the image {path}: {getattr(failure, 'strerror', failure)}"
         ) from None
-    return decode_image(encoded, path)
+    return decode_image(encoded, path, max_pixels)
 
 
 def open_regular(path: str) -> io.FileIO:
@@ -70,18 +72,19 @@ def open_regular(path: str) -> io.FileIO:
     return file
 
 
-def decode_image(encoded: np.ndarray, name: str) -> np.ndarray:
+def decode_image(encoded: np.ndarray, name: str, max_pixels: int = MOST_PIXELS) -> np.ndarray:
     """Decode the content of an image file, (N,) uint8, to (H, W, 3) uint8 RGB.
 
     Follows the EXIF orientation. Grey, CMYK and 16-bit pictures are converted; transparent parts
-    lie over white. Files of 256 MiB or more and images of more than 2^26 pixels are refused from
-    their headers: a small file may decode to gigabytes.
+    lie over white. Files of 256 MiB or more, and images of more than ``max_pixels`` pixels, are
+    refused from their headers: a small file may decode to gigabytes.
 
     Args:
         name: what to call it in a message.
 
     Raises:
         BadImage: if it is no image, or too large a one.
+        MemoryError: if there is too little memory to decode it.
     """
     if not encoded.size:
         raise BadImage(f"{name} is empty")
@@ -89,19 +92,24 @@ def decode_image(encoded: np.ndarray, name: str) -> np.ndarray:
         raise BadImage(f"{name} is larger than {_LARGEST_FILE >> 20} MiB")
     try:
         picture = Image.open(io.BytesIO(encoded.data))
+    except MemoryError:
+        raise
     except Image.DecompressionBombError:
-        raise BadImage(f"{name} has too many pixels, as a decompression bomb has") from None
+        raise BadImage(f"{name} has {_TOO_MANY}") from None
     except Exception as failure:  # many kinds, one for each format's way of being damaged
         # OpenCV may decode it, but without a header nothing limits the size of the result.
         raise BadImage(f"{name} is not an image that can be decoded") from failure
     with picture:
-        if picture.width * picture.height > _MOST_PIXELS:
-            raise BadImage(f"{name} has too many pixels, as a decompression bomb has")
+        if picture.width * picture.height > max_pixels:
+            raise BadImage(
+                f"{name} has {picture.width} x {picture.height} pixels: {_TOO_MANY}; --max_pixels "
+                "sets the limit"
+            )
         try:
             return (
                 _decoded_by_opencv(encoded, name) if _is_plain(picture) else _as_seen(picture, name)
             )
-        except BadImage:
+        except (BadImage, MemoryError):
             raise
         except Exception as failure:  # as above
             raise BadImage(f"{name} is not an image that can be decoded") from failure
@@ -111,7 +119,9 @@ def _decoded_by_opencv(encoded: np.ndarray, name: str) -> np.ndarray:
     """Faster than Pillow, and the same picture if it is upright, opaque and of 8 bits."""
     try:
         image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
-    except cv2.error:
+    except cv2.error as failure:
+        if failure.code == cv2.Error.StsNoMem:
+            raise MemoryError(f"not enough memory to decode {name}") from None
         image = None
     if image is None:
         raise BadImage(f"{name} is not an image that can be decoded")

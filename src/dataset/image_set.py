@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from src.dataset.decoding import decode_image, read_image
+from src.dataset.decoding import MOST_PIXELS, decode_image, read_image
 
 # Ranks compare this many class names one by one, so that a message can name the first difference;
 # they compare the rest by a checksum.
@@ -36,6 +36,7 @@ class ImageSet:
         packed: encoded images of a packed set, or None.
         rows: (N,) places of the images in ``pixels`` or ``packed``; None for all in order.
         left_out: files and linked folders that look like images and are not read.
+        max_pixels: larger images are refused.
     """
 
     class_to_index: dict[str, int]
@@ -45,6 +46,7 @@ class ImageSet:
     packed: EncodedImages | None = None
     rows: np.ndarray | None = None
     left_out: tuple[str, ...] = ()
+    max_pixels: int = MOST_PIXELS
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -88,8 +90,9 @@ class ImageSet:
         if self.pixels is not None:
             return self.pixels[self._row(index)]
         if self.packed is not None:
-            return decode_image(self.packed.encoded(self._row(index)), self.name(index))
-        return read_image(self.name(index))
+            encoded = self.packed.encoded(self._row(index))
+            return decode_image(encoded, self.name(index), self.max_pixels)
+        return read_image(self.name(index), self.max_pixels)
 
     def split(self, fraction: float, seed: int) -> tuple["ImageSet", "ImageSet"]:
         """(the other images, images drawn by ``seed``): a random split, stratified by class.

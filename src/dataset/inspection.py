@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,14 @@ from PIL import Image
 
 from src.cli.config import Config
 from src.dataset.augmentations import Augmenter
-from src.dataset.decoding import BadImage, decode_image, looks_whole, open_regular, read_image
+from src.dataset.decoding import (
+    MOST_PIXELS,
+    BadImage,
+    decode_image,
+    looks_whole,
+    open_regular,
+    read_image,
+)
 from src.dataset.image_set import ImageSet
 from src.dataset.splits import left_out_message
 from src.dataset.transforms import eval_transform
@@ -42,10 +50,13 @@ def check_has_files(data_path: str, sets: Mapping[str, ImageSet]) -> None:
         )
 
 
-def check_files(paths: Sequence[str], workers: int) -> Iterator[Finding | None]:
+def check_files(
+    paths: Sequence[str], workers: int, max_pixels: int = MOST_PIXELS
+) -> Iterator[Finding | None]:
     """Yield a Finding or None for each of ``paths``, in order, decoded by ``workers`` processes."""
+    check = partial(_check_file, max_pixels=max_pixels)
     with ProcessPoolExecutor(workers, initializer=_redirect_warnings) as pool:
-        yield from pool.map(_check_file, paths, chunksize=_CHUNK)
+        yield from pool.map(check, paths, chunksize=_CHUNK)
 
 
 def summary(images: ImageSet) -> str:
@@ -55,9 +66,9 @@ def summary(images: ImageSet) -> str:
     return f"{len(images)} images, {images.num_classes} classes of {least} to {most} images"
 
 
-def _check_file(path: str) -> Finding | None:
+def _check_file(path: str, max_pixels: int) -> Finding | None:
     try:
-        read_image(path)
+        read_image(path, max_pixels)
     except BadImage as failure:
         _take_warnings()
         return Finding(path, str(failure).removeprefix(path).strip(), bad=True)
@@ -216,11 +227,13 @@ def _look(images: ImageSet, index: int) -> ImageInfo:
             return ImageInfo(b"", 0, 0)
         try:
             picture = Image.open(io.BytesIO(content))
+        except MemoryError:
+            raise
         except Exception:  # each format has its own kinds; the caller counts and names such images
             return ImageInfo(b"", 0, 0)
         try:
             if not looks_whole(content[:4], content[-64:]):
-                decode_image(np.frombuffer(content, np.uint8), "")
+                decode_image(np.frombuffer(content, np.uint8), "", images.max_pixels)
         except BadImage:
             return ImageInfo(b"", 0, 0)
         return ImageInfo(_hash(content), *picture.size)

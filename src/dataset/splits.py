@@ -1,21 +1,25 @@
 """The training and validation images of a configuration, for all commands."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from src.cli.config import DIGITS, Config
 from src.dataset.batches import HOW_TO_GO_ON, steps_per_epoch
 from src.dataset.class_folders import SPLITS, find_part, find_split, is_litter
 from src.dataset.decoding import BadImage, looks_whole_file, read_image
-from src.dataset.image_set import ImageSet
+from src.dataset.image_set import ImageSet, class_names
 from src.dataset.packed import ENDING as PACKED
 from src.dataset.sources import Classes, holds_cifar, open_images
 from src.distributed.communicator import Communicator, check_ranks_agree
 from src.utils.errors import UserError
+from src.utils.log import WARNING
 
 _AUTO_FRACTION = 0.2
 _MAX_SEARCHED_FILES = 100_000
+_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ def open_training_data(config: Config, communicator: Communicator) -> TrainingDa
             "val_split takes validation images from the training images and eval_data_path names "
             "others; give one of them"
         )
-    images = open_images(config.data_path, "train", config.dataset_format)
+    images = _open(config, config.data_path, "train")
     if config.bad_samples == "error":
         _check_images(images, communicator)
     data = TrainingData(images, None)
@@ -68,7 +72,7 @@ def open_train_part(config: Config, class_to_index: Classes) -> ImageSet:
     """The images that a run of ``config`` trains on. Raises UserError if there are none."""
     if not config.data_path:
         raise UserError("no training images: pass --data_path=DIR")
-    images = open_images(config.data_path, "train", config.dataset_format, class_to_index)
+    images = _open(config, config.data_path, "train", class_to_index)
     fraction = split_fraction(config)
     return images.split(fraction, config.seed)[0] if fraction else images
 
@@ -84,14 +88,14 @@ def open_eval_part(config: Config, class_to_index: Classes) -> ImageSet:
         raise UserError("no images to evaluate on: pass --data_path=DIR")
     fraction = split_fraction(config)
     if not fraction:
-        return open_images(path, "val", config.dataset_format, class_to_index)
-    images = open_images(path, "train", config.dataset_format, class_to_index)
+        return _open(config, path, "val", class_to_index)
+    images = _open(config, path, "train", class_to_index)
     return images.split(fraction, config.seed)[1]
 
 
 def open_all_parts(config: Config) -> dict[str, ImageSet]:
     """{"train": images, "val": images} of ``config``, without "val" if there are none."""
-    images = open_images(config.data_path, "train", config.dataset_format)
+    images = _open(config, config.data_path, "train")
     fraction = split_fraction(config)
     if fraction:
         data = _hold_out(images, config)
@@ -99,7 +103,7 @@ def open_all_parts(config: Config) -> dict[str, ImageSet]:
     path = config.eval_data_path or validation_path(config.data_path)
     if path is None:
         return {"train": images}
-    validation = open_images(path, "val", config.dataset_format, images.class_to_index)
+    validation = _open(config, path, "val", images.class_to_index)
     return {"train": images, "val": validation}
 
 
@@ -140,10 +144,25 @@ def left_out_message(images: ImageSet, what: str) -> str | None:
         return None
     kinds = {_kind(path) for path in images.left_out}
     return (
-        f"left out of the {f'{what} ' if what else ''}images: {len(images.left_out)} files or "
-        f"folders that are not read ({', '.join(sorted(kinds))}), such as "
+        f"{WARNING}left out of the {f'{what} ' if what else ''}images: {len(images.left_out)} "
+        f"files or folders that are not read ({', '.join(sorted(kinds))}), such as "
         f"{images.left_out[0]}"
     )
+
+
+def empty_classes_message(images: ImageSet, what: str) -> str | None:
+    """A message on classes without images, for which no accuracy can be told; None without any.
+
+    Args:
+        what: a word for the set, as in "training".
+    """
+    counts = np.bincount(images.labels[images.labels >= 0], minlength=images.num_classes)
+    names = class_names(images.class_to_index, images.num_classes)
+    empty = [name for name, count in zip(names, counts) if not count]
+    if not empty:
+        return None
+    shown = ", ".join(empty[:_NAMED]) + (" ..." if len(empty) > _NAMED else "")
+    return f"{WARNING}{len(empty)} of {images.num_classes} classes have no {what} images: {shown}"
 
 
 def _kind(path: str) -> str:
@@ -153,6 +172,11 @@ def _kind(path: str) -> str:
     return os.path.splitext(path)[1].lower() or "a linked folder"
 
 
+def _open(config: Config, path: str, split: str, class_to_index: Classes = None) -> ImageSet:
+    images = open_images(path, split, config.dataset_format, class_to_index)
+    return replace(images, max_pixels=config.max_pixels)
+
+
 def _open_validation(config: Config, class_to_index: Classes) -> ImageSet:
     path = config.eval_data_path or validation_path(config.data_path)
     if path is None:
@@ -160,7 +184,7 @@ def _open_validation(config: Config, class_to_index: Classes) -> ImageSet:
             f"run_eval=1 but there is no validation data next to '{config.data_path}'; pass "
             "--eval_data_path=DIR, or --val_split=0.1 to split some off"
         )
-    return open_images(path, "val", config.dataset_format, class_to_index)
+    return _open(config, path, "val", class_to_index)
 
 
 def _hold_out(images: ImageSet, config: Config) -> TrainingData:
@@ -185,17 +209,17 @@ def _check_images(images: ImageSet, communicator: Communicator) -> None:
     mine: list[str] = []
     if images.paths is not None and len(images) <= _MAX_SEARCHED_FILES:
         mine = images.paths[communicator.rank :: communicator.size]
-    found = communicator.all_gather(_first_bad_image(mine))
+    found = communicator.all_gather(_first_bad_image(mine, images.max_pixels))
     message = next(filter(None, found), None)
     if message:
         raise UserError(f"{message}; {HOW_TO_GO_ON}")
 
 
-def _first_bad_image(paths: list[str]) -> str | None:
+def _first_bad_image(paths: list[str], max_pixels: int) -> str | None:
     for path in paths:
         if not looks_whole_file(path):
             try:
-                read_image(path)
+                read_image(path, max_pixels)
             except BadImage as failure:
                 return str(failure)
     return None

@@ -14,7 +14,7 @@ from src.cli.command import Command
 from src.cli.config import Config
 from src.dataset.batches import PADDING_LABEL, UNDECODABLE_LABEL, EvalBatches, prefetch
 from src.dataset.image_set import ImageSet, class_names
-from src.dataset.splits import left_out_message, split_fraction
+from src.dataset.splits import empty_classes_message, left_out_message, split_fraction
 from src.distributed.communicator import Communicator, check_ranks_agree
 from src.inference.backends import (
     Backend,
@@ -26,7 +26,7 @@ from src.inference.backends import (
 from src.runs.checkpoint import find_checkpoints, in_order
 from src.utils.errors import PartialFailure, UserError
 from src.utils.files import checksum, write_whole
-from src.utils.log import LINE_S, Log, create_log, escaped, no_log
+from src.utils.log import LINE_S, WARNING, Log, create_log, escaped, no_log
 from src.utils.progress import ProgressBar
 
 _TOP = 5
@@ -38,7 +38,7 @@ _CLASSES_SHOWN = 24
 def evaluate(command: Command) -> None:
     """The command eval.py: evaluate the checkpoints that the command line names."""
     config, communicator = command.config, command.communicator
-    log = create_log() if communicator.is_root else no_log
+    log = command.checked(create_log()) if communicator.is_root else no_log
     paths = find_checkpoints(config.checkpoint_file_path)
     if hint := faster_backend_hint(config, command.kernels):
         log(hint)
@@ -285,8 +285,9 @@ class _EvalData:
         config = opened.model.config
         self.images = opened.model.open_images()
         check_ranks_agree(communicator, self.images.summary("validation"))
-        if message := left_out_message(self.images, "validation"):
-            log(message)
+        for describe in (left_out_message, empty_classes_message):
+            if message := describe(self.images, "validation"):
+                log(message)
         if split_fraction(config):
             log(
                 f"evaluating on the {len(self.images)} images of {config.data_path} that training "
@@ -366,8 +367,8 @@ def undecodable_message(result: EvalResult) -> str:
     shown = "; ".join(result.undecodable[:_NAMED])
     more = " ..." if len(result.undecodable) > _NAMED else ""
     return (
-        f"{len(result.undecodable)} of {result.images} images cannot be decoded and count as "
-        f"wrong: {shown}{more}"
+        f"{WARNING}{len(result.undecodable)} of {result.images} images cannot be decoded and count "
+        f"as wrong: {shown}{more}"
     )
 
 

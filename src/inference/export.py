@@ -60,7 +60,7 @@ class Exported:
 
 def export(command: Command) -> None:
     """The command export.py: export the checkpoint that the command line names."""
-    config, log = command.config, create_log()
+    config, log = command.config, command.checked(create_log())
     path = choose_checkpoint(config.checkpoint_file_path, print_status)
     exported = export_checkpoint(
         path, command.flags, config.file_format, config.result_path, fuses=config.fuse

@@ -16,7 +16,7 @@ from scipy.special import softmax
 from src.cli.command import Command
 from src.dataset.batches import EvalBatches, prefetch
 from src.dataset.class_folders import list_images
-from src.dataset.decoding import read_image
+from src.dataset.decoding import MOST_PIXELS, read_image
 from src.dataset.image_set import ImageSet
 from src.inference.backends import Backend, open_backend, with_flip
 from src.inference.checkpoint_model import CheckpointModel
@@ -24,7 +24,7 @@ from src.inference.evaluation import count_nonfinite, nonfinite_message, write_r
 from src.runs.checkpoint import choose_checkpoint
 from src.utils.errors import PartialFailure, UserError
 from src.utils.files import check_ending, write_whole
-from src.utils.log import create_log, escaped
+from src.utils.log import WARNING, Log, create_log, escaped, no_log
 from src.utils.progress import ProgressBar, print_status
 
 _BATCH = 16
@@ -37,10 +37,10 @@ STANDARD_INPUT = "-"
 
 def predict(command: Command) -> None:
     """The command predict.py: classify the images that the command line names."""
-    config, log = command.config, create_log()
+    config, log = command.config, command.checked(create_log())
     check_ending("result_path", config.result_path, (".json", ".jsonl", ".csv"))
     check_ending("save_figure", config.save_figure, (".png",))
-    paths = find_images(command.positional)
+    paths = find_images(command.positional, command.checked(print_status))
     checkpoint = choose_checkpoint(config.checkpoint_file_path, print_status)
     opened = open_backend(checkpoint, command.flags, command.kernels)
     predictions, failures = predict_files(paths, opened.model, opened.backend)
@@ -52,7 +52,7 @@ def predict(command: Command) -> None:
     else:
         log(as_table(predictions))
     if config.save_figure:
-        contact_sheet(predictions, config.save_figure)
+        contact_sheet(predictions, config.save_figure, config.max_pixels)
         log(f"figure in {config.save_figure}")
     if failures:
         raise PartialFailure(
@@ -74,7 +74,9 @@ class Prediction:
         return {"image": self.path, "predictions": predictions}
 
 
-def find_images(names: Sequence[str], standard_input: TextIO | None = None) -> list[str]:
+def find_images(
+    names: Sequence[str], log: Log = no_log, standard_input: TextIO | None = None
+) -> list[str]:
     """The image files that ``names`` stand for.
 
     A name is a file, a folder, a list (.txt) with one file per line, or "-", such a list on
@@ -89,7 +91,7 @@ def find_images(names: Sequence[str], standard_input: TextIO | None = None) -> l
         if name == STANDARD_INPUT:
             images += _listed(standard_input or sys.stdin, Path(), "standard input")
         elif path.is_dir():
-            images += _in_folder(path, name)
+            images += _in_folder(path, name, log)
         elif path.is_file() and path.suffix.lower() in _LISTS:
             try:
                 with open(path, encoding="utf-8", errors="surrogateescape") as file:
@@ -172,7 +174,9 @@ def as_table(predictions: Sequence[Prediction]) -> str:
     )
 
 
-def contact_sheet(predictions: Sequence[Prediction], path: str) -> None:
+def contact_sheet(
+    predictions: Sequence[Prediction], path: str, max_pixels: int = MOST_PIXELS
+) -> None:
     """Write a PNG of up to 50 images with their two likeliest classes.
 
     Raises:
@@ -189,7 +193,7 @@ def contact_sheet(predictions: Sequence[Prediction], path: str) -> None:
     for axes in np.atleast_1d(figure.subplots(rows, columns)).flat:
         axes.axis("off")
     for axes, prediction in zip(figure.axes, shown):
-        axes.imshow(read_image(prediction.path))
+        axes.imshow(read_image(prediction.path, max_pixels))
         name = escaped(os.path.basename(prediction.path))[:24]
         title = "\n".join([name, *_percentages(prediction)[:2]])
         # parse_math: a dollar in a name is not a formula.
@@ -197,12 +201,12 @@ def contact_sheet(predictions: Sequence[Prediction], path: str) -> None:
     write_whole(path, lambda partial: figure.savefig(partial, dpi=100, format="png"))
 
 
-def _in_folder(path: Path, name: str) -> list[str]:
+def _in_folder(path: Path, name: str, log: Log) -> list[str]:
     images, others = list_images(path)
     if others:
-        print_status(
-            f"left out of '{name}': {len(others)} files of formats that are not read, such as "
-            f"{others[0]}"
+        log(
+            f"{WARNING}left out of '{name}': {len(others)} files of formats that are not read, "
+            f"such as {others[0]}"
         )
     if not images:
         raise UserError(f"the folder '{name}' has no images")
@@ -226,7 +230,8 @@ def _probabilities(
     paths: Sequence[str], model: CheckpointModel, backend: Backend
 ) -> Iterator[tuple[str, np.ndarray, str]]:
     """(file, its probabilities (C,), why it cannot be decoded or "") for each of ``paths``."""
-    images = ImageSet({"": 0}, np.zeros(len(paths), np.int32), list(paths))
+    labels = np.zeros(len(paths), np.int32)
+    images = ImageSet({"": 0}, labels, list(paths), max_pixels=model.config.max_pixels)
     # All batches have the same size, so that one compiled graph serves them.
     batches = EvalBatches(images, model.config, 0, 1, min(_BATCH, len(paths)))
     for number, batch in enumerate(prefetch(batches)):

@@ -17,7 +17,7 @@ from src.runs.report import Picture, RunReport, render
 from src.runs.run_folder import RunFolder
 from src.utils.errors import UserError
 from src.utils.files import check_ending, write_whole
-from src.utils.log import Log, create_log
+from src.utils.log import WARNING, Log, create_log
 
 _PICTURES = 24
 
@@ -25,7 +25,7 @@ _PICTURES = 24
 def report(command: Command) -> None:
     """The command report.py: write a page about the run folders on the command line."""
     check_ending("result_path", command.config.result_path, (".html", ".htm"))
-    log = create_log()
+    log = command.checked(create_log())
     folders = [RunFolder(Path(name)) for name in command.positional]
     short = [folder.path.resolve().name for folder in folders]
     names = short if len(set(short)) == len(short) else list(command.positional)
@@ -62,7 +62,7 @@ def _run_report(
     try:
         return _with_pictures(run, folder, _moved_data(folder, flags), kernels, log)
     except UserError as failure:
-        log(f"{name}: without all pictures: {failure}")
+        log(f"{WARNING}{name}: without all pictures: {failure}")
         return replace(run, missing=f"Not everything could be shown: {failure}.")
 
 

@@ -38,7 +38,7 @@ _PAGE = Path(__file__).with_name("serving_page.html")
 def serve(command: Command) -> None:
     """The command serve.py: serve the checkpoint that the command line names."""
     import_server()
-    config, log = command.config, create_log()
+    config, log = command.config, command.checked(create_log())
     path = choose_checkpoint(config.checkpoint_file_path, print_status)
     model, backends = open_backends(path, command.flags, command.kernels)
 
@@ -149,7 +149,9 @@ def create_app(model: CheckpointModel, backends: Sequence[Backend]) -> Any:
     batcher.warm_up()
 
     def prepared(body: bytes) -> np.ndarray:
-        return eval_transform(decode_image(np.frombuffer(body, np.uint8), "the body"), model.config)
+        encoded = np.frombuffer(body, np.uint8)
+        image = decode_image(encoded, "the body", model.config.max_pixels)
+        return eval_transform(image, model.config)
 
     async def predict(request: Any) -> Any:
         body = await _body(request)

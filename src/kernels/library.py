@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from src.cli.config import Config
 from src.utils.errors import UserError
+from src.utils.log import WARNING
 from src.utils.machine import KERNELS_ISA, available_cores
 
 SOURCES = Path(__file__).resolve().parent / "source"
@@ -94,8 +95,8 @@ class KernelChoice:
         if not self.reason:
             return None
         return (
-            "computing with MindSpore's own kernels; oneDNN's kernels are about twice as fast, "
-            f"but are not available: {self.reason}"
+            f"{WARNING}computing with MindSpore's own kernels; oneDNN's kernels are about twice as "
+            f"fast, but are not available: {self.reason}"
         )
 
 

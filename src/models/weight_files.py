@@ -212,7 +212,18 @@ def _read_torch(path: Path) -> Arrays:
         or not all(isinstance(value, torch.Tensor) for value in loaded.values())
     ):
         raise UserError(f"'{path}' holds no dictionary of weights (a state_dict)")
-    return _without_prefixes({str(name): t.float().numpy() for name, t in loaded.items()})
+    quantized = next((name for name, tensor in loaded.items() if tensor.is_quantized), None)
+    if quantized is not None:
+        raise UserError(
+            f"'{path}' is of a quantized network ({quantized}); give the weights that it was "
+            "quantized from"
+        )
+    # Integers stay integers, by which the caller recognises weights that are none.
+    tensors = {
+        str(name): tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in loaded.items()
+    }
+    return _without_prefixes({name: tensor.numpy() for name, tensor in tensors.items()})
 
 
 def _read_hdf5(path: Path) -> Arrays:

@@ -2,7 +2,14 @@
 
 from src.cli.command import Command
 from src.cli.config import DIGITS, Config
-from src.dataset.splits import left_out_message
+from src.cli.flags import flags_without_effect
+from src.dataset.batches import global_batch_size
+from src.dataset.splits import (
+    TrainingData,
+    empty_classes_message,
+    left_out_message,
+    validation_path,
+)
 from src.distributed.communicator import Communicator, check_ranks_agree
 from src.distributed.launcher import tell_launcher
 from src.distributed.stopping import GracefulStop
@@ -15,7 +22,7 @@ from src.training.dry_run import estimate
 from src.training.resolve import PreparedData, resolve
 from src.training.start import choose_start, read_pretrained
 from src.training.trainer import Trainer
-from src.utils.log import create_log
+from src.utils.log import WARNING, create_log
 from src.utils.machine import available_cores, software_versions
 
 
@@ -41,6 +48,8 @@ def train(command: Command, data: PreparedData) -> None:
     trainer = Trainer(network, config, communicator, images, recorder, command.kernels)
     message = start.load_into(trainer)
 
+    for line in (*flags_without_effect(command.flags, config), *changed_keys(command, config)):
+        recorder.log(line)
     log_summary(trainer, command.kernels, message)
     if config.dry_run:
         for line in estimate(trainer, config, communicator):
@@ -60,7 +69,7 @@ def create_recorder(config: Config, command: Command, folder: RunFolder) -> Reco
     if not communicator.is_root:
         return Recorder()
     if config.dry_run:
-        return LogOnly(create_log())
+        return LogOnly(command.checked(create_log()))
     if not config.resume:
         folder = create_run_folder(folder)
     tell_launcher(
@@ -75,7 +84,23 @@ def create_recorder(config: Config, command: Command, folder: RunFolder) -> Reco
         "kernels": command.kernels.name,
         **software_versions(),
     }
-    return RunRecorder(folder, config, create_log(file=folder.log), environment)
+    log = command.checked(create_log(file=folder.log))
+    return RunRecorder(folder, config, log, environment)
+
+
+def changed_keys(command: Command, config: Config) -> list[str]:
+    """Messages on the batch and learning rate that fit_batch and lr_batch_size have changed."""
+    before, lines = command.config, []
+    wanted = global_batch_size(before, command.communicator.size)
+    batch = global_batch_size(config, command.communicator.size)
+    if before.fit_batch and batch != wanted:
+        lines.append(f"{WARNING}fit_batch: {batch} images per step instead of {wanted}")
+    if config.lr != before.lr and before.lr_batch_size:
+        lines.append(
+            f"lr_batch_size: lr={config.lr:g} for {batch} images per step, from {before.lr:g} for "
+            f"{before.lr_batch_size}"
+        )
+    return lines
 
 
 def log_summary(trainer: Trainer, kernels: KernelChoice, start_message: str | None) -> None:
@@ -90,10 +115,14 @@ def log_summary(trainer: Trainer, kernels: KernelChoice, start_message: str | No
         else None,
         left_out_message(images.train, "training"),
         left_out_message(validation, "validation") if validation is not None else None,
-        "warning: the training data has a single class" if config.num_classes == 1 else None,
+        validation_message(config, images),
+        empty_classes_message(images.train, "training"),
+        empty_classes_message(validation, "validation") if validation is not None else None,
+        f"{WARNING}the training data has a single class" if config.num_classes == 1 else None,
         warmup_warning(config),
         start_message,
-        f"freeze_epochs={config.freeze_epochs} covers every epoch: only the classifier is trained"
+        f"{WARNING}freeze_epochs={config.freeze_epochs} covers every epoch: only the classifier "
+        "is trained"
         if config.freeze_epochs >= config.max_epoch
         else None,
         f"{config.network} block={config.block} on {trainer.communicator.size} x "
@@ -105,16 +134,28 @@ def log_summary(trainer: Trainer, kernels: KernelChoice, start_message: str | No
         trainer.recorder.log(line)
 
 
+def validation_message(config: Config, images: TrainingData) -> str | None:
+    """A message on where the validation images come from; None without any."""
+    if images.validation is None:
+        return None
+    count = len(images.validation)
+    if config.val_split:
+        return f"{count} validation images, split off from {config.data_path}"
+    return (
+        f"{count} validation images of {config.eval_data_path or validation_path(config.data_path)}"
+    )
+
+
 def warmup_warning(config: Config) -> str | None:
     """A warning if the warm-up leaves nothing of the schedule after it, else None."""
     if config.warmup_epochs > 0 and config.warmup_epochs >= config.max_epoch:
         return (
-            f"warning: warmup_epochs={config.warmup_epochs:g} is the whole training: the learning "
+            f"{WARNING}warmup_epochs={config.warmup_epochs:g} is the whole training: the learning "
             f"rate rises towards lr={config.lr:g} and never falls"
         )
     if 0 < config.T_max <= config.warmup_epochs and config.lr_scheduler == "cosine_annealing":
         return (
-            f"warning: T_max={config.T_max:g} ends within warmup_epochs={config.warmup_epochs:g}: "
+            f"{WARNING}T_max={config.T_max:g} ends within warmup_epochs={config.warmup_epochs:g}: "
             f"after the warm-up the learning rate is eta_min={config.eta_min:g}"
         )
     return None

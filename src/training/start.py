@@ -16,6 +16,7 @@ from src.runs.run_folder import RunFolder
 from src.training.schedules import create_schedule
 from src.training.trainer import Trainer
 from src.utils.errors import UserError
+from src.utils.log import WARNING
 
 _KEYS_SHOWN = 3
 
@@ -196,27 +197,30 @@ def check_batches(point: ResumePoint, steps_per_epoch: int, labels: int) -> None
 
 
 def resume_message(point: ResumePoint, size: int, threads: Sequence[int], kernels: str) -> str:
-    """A message on a run that resumes on ``size`` ranks with these ``threads`` and ``kernels``."""
+    """Lines on a run that resumes on ``size`` ranks with these ``threads`` and ``kernels``.
+
+    What keeps it from repeating bit for bit is a warning.
+    """
     state = point.state
-    text = f"resuming from {point.path} after step {state.step}"
+    lines = [f"resuming from {point.path} after step {state.step}"]
     if point.skipped:
-        text += f"; skipped, as damaged or of another run: {', '.join(point.skipped)}"
+        lines.append(f"{WARNING}skipped, as damaged or of another run: {', '.join(point.skipped)}")
     if state.world_size != size:
-        text += (
-            f"; it ran on {state.world_size} ranks and continues on {size}: the same global "
+        lines.append(
+            f"{WARNING}it ran on {state.world_size} ranks and continues on {size}: the same global "
             "batches, but sums are rounded in another order and batch norm sees other shards"
         )
     elif state.threads != list(threads):
-        text += (
-            f"; its ranks computed with {_counts(state.threads)} threads and continue with "
+        lines.append(
+            f"{WARNING}its ranks computed with {_counts(state.threads)} threads and continue with "
             f"{_counts(threads)}, which rounds sums in another order (--threads keeps the number)"
         )
     if state.kernels != kernels:
-        text += (
-            f"; it computed with the kernels of {state.kernels} and continues with those of "
+        lines.append(
+            f"{WARNING}it computed with the kernels of {state.kernels} and continues with those of "
             f"{kernels}, which round differently"
         )
-    return text
+    return "\n".join(lines)
 
 
 def _counts(threads: Sequence[int]) -> str:

@@ -5,10 +5,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from src.utils.errors import UserError
+
 # Maximum seconds between lines of progress.
 LINE_S = 30.0
 
 Log = Callable[[str], None]
+# Begins a line about something that the user probably did not want.
+WARNING = "warning: "
 
 
 class _Screen(logging.StreamHandler):
@@ -37,7 +41,24 @@ def create_log(file: Path | None = None) -> Log:
         to_file = _File(file, encoding="utf-8")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         logger.addHandler(to_file)
-    return lambda text: logger.info(escaped_lines(text))
+
+    def log(text: str) -> None:
+        for line in text.split("\n"):
+            logger.info(escaped(line))
+
+    return log
+
+
+def refuse_warnings(log: Log) -> Log:
+    """A log like ``log`` that raises UserError for a warning: for --strict=1."""
+
+    def strict_log(text: str) -> None:
+        for line in text.split("\n"):
+            if line.startswith(WARNING):
+                raise UserError(f"{line.removeprefix(WARNING)} (an error because of --strict=1)")
+        log(text)
+
+    return strict_log
 
 
 def no_log(text: str) -> None:

@@ -3,8 +3,16 @@
 import pytest
 import yaml
 
-from src.cli.config import RECIPES, Affects, Config, default_yaml, keys_affecting
-from src.cli.flags import parse_flags
+from src.cli.config import (
+    RECIPES,
+    Affects,
+    Config,
+    default_values,
+    default_yaml,
+    key_info,
+    keys_affecting,
+)
+from src.cli.flags import flags_without_effect, misplaced_flags, parse_flags
 from src.cli.recipes import load_config, read_layer
 from src.utils.errors import UserError
 
@@ -322,3 +330,45 @@ def test_a_changed_file_of_defaults_is_refused(monkeypatch, tmp_path):
     file.write_text(default_yaml().replace("lr: 0.4", "lr: 0.1"))
     with pytest.raises(UserError, match="default_config.yaml was changed.*--config_path=FILE"):
         recipes.check_default_config()
+
+
+@pytest.mark.parametrize(
+    "flags,warning",
+    [
+        ({"lr_epochs": "5"}, "--lr_epochs changes nothing without --lr_scheduler=step|exponential"),
+        ({"lr_epochs": "5", "lr_scheduler": "step"}, None),
+        ({"crop_padding": "2"}, "--crop_padding changes nothing without --train_crop=padded"),
+        ({"momentum": "0.8", "optimizer": "adamw(beta2=0.95)"}, "optimizer=momentum|nesterov|lars"),
+        ({"momentum": "0.8", "optimizer": "lars(trust=0.01)"}, None),
+        ({"flip_probability": "0.1", "augmentations": "crop"}, "without --augmentations=flip"),
+        ({"flip_probability": "0.1", "augmentations": "crop,flip()"}, None),
+        ({"gamma_init": "0.5"}, "without --block=acb|repvgg|dbb"),
+        ({"loss_scale": "8"}, "without --amp_level=O2|O3"),
+        ({"loss_scale": "8", "amp_level": "o2"}, None),
+        ({"label_smooth_over": "all", "label_smooth_factor": "0"}, "--label_smooth_factor"),
+        ({"allow_head_mismatch": "1"}, "without --checkpoint_file_path"),
+    ],
+)
+def test_a_flag_that_changes_nothing_is_told(flags, warning):
+    config = load_config({"data_path": "x", **flags})
+    messages = flags_without_effect(flags, config)
+    if warning is None:
+        assert not messages
+    else:
+        assert len(messages) == 1 and messages[0].startswith("warning: ") and warning in messages[0]
+
+
+def test_each_need_names_a_key_and_values_that_it_takes():
+    values = default_values() | {"precision": "O0"}
+    for name in Config.model_fields:
+        needs, _, wanted = key_info(name).needs.partition("=")
+        assert not needs or needs in values, name
+        for value in wanted.split("|") if wanted and needs != "precision" else ():
+            load_config({"data_path": "x", needs: value})
+
+
+def test_a_flag_of_other_commands_is_told():
+    assert misplaced_flags({"lr": "1", "data_path": "x", "config_path": "y"}, "eval") == [
+        "warning: --lr changes nothing here; it is a flag of train.py"
+    ]
+    assert misplaced_flags({"lr": "1", "data_path": "x"}, "train") == []

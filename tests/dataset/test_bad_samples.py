@@ -5,16 +5,18 @@ Training replaces them, evaluation counts them as wrong, the checker lists them,
 
 import json
 import struct
+import sys
 import zlib
 
 import numpy as np
 import pytest
-from conftest import execute, make_config
+from conftest import ROOT, execute, make_config
+from PIL import Image
 
 from src.dataset.batches import PADDING_LABEL, UNDECODABLE_LABEL, EvalBatches, TrainBatches
 from src.dataset.decoding import BadImage, read_image
 from src.dataset.sources import open_images
-from src.dataset.splits import open_training_data
+from src.dataset.splits import open_all_parts, open_training_data
 from src.distributed.communicator import Communicator
 from src.utils.errors import UserError
 
@@ -54,6 +56,39 @@ def test_decompression_bomb_is_refused_by_its_size(tmp_path):
     (tmp_path / "bomb.png").write_bytes(bomb())
     with pytest.raises(BadImage, match="bomb.png has too many pixels"):
         read_image(str(tmp_path / "bomb.png"))
+
+
+@pytest.mark.parametrize("max_pixels,refused", [(31 * 31, True), (32 * 32, False)])
+def test_the_limit_of_pixels_is_a_key(tmp_path, max_pixels, refused):
+    (tmp_path / "ant").mkdir()
+    for name in "ab":
+        Image.new("RGB", (32, 32)).save(tmp_path / "ant" / f"{name}.bmp")
+    config = make_config(**KEYS, data_path=str(tmp_path), max_pixels=max_pixels)
+    images = open_all_parts(config)["train"]
+    if refused:
+        with pytest.raises(BadImage, match="a.bmp has 32 x 32 pixels: too many.*--max_pixels"):
+            images.load(0)
+    else:
+        assert images.load(0).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_too_little_memory_is_not_a_bad_image(tmp_path, mode):
+    """Evaluation would count the image as wrong, and training replace it."""
+    Image.new(mode, (8000, 8000)).save(tmp_path / "large.png", compress_level=1)
+    code = f"""
+import resource, sys
+sys.path.insert(0, {str(ROOT)!r})
+from src.dataset.decoding import read_image
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20),) * 2)
+try:
+    read_image({str(tmp_path / "large.png")!r})
+except MemoryError:
+    print("no memory")
+"""
+    run = execute([sys.executable, "-c", code])
+    assert run.out == "no memory\n", run
 
 
 class Rank(Communicator):

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,12 @@ from PIL import Image
 from src.dataset.decoding import read_image
 from src.dataset.image_set import ImageSet
 from src.dataset.sources import open_images
-from src.dataset.splits import left_out_message, open_all_parts, validation_path
+from src.dataset.splits import (
+    empty_classes_message,
+    left_out_message,
+    open_all_parts,
+    validation_path,
+)
 from src.utils.errors import UserError
 
 
@@ -278,6 +285,22 @@ def test_what_looks_like_an_image_and_is_left_out_is_counted_and_named(broken_co
     )
 
 
+def test_pictures_next_to_the_class_folders_are_named(broken_copy):
+    shutil.copy(broken_copy / "train" / "ant" / "000.jpg", broken_copy / "train" / "lost.jpg")
+    images = open_images(str(broken_copy / "train"), "train")
+    assert [Path(path).name for path in images.left_out] == ["lost.jpg"]
+    assert "1 files or folders that are not read (.jpg)" in left_out_message(images, "training")
+
+
+def test_classes_without_validation_images_are_named(broken_copy):
+    shutil.rmtree(broken_copy / "val" / "bee")
+    known = open_images(str(broken_copy / "train"), "train").class_to_index
+    images = open_images(str(broken_copy / "val"), "val", class_to_index=known)
+    assert empty_classes_message(images, "validation") == (
+        "warning: 1 of 3 classes have no validation images: bee"
+    )
+
+
 def test_gif_and_avif_are_read(tmp_path):
     (tmp_path / "a").mkdir()
     for suffix in ("gif", "avif"):
@@ -381,3 +404,77 @@ def test_labels_that_begin_at_1_are_refused(tmp_path):
     (tmp_path / "train_list.txt").write_text("cat/a.png 1\ndog/a.png 2\n")
     with pytest.raises(UserError, match="begin at 1; they must begin at 0"):
         open_images(str(tmp_path), "train")
+
+
+def drawn_layout(root, random):
+    """Make a tree as people have them. Returns {part: {class: images}}, or None if it is odd.
+
+    The parts are those that torchvision.datasets.ImageFolder would be given, and the counts those
+    that it finds in them: all image files below each class folder.
+    """
+    classes = sorted(random.choice(["cat", "Dog", "n0144", "7", "12", "é", "a b"], 3, False))
+    has_parts = random.random() < 0.8
+    names = {"train": ["train", "Train", "TRAINING"], "val": ["val", "Valid", "validation", "test"]}
+    parts = {part: random.choice(names[part]) for part in names} if has_parts else {"train": "."}
+    oddity = random.choice(["", "", "", "shallow", "deep", "extra class", "empty class"])
+    counts = {}
+    for part, folder in parts.items():
+        counts[part] = dict.fromkeys(classes, 0)
+        for name in classes:
+            inner = random.choice(["", "images", "2019/may"])
+            for number in range(random.integers(1, 4)):
+                suffix = random.choice([".png", ".PNG", ".png", ".jpeg"])
+                write_picture(root / folder / name / inner / f"{number}{suffix}")
+                counts[part][name] += 1
+            litter = random.choice(["", ".DS_Store", "._0.png", "notes.txt", "@eaDir/0.png"])
+            if litter:
+                write_picture(root / folder / name / litter)
+    last = root / list(parts.values())[-1]
+    if oddity == "shallow":
+        for name in classes:
+            shutil.rmtree(last / name)
+        write_picture(last / "0.png")
+        if last.name == "test":  # of pictures without labels, as competitions have it
+            del counts["val"]
+            return counts
+    elif oddity == "deep" and has_parts:
+        (root / "set").mkdir()
+        for folder in parts.values():
+            (root / folder).rename(root / "set" / folder)
+    elif oddity == "extra class" and has_parts:
+        write_picture(last / "unknown" / "0.png")
+    elif oddity == "empty class":
+        (last / "zebra").mkdir()
+    is_odd = oddity in ("shallow", "empty class") or (oddity and has_parts)
+    return None if is_odd else counts
+
+
+def write_picture(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 4)).save(path, "PNG")
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(2000, marks=pytest.mark.extended)])
+def test_drawn_layouts_are_as_image_folder_sees_them_or_refused(tmp_path, count):
+    random, outcomes = np.random.default_rng(0), {True: 0, False: 0}
+    for number in range(count):
+        root = tmp_path / str(number)
+        counts = drawn_layout(root, random)
+        config = make_config(data_path=str(root))
+        try:
+            found = {
+                part: {
+                    name: int((images.labels == label).sum())
+                    for name, label in images.class_to_index.items()
+                }
+                for part, images in open_all_parts(config).items()
+            }
+        except UserError:
+            assert counts is None, number
+            outcomes[False] += 1
+        else:
+            assert found == counts, number
+            assert [list(part) for part in found.values()] == [sorted(found["train"])] * len(found)
+            outcomes[True] += 1
+        shutil.rmtree(root)
+    assert min(outcomes.values()) > count / 5

@@ -331,3 +331,83 @@ def test_a_backbone_starts_a_training_with_a_new_classifier(tmp_path):
         assign_weights(network, backbone, "x.pth")
     left_out = assign_weights(network, backbone, "x.pth", allow_head_mismatch=True)
     assert left_out == ["classifier.bias", "classifier.weight"]
+
+
+def drawn_weight_files(folder, state, count):
+    """(name, file, changed) of ``state`` as the scripts of the trade save it, drawn from a seed.
+
+    ``changed`` says that a weight is missing, of another shape or an integer in the file.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    random = np.random.default_rng(0)
+    prefixes = ("", "module.", "model.", "_orig_mod.", "_orig_mod.module.", "model._orig_mod.")
+    wrappers = (
+        lambda weights: weights,
+        lambda weights: {"state_dict": weights, "epoch": 3, "arch": "resnet18"},
+        lambda weights: {"model": weights, "optimizer": {"state": {}, "param_groups": []}},
+        lambda weights: {"model": weights, "args": argparse.Namespace(lr=0.1), "best": 76.1},
+        lambda weights: {"model_state_dict": weights, "loss": torch.tensor(0.5)},
+        lambda weights: {"state_dict": {}, "state_dict_ema": weights},
+        lambda weights: {"epoch": 1, "pytorch-lightning_version": "2.6", "state_dict": weights},
+    )
+    types = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    for number in range(count):
+        prefix, dtype = random.choice(prefixes), types[random.integers(len(types))]
+        weights = {
+            f"{prefix}{name}": torch.tensor(array).to(dtype) for name, array in state.items()
+        }
+        victim, change = random.choice(list(weights)), random.integers(9)
+        if change == 0:
+            del weights[victim]
+        elif change == 1:
+            weights[victim] = weights[victim].reshape(-1)[:-1].clone()
+        elif change == 2:
+            weights[victim] = weights[victim].to(torch.int8)
+        elif change == 3:
+            weights[f"{prefix}unknown.weight"] = torch.ones(2)
+        if random.random() < 0.5:
+            weights |= {
+                name.replace("running_mean", "num_batches_tracked"): torch.tensor(7)
+                for name in weights
+                if name.endswith("running_mean")
+            }
+        names = list(weights)
+        random.shuffle(names)
+        weights = {name: weights[name] for name in names}
+        if random.random() < 0.3:
+            file = folder / f"{number}.safetensors"
+            save_file(weights, file)
+            kind = "safetensors"
+        else:
+            file, kind = folder / f"{number}.pth", int(random.integers(len(wrappers)))
+            is_new = bool(random.random() < 0.8)
+            torch.save(wrappers[kind](weights), file, _use_new_zipfile_serialization=is_new)
+        yield f"{number} {kind} {prefix!r} {dtype} {change}", file, change < 4, dtype
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.extended)])
+def test_drawn_weight_files_come_back_or_are_refused(count, tmp_path):
+    """Half precision comes back rounded; what is missing, odd or too much is named."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    network, target = create_model("cifar_quick", 5), create_model("cifar_quick", 5)
+    randomise(network)
+    state = {acnet_name(p.name, "cifar_quick"): p.asnumpy() for p in network.get_parameters()}
+    loaded = refused = 0
+    for name, file, changed, dtype in drawn_weight_files(tmp_path, state, count):
+        for parameter in target.get_parameters():
+            parameter.set_data(Tensor(np.zeros(parameter.shape, np.float32)))
+        try:
+            load_weights(target, str(file))
+        except UserError as refusal:
+            assert changed and "Traceback" not in str(refusal), (name, str(refusal))
+            refused += 1
+        else:
+            assert not changed, name
+            for theirs, ours in zip(network.get_parameters(), target.get_parameters()):
+                expected = torch.tensor(theirs.asnumpy()).to(dtype).float().numpy()
+                assert np.array_equal(expected, ours.asnumpy()), (name, ours.name)
+            loaded += 1
+        file.unlink()
+    assert min(loaded, refused) > count / 5

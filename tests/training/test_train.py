@@ -236,6 +236,17 @@ def test_wrong_command_is_one_line_and_leaves_nothing(tmp_path, flags, words):
     assert not (tmp_path / "out").exists()
 
 
+def test_strict_makes_each_warning_an_error(image_root, tmp_path):
+    flags = (*TINY, f"--data_path={image_root}/train", "--max_steps=1", "--lr_epochs=5")
+    told = "--lr_epochs changes nothing without --lr_scheduler=step|exponential"
+    lenient = train(f"--output_path={tmp_path}/out", *flags)
+    assert lenient.status == 0 and f"warning: {told}\n" in lenient.out, lenient
+    assert f"warning: {told}\n" in (only_run(tmp_path / "out") / "log.txt").read_text()
+    strict = train(f"--output_path={tmp_path}/strict", *flags, "--strict=1")
+    assert_one_error(strict, told, "--strict=1")
+    assert not list((tmp_path / "strict").glob("*/ckpt_0/*.ckpt"))
+
+
 def test_unwritable_output_path(image_root, tmp_path):
     (tmp_path / "file").write_text("")
     assert_one_error(
