@@ -1,8 +1,8 @@
 """Export a checkpoint: `python3 export.py --checkpoint_file_path=FILE --file_format=FORMAT`.
 
-FORMAT is CKPT, MINDIR, ONNX or SAFETENSORS. `--file_format=ONNX --quantize=int8` also writes 8-bit
-integers. Networks with blocks are fused into the plain network unless --fuse=0. The written file is
-loaded back and compared before it counts.
+FORMAT is CKPT, MINDIR, ONNX or SAFETENSORS. `--file_format=ONNX --quantize=int8` also writes an
+8-bit ONNX file. Blocks are fused into plain convolutions unless --fuse=0. The written file is
+loaded back and compared with the checkpoint.
 """
 
 from typing import TYPE_CHECKING

@@ -1,8 +1,8 @@
 """Classify images: `python3 predict.py --checkpoint_file_path=FILE IMAGE_OR_FOLDER...`.
 
 Takes checkpoints and exported files (.ckpt, .safetensors, .pth, .hdf5, .onnx, .mindir) and prints
-the five likeliest classes (--top_k). A .txt file is a list of images, one per line, and - is such a
-list on standard input. --result_path=FILE writes results as .json, .jsonl or .csv,
+the five most likely classes (--top_k). A .txt file is a list of images, one per line; - reads such
+a list from standard input. --result_path=FILE writes results as .json, .jsonl or .csv,
 --save_figure=FILE.png a sheet of the images.
 """
 

@@ -1,8 +1,8 @@
 """Report on runs: `python3 report.py RUN_FOLDER... [--result_path=FILE.html] [--data_path=DIR]`.
 
 Writes one self-contained HTML file, by default report.html in the first folder: configuration and
-differences between the runs, curves, accuracy by class, confusion, the worst mistakes of best.ckpt,
-augmented images, where the time went. It needs no network and no script.
+differences between the runs, curves, per-class accuracy, confusion matrix, the worst mistakes of
+best.ckpt, augmented images, where the time went. The page works offline and without JavaScript.
 """
 
 from typing import TYPE_CHECKING

@@ -1,6 +1,6 @@
 """Train an image classifier: `python3 train.py [--config_path=RECIPE] [--data_path=DIR]`.
 
-Without arguments the bundled digits are trained. `mpirun -n N python3 train.py --run_distribute=1
+Without arguments it trains on the bundled digits. `mpirun -n N python3 train.py --run_distribute=1
 ...` trains on N ranks.
 """
 

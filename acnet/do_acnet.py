@@ -2,8 +2,8 @@
 
 `python3 acnet/do_acnet.py [-a sres18] [-b acb|base] [-c fs|continue]`.
 
-Runs train.py with the recipe that the short name stands for, with data in ./imagenet_data or
-./cifar10_data, and runs in ./acnet_exps. Takes every key of train.py.
+Runs train.py with the recipe of the short name. Reads data from ./imagenet_data or ./cifar10_data,
+and writes runs to ./acnet_exps. Takes every flag of train.py.
 """
 
 import sys
@@ -26,7 +26,7 @@ def train_arguments(arguments: list[str]) -> list[str]:
     network = flags["network"]
     if network not in names and "config_path" not in flags:
         raise UserError(
-            f"{network} is none of ACNet's names, {', '.join(names)}; train.py trains other "
+            f"{network} is not one of ACNet's names, {', '.join(names)}; train.py trains other "
             "networks"
         )
     return [f"--output_path=acnet_exps/{network}_{flags['block']}_train", *arguments]

@@ -1,6 +1,7 @@
-# Sourced by the run_*.sh scripts: takes their arguments apart by what each is, so that the model zoo's order and ours both work.
-# A number is `number`, CPU, GPU or Ascend `target`, a .json file `table`, the first path `data`, the second `checkpoint`; what begins with
-# - goes to `flags`.
+# Sourced by the run_*.sh scripts. Recognises each argument by its form, so that both the model
+# zoo's order and ours work: a number becomes `number`, CPU, GPU or Ascend `target`, a .json file
+# `table`, the first path `data`, the second `checkpoint`. Arguments that begin with - go to
+# `flags`.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ -f "$root/.venv/bin/activate" ]; then source "$root/.venv/bin/activate"; fi
 number=; target=; table=; data=; checkpoint=; flags=()
@@ -37,5 +38,6 @@ take_word() {
     fi
 }
 
-# Where the model zoo's scripts put their runs, if its order was used: the number before the path.
+# Whether the arguments are in the model zoo's order, with the number before the path. Its scripts
+# put their runs into ./output.
 is_zoo_order() { [[ ${1:-} =~ ^[0-9]+$ ]]; }

@@ -1,14 +1,17 @@
-"""What scripts/setup.sh asks about dependencies, with nothing but Python and its pip:
+"""Helpers for scripts/setup.sh that need only Python and its pip.
 
-python3 scripts/dependencies.py wanted --all | [EXTRA ...]   the requirements of pyproject.toml, a
-line each python3 scripts/dependencies.py hashed REPORT CONSTRAINTS    what pip's report of a dry
-run would install, with the hashes of the
-                                                             constraints, by which pip then checks
-                                                             each file
-python3 scripts/dependencies.py lock REPORT...               constraints: the reports' versions with
-the package index's hashes python3 scripts/dependencies.py headers                      the
-requirements of pyproject.toml of which only headers are used python3 scripts/dependencies.py pinned
-NAME CONSTRAINTS      that package with its hashes, as pip takes it
+Each command prints its result, one entry per line:
+
+    python3 scripts/dependencies.py wanted --all | [EXTRA ...]
+        the requirements in pyproject.toml
+    python3 scripts/dependencies.py hashed REPORT CONSTRAINTS
+        what the report of a pip dry run would install, with the hashes in CONSTRAINTS
+    python3 scripts/dependencies.py lock REPORT...
+        new constraints: the versions in the reports, with the package index's hashes
+    python3 scripts/dependencies.py headers
+        the requirements of which only headers are used
+    python3 scripts/dependencies.py pinned NAME CONSTRAINTS
+        that package with its hashes, in pip's format
 """
 
 import json
@@ -86,7 +89,7 @@ def lock(*reports):
 
 
 def to_install(report):
-    """(name, version) of what a report of pip's would install, but for what has no hashes."""
+    """(name, version) of the packages in a pip report, except those in UNHASHED."""
     found = json.loads(Path(report).read_text(encoding="utf-8"))["install"]
     named = [
         (canonicalize_name(item["metadata"]["name"]), item["metadata"]["version"]) for item in found
@@ -119,7 +122,7 @@ def index_hashes(name, version):
 def installs(file, name, version):
     """Whether ``file`` is of this release and pip would take it on Linux with glibc.
 
-    Any machine.
+    For any processor.
     """
     try:
         if not file.endswith(".whl"):

@@ -1,4 +1,4 @@
-"""What mkdocs adds to docs/: pages for the commands and keys, and documents from elsewhere."""
+"""Adds to the mkdocs site: pages for commands and keys, and documents from outside docs/."""
 
 import ast
 import re
@@ -62,7 +62,7 @@ def with_links(text, folder):
         page = ELSEWHERE.get(
             place, place.removeprefix("docs/") if place.startswith("docs/") else None
         )
-        # What is no page of the site is named without a link.
+        # A target that is not on the site becomes plain text.
         return f"[{found[1]}]({page}{'#' + anchor if anchor else ''})" if page else found[1]
 
     return re.sub(r"\[([^\]]*)\]\(([^)\s]+)\)", link, text)
@@ -93,7 +93,7 @@ def keys_page():
     ]
     for group in GROUPS:
         heading, _, _ = (group.__doc__ or "").partition(".")
-        lines += ["", f"## {heading.strip()}", "", "| key | takes | default | what |"]
+        lines += ["", f"## {heading.strip()}", "", "| key | type | default | meaning |"]
         lines.append("| --- | --- | --- | --- |")
         for name, field in group.model_fields.items():
             cells = (f"`{name}`", type_text(field.annotation), f"`{default_text(name)}`")

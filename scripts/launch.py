@@ -53,7 +53,8 @@ def main(arguments):
 def run_with_restarts(options, script, environment, sent_signal_file):
     """Run the job, and again after failures, up to ``options.max_restarts`` times.
 
-    Not after a signal to this program, nor after what a person has to mend (status 2).
+    Does not restart after a signal to this program, or after an error that the user must fix
+    (status 2).
     """
     restarts_left = options.max_restarts
     while True:
@@ -63,7 +64,7 @@ def run_with_restarts(options, script, environment, sent_signal_file):
         state_file.unlink(missing_ok=True)
         status, received = run(command, environment, sent_signal_file)
         if status == 0 and state_file.is_file() and state_file.read_text() == "begun":
-            # Open MPI 5.0 says so when its daemon on another host is killed.
+            # Open MPI 5.0 exits with status 0 when its daemon on another host is killed.
             sys.stderr.write("error: mpirun ended with status 0 although the job had not ended\n")
             status = 1
         if status in (0, USER_ERROR) or received or not restarts_left:
@@ -132,7 +133,7 @@ def take_spare(options, lost, script):
 
 
 def wait_for_hosts(hosts, script):
-    """{host: why} of the hosts that do not come back."""
+    """{host: reason} of the hosts that stay unusable; checks again at intervals."""
     for pause in RETURN_S:
         time.sleep(pause)
         lost = unusable(hosts, script)
@@ -203,7 +204,7 @@ def kill_session(session):
 
 
 def living(session):
-    """Process numbers of a session, without those that have ended and are not waited for."""
+    """Process numbers of a session, without zombies."""
     found = set()
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, IndexError, ValueError):
@@ -247,7 +248,7 @@ def parse(arguments):
     parser.add_argument(
         "--server_id",
         default="",
-        help="this machine's address; accepted for the seed's sake: ranks of one machine need none",
+        help="this machine's address; accepted for the seed's commands, but not used",
     )
     parser.add_argument("--mode", choices=("train", "test"), default="train")
     parser.add_argument("script")

@@ -37,7 +37,7 @@ def main(command):
     infos = {}
     for part, images in sets.items():
         print(f"{part}: {summary(images)}", flush=True)
-        with ProgressBar("looked at", len(images), "image") as progress:
+        with ProgressBar("inspected", len(images), "image") as progress:
             workers = config.num_parallel_workers or available_cores()
             infos[part] = inspect_images(images, workers, progress.advance)
     problems = find_problems(sets, infos, config)

@@ -57,7 +57,7 @@ def unusable(hosts, script):
         if process.returncode == 255:
             reason = (err.strip().splitlines() or ["no reason given"])[-1].strip()
             hint = (
-                "; it must work without a password, as by ssh-copy-id" if "denied" in reason else ""
+                "; it must work without a password (see ssh-copy-id)" if "denied" in reason else ""
             )
             found[host] = f"host {host} cannot be reached by ssh: {reason}{hint}"
         elif lacking:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Train on several devices of one machine, as the model zoo's script, whose RANK_TABLE_FILE says how many, or in our order:
+# Train on several devices of one machine, called like the model zoo's script, whose RANK_TABLE_FILE
+# gives the number of devices, or in our order:
 #   bash scripts/run_distribute_train.sh RANK_TABLE_FILE DATA_PATH [CHECKPOINT] [--KEY=VALUE ...]
 #   bash scripts/run_distribute_train.sh DEVICE_NUM DATA_PATH [CPU|GPU|Ascend] [--KEY=VALUE ...]
 set -euo pipefail

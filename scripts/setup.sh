@@ -48,7 +48,8 @@ build_kernels() {
         echo "compiling the kernels for CPU takes a minute"
     fi
     if [ ${#compiler[@]} -eq 0 ]; then
-        echo "no C++ compiler for the fast kernels for CPU: bash scripts/setup.sh --kernels brings one (100 MB)"
+        echo "no C++ compiler for the fast CPU kernels: bash scripts/setup.sh --kernels installs" \
+            "one (100 MB)"
         return 0
     fi
     work=$(mktemp -d)
@@ -102,7 +103,8 @@ if [ -n "${UPDATE:-}" ]; then
         && mv "$work/locked" "$constraints" || fail "the newest versions could not be found; the reason is above"
 fi
 if [ -s "$constraints" ] && [ -z "${UNCHECKED:-}" ]; then
-    # What is to be installed, then that and nothing else, each file checked by its hash; PyTorch, of which there are many builds, last.
+    # First resolve what to install. Then install exactly that, with hash checks. Then PyTorch,
+    # which has many builds and is not hashed.
     grep -o '^[^ ]*==[^ ]*' "$constraints" > "$work/pinned"
     pip install -qq --dry-run --report "$work/report" -r "$work/wanted" -c "$work/pinned" \
         && dependencies hashed "$work/report" "$constraints" > "$work/hashed" \
@@ -110,8 +112,8 @@ if [ -s "$constraints" ] && [ -z "${UNCHECKED:-}" ]; then
         && pip install -qq -r "$work/wanted" -c "$work/pinned"
 else
     pip install -qq -r "$work/wanted"
-fi || fail "the dependencies could not be installed; the reason is above (a proxy or an index? set PIP_INDEX_URL; an index with files of" \
-    "its own, whose hashes differ? UNCHECKED=1 takes them)"
+fi || fail "the dependencies could not be installed; the reason is above (behind a proxy or a" \
+    "private index? set PIP_INDEX_URL; if the index has files with other hashes, set UNCHECKED=1)"
 
 # Allow more ranks than cores, and root in a container: Open MPI's defaults refuse both. Map by slot,
 # so that ranks fill every host's slots before they share any: ':oversubscribe' alone would put all
@@ -130,4 +132,4 @@ grep -q OMPI_ALLOW_RUN_AS_ROOT "$venv/bin/activate" \
 mv $state.new $state
 write_completion
 build_kernels
-echo "set up; 'source $venv/bin/activate' gives this shell python3 and mpirun"
+echo "set up; 'source $venv/bin/activate' puts python3 and mpirun on this shell's PATH"

@@ -1,4 +1,4 @@
-"""Importing does nothing, and imports point one way."""
+"""Importing has no side effects, and modules import only from lower layers."""
 
 import ast
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 from conftest import ROOT
 
-# A room may import from those on lower floors.
+# A folder (or group of modules in cli) may import only from those with lower numbers.
 LAYERS = {
     "utils": 0,
     "cli.config": 1,
@@ -24,7 +24,7 @@ LAYERS = {
 
 
 def room(module):
-    """The room of a module: its folder, except in cli, where modules have floors of their own."""
+    """The key in LAYERS of a module: its folder, or in cli the group of modules."""
     parts = module.split(".")
     if parts[1] != "cli":
         return parts[1]

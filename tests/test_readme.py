@@ -192,7 +192,7 @@ def home(tmp_path):
 
 @pytest.mark.extended
 def test_the_tutorial_word_for_word(home):
-    """Of the dates alone the real one is put in."""
+    """Only the dates are replaced by the real one."""
     lines = lines_of("docs/tutorial.md")
     assert [re.search(r"(\w+)\.py", line)[1] for line in lines] == [
         "preview_dataset",

@@ -1,4 +1,4 @@
-"""What every command is given."""
+"""The object that every command receives."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Command:
     signals: Signals
 
     def checked(self, log: Log) -> Log:
-        """``log`` itself; with --strict=1 one to which a warning is an error."""
+        """``log`` itself, or with --strict=1 a log that turns warnings into errors."""
         return refuse_warnings(log) if self.config.strict else log
 
     def start_mindspore(self, collectives: bool = False) -> None:

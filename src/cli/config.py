@@ -1,6 +1,6 @@
 """The keys of the configuration: each with its type, default, help, effect and commands.
 
-This is the only place where a key is written. Flags, ``--help``, completion and default_config.yaml
+This is the only place where a key is defined. Flags, ``--help``, completion and default_config.yaml
 come from it; `python3 -m src.cli.config > default_config.yaml` writes that file.
 """
 
@@ -310,7 +310,7 @@ class _Device(_Keys):
         None, Affects.PROCESS, "null: the rank's index on its machine"
     )
     run_distribute: bool | None = key(
-        None, Affects.RUN, "1: under mpirun; 0: alone; null: either", ("train", "eval")
+        None, Affects.RUN, "1: require mpirun; 0: one process; null: either", ("train", "eval")
     )
     ranks: Annotated[Literal["auto"] | NonNegative, Word] = key(
         0,
@@ -322,8 +322,7 @@ class _Device(_Keys):
     threads: NonNegative = key(
         0,
         Affects.RUN,
-        "cores per rank; 0: all that it may use. A run repeats bit for bit only with the same "
-        "number",
+        "cores per rank; 0: all available. Runs are bit-identical only with the same number",
     )
     stall_timeout_s: Annotated[float, Field(ge=1)] = key(
         1800.0,
@@ -597,10 +596,10 @@ class _Output(_Keys):
         ("export",),
     )
     calibration_images: Positive = key(
-        128, Affects.RUN, "training images that quantize calibrates with", ("export",)
+        128, Affects.RUN, "number of training images to calibrate quantize with", ("export",)
     )
     fuse: bool = key(True, Affects.RUN, "fuse blocks into plain convolutions", ("export",))
-    strict: bool = key(False, Affects.RUN, "1: what would be a warning is an error")
+    strict: bool = key(False, Affects.RUN, "1: treat warnings as errors")
     host: str = key(
         "127.0.0.1",
         Affects.PROCESS,
@@ -661,9 +660,9 @@ class Config(_Output, _Optimization, _Device, _Preprocessing, _Augmentation, _Da
 
     @property
     def smoothing(self) -> float:
-        """Label smoothing e in force: the target is (1 - e) one-hot + e / num_classes.
+        """Label smoothing e in effect: the target is (1 - e) one-hot + e / num_classes.
 
-        A fraction f that is spread over the other classes only leaves 1 - f to the true class:
+        A fraction f spread over the other classes leaves 1 - f to the true class:
         e = f num_classes / (num_classes - 1).
         """
         fraction, classes = self.label_smooth_factor, self.num_classes
@@ -673,7 +672,7 @@ class Config(_Output, _Optimization, _Device, _Preprocessing, _Augmentation, _Da
 
     @property
     def precision(self) -> str:
-        """amp_level in force: "auto" is O0 (float32) on CPU, and O3 on devices as in the model zoo.
+        """amp_level in effect; "auto": O0 (float32) on CPU, O3 on devices as in the model zoo.
 
         O2 and O3 mean the same here.
         """

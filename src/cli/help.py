@@ -49,13 +49,13 @@ def help_text(about: str, command: str) -> str:
     lines = [
         about.strip(),
         "",
-        "Every key is a flag (--lr=0.1). --config_path=RECIPE picks a recipe; flags win over it.",
+        "Every key is a flag (--lr=0.1). --config_path=RECIPE picks a recipe; flags override it.",
         "--help KEY shows one key, --list the networks and recipes.",
     ]
     # train lists every key; an unknown command does too.
     lists_all = command == "train" or command not in COMMANDS
     if not lists_all:
-        lines.append("Keys of training are not listed: python3 train.py --help lists them.")
+        lines.append("Training keys are not listed here: python3 train.py --help lists them.")
     for group in GROUPS:
         names = [
             name for name in group.model_fields if lists_all or command in key_info(name).commands

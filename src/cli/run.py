@@ -1,7 +1,8 @@
 """How every command starts and ends.
 
-Imports no package, so that a missing one is reported as a line, and nothing that starts threads, as
-numpy does: ``run_process`` must first block the signals, which all later threads inherit.
+Imports no third-party package, so that a missing one is reported in one line. Imports nothing that
+starts threads either, as numpy does: ``run_process`` must block the signals first, because threads
+inherit the signal mask.
 """
 
 import atexit
@@ -107,8 +108,8 @@ def run_process(action: Callable[[Signals], object], rank: int = 0) -> None:
         what = f"{type(failure).__name__}: {_reason(failure)}"
         whose = _prefix(rank) or "rank 0: "
         end_process(f"error: {whose}{what} (ACNET_TRACEBACK=1 shows where)", 1, rank)
-    # Run what Python and the libraries registered for the end, such as MPI's finalisation. Skip the
-    # 0.5 s in which MindSpore takes its libraries down piece by piece.
+    # Run the exit handlers of Python and the libraries, such as MPI's finalisation. Skip
+    # MindSpore's teardown of its libraries, which takes 0.5 s.
     atexit._run_exitfuncs()
     if rank == 0:
         tell_launcher_state("end")
@@ -130,10 +131,10 @@ def _prefix(rank: int) -> str:
 
 
 def _open_standard_streams() -> None:
-    """Make sure that the standard streams exist, and print any file name.
+    """Make sure that the standard streams exist and can print any file name.
 
-    If one of the first three descriptors is free, the next file that is opened gets its number, and
-    also whatever a library writes there.
+    If a standard descriptor is closed, the next file that is opened gets its number, and then also
+    receives what libraries print there.
     """
     for descriptor in range(3):
         try:

@@ -62,7 +62,7 @@ def start(
     check_ranks_agree(
         communicator,
         {"cores of each rank": available_cores()},
-        "--threads=1, or more, gives all of them the same",
+        "pass the same --threads=N to all of them, such as --threads=1",
     )
     kernels = choose_kernels(config)
     command = Command(flags, names, config, communicator, kernels, signals)
@@ -164,7 +164,7 @@ def _launch_ranks(config: Config) -> None:
         raise UserError(f"ranks={config.ranks} and run_distribute=0 contradict each other")
     cores = available_cores()
     if config.ranks == "auto" and config.device_target != "CPU":
-        raise UserError("ranks=auto counts cores; on devices give their number, as in --ranks=8")
+        raise UserError("ranks=auto counts CPU cores; on devices pass a number, as in --ranks=8")
     if config.ranks != "auto" and config.device_target == "CPU" and config.ranks > cores:
         raise UserError(
             f"ranks={config.ranks}, but this process may use {cores} cores; "

@@ -1,8 +1,8 @@
 """Augmentation as an ordered list of entries, uint8 RGB images in and out.
 
 Each entry draws from its own stream of random numbers, a function of (seed, epoch, sample, entry).
-So an image of an epoch looks the same after a resume, with another number of ranks or threads, and
-whatever other entries the list has.
+So the images of an epoch do not depend on resumes, on the number of ranks or threads, or on the
+other entries in the list.
 """
 
 import math
@@ -146,9 +146,9 @@ _ATTEMPTS = 100
 
 @pydantic.dataclasses.dataclass(frozen=True, config=FORBID_EXTRA)
 class RandomErasing(Augmentation):
-    """With ``probability``, random pixels in a rectangle.
+    """With ``probability``, fills a rectangle with random pixels.
 
-    The rectangle covers ``scale`` of the area and has ``ratio`` of height to width.
+    The rectangle covers ``scale`` of the area, with a height-to-width ratio in ``ratio``.
     """
 
     probability: Probability = 0.5

@@ -1,7 +1,7 @@
 """Batches as functions of their number.
 
-A source answers "batch i" from (seed, epoch, indices) alone, and fills a batch with a pool of
-threads; ``prefetch`` makes the next batches while one is in use.
+A source computes batch i from nothing but (seed, epoch, indices), with a pool of threads.
+``prefetch`` computes the next batches while one is in use.
 """
 
 import math
@@ -220,7 +220,7 @@ class EvalBatches:
 
 
 def prefetch(source: BatchSource, first: int = 0, last: int | None = None) -> Iterator[Batch]:
-    """Yield batches ``first`` to ``last``, made ahead by a thread.
+    """Yield batches ``first`` to ``last``, exclusive, prepared in advance by a thread.
 
     Raises:
         Exception: what the source raises.
@@ -244,7 +244,7 @@ class _Threads:
     """``count`` threads that live as long as this object."""
 
     def __init__(self, count: int) -> None:
-        # One level of threads: these. OpenCV's own would multiply them.
+        # No OpenCV threads: each of these threads would start its own.
         cv2.setNumThreads(0)
         self._count, self._pool = count, ThreadPoolExecutor(count)
 

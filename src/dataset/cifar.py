@@ -25,9 +25,9 @@ _HARMLESS = {
 
 @dataclass(frozen=True)
 class CifarForm:
-    """The files of one form: the archive's folder, and in it the parts and the class names.
+    """The files of one format: the archive's folder, and in it the parts and the class names.
 
-    ``telling`` says whether the names of the parts tell what they are; "train" does not.
+    ``telling``: whether the file names alone identify the format; "train" does not.
     """
 
     folder: str
@@ -164,7 +164,7 @@ def _unpickle(content: bytes, file: Path) -> dict[str, Any]:
         # Python 2 wrote them: latin1 keeps its strings, arrays' among them, byte for byte.
         found = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
     except pickle.UnpicklingError as failure:
-        raise UserError(f"{file} is damaged, or wants to run code: {failure}") from None
+        raise UserError(f"{file} is damaged, or contains code: {failure}") from None
     except Exception as failure:  # a damaged pickle fails in any way
         raise UserError(f"{file} is damaged: {type(failure).__name__}; fetch it again") from None
     if not isinstance(found, dict):

@@ -123,10 +123,10 @@ def _loose_pictures(root: Path) -> list[str]:
 
 
 def find_split(path: Path, split: str) -> Path | None:
-    """``find_part``, where it is clear that ``path`` is a root of parts.
+    """``find_part``, after checking that ``path`` is clearly a folder of parts.
 
     Raises:
-        UserError: if there are other folders, which may be classes like it.
+        UserError: if it has other folders too, so that the part may be one class among others.
     """
     part = find_part(path, split)
     others = [name for name in _folders(path) if not is_litter(name) and not _is_split(name)]

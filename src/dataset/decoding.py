@@ -23,7 +23,7 @@ _LARGEST_FILE = 1 << 28
 MOST_PIXELS = 1 << 26
 _TOO_MANY = "too many pixels, as a decompression bomb has"
 _ORIENTATION = 0x0112
-# What turns a picture of each EXIF orientation upright.
+# EXIF orientation -> the transposition that turns the picture upright.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -48,7 +48,7 @@ def read_image(path: str, max_pixels: int = MOST_PIXELS) -> np.ndarray:
     """An image file as (H, W, 3) uint8 RGB; see ``decode_image``.
 
     Raises:
-        BadImage: if the file cannot be read or is no image, or too large a one.
+        BadImage: if the file cannot be read, is not an image, or is too large.
     """
     try:
         with open_regular(path) as file:
@@ -75,15 +75,15 @@ def open_regular(path: str) -> io.FileIO:
 def decode_image(encoded: np.ndarray, name: str, max_pixels: int = MOST_PIXELS) -> np.ndarray:
     """Decode the content of an image file, (N,) uint8, to (H, W, 3) uint8 RGB.
 
-    Follows the EXIF orientation. Grey, CMYK and 16-bit pictures are converted; transparent parts
-    lie over white. Files of 256 MiB or more, and images of more than ``max_pixels`` pixels, are
-    refused from their headers: a small file may decode to gigabytes.
+    Follows the EXIF orientation. Converts grey, CMYK and 16-bit pictures, and composites
+    transparent parts onto white. Refuses files of 256 MiB or more, and images of more than
+    ``max_pixels`` pixels, from their headers: a small file may decode to gigabytes.
 
     Args:
         name: what to call it in a message.
 
     Raises:
-        BadImage: if it is no image, or too large a one.
+        BadImage: if it is not an image, or is too large.
         MemoryError: if there is too little memory to decode it.
     """
     if not encoded.size:

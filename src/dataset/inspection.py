@@ -330,9 +330,8 @@ def _sizes(
         )
     if huge:
         found.append(
-            f"{len(huge)} images have more than {_HUGE_MEGAPIXELS} megapixels, which take long to "
-            f"decode: {_first(huge)}; "
-            "scripts/pack_dataset.py --short_side makes them smaller once"
+            f"{len(huge)} images have more than {_HUGE_MEGAPIXELS} megapixels and decode slowly: "
+            f"{_first(huge)}; scripts/pack_dataset.py --short_side shrinks them once and for all"
         )
     return found
 

@@ -25,7 +25,7 @@ from src.utils.files import check_writable, write_whole
 from src.utils.log import escaped
 
 ENDING = ".safetensors"
-# What packed sets of version 0.2 ended with. They are no longer read; a message says so.
+# Ending of packed sets of version 0.2. They are no longer read, only recognised for a clear error.
 _EARLIER_ENDING = ".mindrecord"
 _MOST_CLASSES = 10**6
 

@@ -44,8 +44,8 @@ def open_images(
         split: "train" or "val": which part of a root, of CIFAR or of the digits.
         dataset_format: a name in SOURCES; "folder"; or "auto" for the first source that recognises
             the path, and class folders if none does.
-        class_to_index: the training's class map; labels follow it, so that a class without images
-            shifts nothing.
+        class_to_index: the class map from training. Labels follow it, so that a class without
+            images does not shift the labels of others.
 
     Raises:
         UserError: if there is no such data, a class is empty or unknown, or a list has a bad line.

@@ -48,8 +48,7 @@ def open_training_data(config: Config, communicator: Communicator) -> TrainingDa
         )
     if config.val_split and split_fraction(config) and config.eval_data_path:
         raise UserError(
-            "val_split takes validation images from the training images and eval_data_path names "
-            "others; give one of them"
+            "val_split and eval_data_path both choose the validation images; give only one of them"
         )
     images = _open(config, config.data_path, "train")
     if config.bad_samples == "error":
@@ -119,10 +118,9 @@ def split_fraction(config: Config) -> float:
 
 
 def validation_path(data_path: str) -> str | None:
-    """Where the validation images of a training ``data_path`` are by custom, or None.
+    """Where the validation images for a training ``data_path`` are by convention, or None.
 
-    A root holds both parts; next to ``.../train`` is ``.../val``, with any of the names that such
-    folders have.
+    A root holds both parts. Next to ``.../train`` is ``.../val``, under any of the names in SPLITS.
     """
     path = Path(data_path)
     has_part = find_split(path, "val") is not None
@@ -151,7 +149,7 @@ def left_out_message(images: ImageSet, what: str) -> str | None:
 
 
 def empty_classes_message(images: ImageSet, what: str) -> str | None:
-    """A message on classes without images, for which no accuracy can be told; None without any.
+    """A message on classes without images, whose accuracy is unknown; None if there are none.
 
     Args:
         what: a word for the set, as in "training".

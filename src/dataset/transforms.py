@@ -10,7 +10,7 @@ from PIL import Image
 from src.cli.config import Config
 
 _CROP_ATTEMPTS = 10
-# Beyond this and beyond the image's own size, evaluation resizes only what its crop shows.
+# If the resized image has more pixels than this and than the original, only the crop is computed.
 _MOST_RESIZED_PIXELS = 1 << 22
 _OPENCV = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 _PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -48,8 +48,8 @@ def eval_transform(image: np.ndarray, config: Config) -> np.ndarray:
 
     The key eval_resize_mode says how to resize:
 
-    ``square`` makes both sides ``config.resized_side``. ``shorter_side`` makes the shorter side so
-    long, and the longer one in proportion, rounded down. Crops begin where torchvision's do.
+    ``square`` makes both sides ``config.resized_side``. ``shorter_side`` makes the shorter side
+    that long, and the longer one in proportion, rounded down. Crops begin where torchvision's do.
     """
     height, width = eval_size(image.shape[0], image.shape[1], config)
     side = config.image_size
@@ -104,7 +104,7 @@ def random_resized_crop(
 
 
 def padded_crop(image: np.ndarray, rng: np.random.Generator, padding: int) -> np.ndarray:
-    """Pad by ``padding`` black pixels on each side, then crop the original size at rng."""
+    """Pad by ``padding`` black pixels on each side, then crop the original size at random."""
     height, width = image.shape[:2]
     top, left = rng.integers(0, 2 * padding, size=2, endpoint=True)
     padded = cv2.copyMakeBorder(image, padding, padding, padding, padding, cv2.BORDER_CONSTANT)

@@ -99,7 +99,7 @@ class HierarchicalAllReduce:
 
 
 class AllReducePipeline:
-    """Arrays on their way to becoming means; more may be added meanwhile.
+    """Arrays that are being averaged; more may be added meanwhile.
 
     Every rank adds arrays of the same sizes in the same order.
     """
@@ -120,8 +120,8 @@ class AllReducePipeline:
         """Replace float32 ``arrays``, which form one bucket, by their means over ranks.
 
         Args:
-            compression: the form that travels between groups.
-            when_done: called when they are means.
+            compression: the form in which groups send each other arrays.
+            when_done: called when the arrays hold the means.
         """
         bucket = _Bucket(arrays, when_done)
         self._buckets.append(bucket)

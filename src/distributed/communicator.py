@@ -1,7 +1,7 @@
 """Communication between ranks.
 
-A process alone has rank 0, size 1, and every operation is the identity, so that no caller needs to
-know whether it is alone.
+A single process has rank 0 and size 1, and every operation leaves its values as they are. So no
+caller needs to know whether there are other ranks.
 """
 
 import atexit
@@ -36,7 +36,7 @@ _SHOWN_CHARACTERS, _SHOWN_RANKS = 60, 4
 
 
 class Communicator:
-    """A process alone, and the interface of communicators.
+    """The interface of communicators, implemented for a single process.
 
     Arrays are C-contiguous numpy arrays; methods ending in _ change them in place.
     """
@@ -159,7 +159,8 @@ class MpiCommunicator(Communicator):
 
     def pipeline(self) -> AllReducePipeline:
         if self._topology is None:
-            # On one host only compressed arrays take this way, and then between all ranks.
+            # On one host only compressed arrays use the pipeline, and each rank is then its own
+            # group.
             several = self.has_several_hosts
             groups = self.hosts if several else [str(rank) for rank in range(self.size)]
             self._topology = HierarchicalAllReduce(self._mpi, self._world, groups)

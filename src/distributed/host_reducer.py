@@ -33,7 +33,7 @@ class HostReducer:
     def of(
         cls, config: Config, communicator: Communicator, ready_gradients: ReadyGradients | None
     ) -> "HostReducer":
-        """The reducer for ``config``. It overlaps only where a network is between the ranks."""
+        """The reducer for ``config``. It overlaps only if the ranks are on several hosts."""
         compression = COMPRESSIONS[config.gradient_compression]
         overlap = None
         one_pass = config.accumulation_steps == 1

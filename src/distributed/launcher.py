@@ -1,6 +1,6 @@
-"""What a launcher (mpirun, or srun with PMIx) tells a process through its environment.
+"""The launcher of this process (mpirun, or srun with PMIx): what it says, and how to talk to it.
 
-All of it is known before MPI starts.
+Nothing here needs MPI to have started.
 """
 
 import ctypes

@@ -46,7 +46,7 @@ class ReducedGradients:
 
 
 class OverlappedAllReduce:
-    """The first step records the order in which gradients become ready; later steps send them so.
+    """The first step records in which order gradients become ready; later steps send in that order.
 
     A gradient is averaged in its own memory, which MindSpore's graph returns as it is.
     """

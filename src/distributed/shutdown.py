@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 from src.utils.log import escaped
 
-# A user's error shows on every rank at about the same time. Rank 0 reports it, and when rank 0
-# ends, the others end too. Another rank reports an error only if rank 0 has not: then the error is
-# its own.
+# A user error occurs on all ranks at about the same time. Rank 0 reports it, and when rank 0 ends,
+# the others end too. Another rank reports an error only if rank 0 is still running after this time:
+# then the error is that rank's own.
 PATIENCE_S = 5.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 

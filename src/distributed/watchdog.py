@@ -1,4 +1,4 @@
-"""Ends a job in which one rank is waited for too long, and names that rank."""
+"""Ends a job if the other ranks wait too long for one rank, and names that rank."""
 
 import threading
 import time
@@ -26,9 +26,9 @@ class Watched(Protocol):
 class StallWatchdog(threading.Thread):
     """A thread that checks whether its rank has waited in a collective operation for too long.
 
-    The first rank that has asks the others, whose watchdogs answer whether they are waiting too.
-    The ranks wait for the one that answers that it is busy, or does not answer at all (stopped, or
-    lost with its machine).
+    The first rank that has asks the watchdogs of the others whether they are waiting too. The rank
+    at fault is one that answers that it is busy, or does not answer at all (stopped, or lost with
+    its machine).
 
     Args:
         communicator: this rank's.

@@ -140,7 +140,7 @@ def faster_backend_hint(config: Config, kernels: KernelChoice) -> str | None:
 
 
 def exported_metadata(path: Path) -> dict[str, Any]:
-    """What an exported file records: in the .onnx itself, next to the .mindir in FILE.json.
+    """The metadata of an exported file: inside the .onnx, or in FILE.json next to the .mindir.
 
     Raises:
         UserError: if it cannot be read.

@@ -63,8 +63,8 @@ class CheckpointModel:
     ) -> "CheckpointModel":
         """The model of a file as ``read_weights`` returns it.
 
-        Recorded values count, and flags win over them. Files of other programs record nothing:
-        their names, and those of their weights, tell what they hold.
+        Flags override recorded values. Files of other programs record nothing: there, the file name
+        and the names of the weights show what the file holds.
 
         Args:
             path: the file; class_indexing.json may be next to it.
@@ -91,9 +91,15 @@ class CheckpointModel:
                 "trains one"
             )
         config = load_config(flags, checkpoint_layer={**recorded, "num_classes": classes})
-        class_to_index = metadata.get("class_to_index") or _class_map_beside(path)
+        class_to_index: dict[str, int] | None
         if config.class_names:
             class_to_index = read_class_names(config.class_names, config.num_classes)
+        else:
+            class_to_index = (
+                metadata.get("class_to_index")
+                or _class_map_beside(path)
+                or _timm_class_map(path, config.num_classes)
+            )
         return cls(config, fused, class_to_index)
 
     @property
@@ -152,8 +158,8 @@ class CheckpointModel:
         if len(names) != classes:
             raise UserError(
                 f"the network has {classes} classes without names and '{path}' has {len(names)} "
-                "class folders, so which class a folder is cannot be known; pass "
-                "--class_names=FILE, a text file with the name of each class on a line of its own"
+                "class folders, so it is unknown which class each folder is; pass "
+                "--class_names=FILE, a text file with one class name per line"
             )
         return images
 
@@ -249,16 +255,10 @@ def _network_in_name(stem: str) -> str | None:
 
 def _timm_settings(file: Path) -> dict[str, Any]:
     """{key: value} from timm's config.json: architecture and preprocessing that exist here too."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        timm = {}
-        if isinstance(content, dict):
-            timm = {**content, **content.get("pretrained_cfg", {})}
-    except (OSError, ValueError, TypeError):
-        raise UserError(
-            f"{file} is damaged: it must be the JSON that timm writes next to weights"
-        ) from None
-    settings = {key: timm[key] for key in ("mean", "std", "crop_pct") if key in timm}
+    timm = _read_timm_config(file)
+    settings: dict[str, Any] = {
+        key: timm[key] for key in ("mean", "std", "crop_pct") if key in timm
+    }
     if network := _network_in_name(str(timm.get("architecture", ""))):
         settings["network"] = network
     if timm.get("interpolation") in ("bilinear", "bicubic"):
@@ -269,6 +269,38 @@ def _timm_settings(file: Path) -> dict[str, Any]:
     if isinstance(size, list) and len(size) == 3 and isinstance(size[-1], int):
         settings["image_size"] = size[-1]
     return settings
+
+
+def _timm_class_map(path: Path | None, classes: int) -> dict[str, int] | None:
+    """The class map in timm's config.json next to ``path``, or None.
+
+    Raises:
+        UserError: if it names a class twice, or does not have ``classes`` names.
+    """
+    file = path.with_name("config.json") if path is not None else None
+    names = _read_timm_config(file).get("label_names") if file is not None else None
+    if not isinstance(names, list):
+        return None
+    class_to_index = {str(name): label for label, name in enumerate(names)}
+    if len(class_to_index) < len(names) or len(names) != classes:
+        raise UserError(
+            f"{file} has {len(class_to_index)} different label_names, but the network has "
+            f"{classes} classes; pass --class_names=FILE"
+        )
+    return class_to_index
+
+
+def _read_timm_config(file: Path) -> dict[str, Any]:
+    """The content of timm's config.json, with that of its pretrained_cfg; {} without a file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if not isinstance(content, dict):
+            return {}
+        return {**content, **content.get("pretrained_cfg", {})}
+    except (OSError, ValueError, TypeError):
+        raise UserError(
+            f"{file} is damaged: it must be the JSON that timm writes next to weights"
+        ) from None
 
 
 def _class_map_beside(path: Path | None) -> dict[str, int] | None:

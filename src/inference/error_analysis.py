@@ -52,7 +52,7 @@ def predict_set(
     """Predict every image of a set, on one process. ``log`` gets a line every 30 s."""
     batches = EvalBatches(images, config, 0, 1, min(_BATCH, len(images)))
     parts: list[tuple[np.ndarray, ...]] = []
-    with ProgressBar("looked at", len(images), "image", log) as progress:
+    with ProgressBar("predicted", len(images), "image", log) as progress:
         for number, batch in enumerate(prefetch(batches)):
             decoded = batch.labels >= 0
             probabilities = softmax(backend(batch.images)[decoded], axis=1)

@@ -198,7 +198,7 @@ def network_size(network: nn.Cell, image_size: int) -> NetworkSize:
 
 
 def _create_float32_network(model: CheckpointModel) -> ImageClassifier:
-    """Exported files are for any device, whatever the network was trained in."""
+    """The network in float32, whatever it was trained in: exported files are for any device."""
     return create_network(model.config.model_copy(update={"amp_level": "O0"}), fused=model.fused)
 
 
@@ -283,7 +283,7 @@ def _check_target(file: Path, path: Path, file_format: str) -> None:
     ending = f".{file_format.lower()}"
     if file_format != "SAFETENSORS" and file.suffix.lower() != ending:
         raise UserError(
-            f"--result_path={file} must end in {ending}, by which the file is recognised later"
+            f"--result_path={file} must end in {ending}, or it cannot be recognised later"
         )
 
 

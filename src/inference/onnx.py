@@ -92,7 +92,7 @@ def write_onnx(network: nn.Cell, target: Path, metadata: dict[str, Any], image_s
     onnx = import_onnx()
 
     def write(partial: Path) -> None:
-        # MindSpore takes from the folder that it exports to what others may do there.
+        # MindSpore removes other users' permissions from the folder that it exports to.
         with tempfile.TemporaryDirectory() as folder:
             exported = Path(folder) / "network.onnx"
             export_quietly(

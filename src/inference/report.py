@@ -1,4 +1,4 @@
-"""Collects what a page about runs shows: records, and what the best network gets wrong."""
+"""Collects the data for a report: the records of the runs, and their best networks' mistakes."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -62,12 +62,15 @@ def _run_report(
     try:
         return _with_pictures(run, folder, _moved_data(folder, flags), kernels, log)
     except UserError as failure:
-        log(f"{WARNING}{name}: without all pictures: {failure}")
+        log(f"{WARNING}{name}: the report is incomplete: {failure}")
         return replace(run, missing=f"Not everything could be shown: {failure}.")
 
 
 def _moved_data(folder: RunFolder, flags: Mapping[str, str]) -> dict[str, str]:
-    """``flags``; with data_path, the validation images are next to or among the moved images."""
+    """``flags``, completed if --data_path says that the data has moved.
+
+    The validation images are then next to the moved images or among them.
+    """
     if "data_path" not in flags:
         return dict(flags)
     validation = validation_path(flags["data_path"]) or ""
@@ -88,8 +91,8 @@ def _with_pictures(
     mistakes = [
         Picture(
             thumbnail(images.load(int(predictions.indices[row]))),
-            f"{classes[predictions.labels[row]]}, taken for {classes[predictions.predicted[row]]} "
-            f"({100 * predictions.probability[row]:.0f} %, right one "
+            f"{classes[predictions.labels[row]]}, predicted {classes[predictions.predicted[row]]} "
+            f"({100 * predictions.probability[row]:.0f} %, true class "
             f"{100 * predictions.probability_of_label[row]:.0f} %)",
         )
         for row in predictions.worst(_PICTURES)

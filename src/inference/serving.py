@@ -51,7 +51,7 @@ def serve(command: Command) -> None:
 
 
 class Busy(Exception):
-    """More requests are waiting than there is room for."""
+    """The queue of requests is full."""
 
 
 class Batcher:
@@ -116,7 +116,7 @@ class Batcher:
 
 
 def _seconds(backend: Backend, images: np.ndarray) -> float:
-    """The least of some calls, after one that compiles."""
+    """Seconds of the fastest of some calls, after one call that compiles."""
     backend(images)
     times = []
     for _ in range(_TIMED):
@@ -130,7 +130,7 @@ def create_app(model: CheckpointModel, backends: Sequence[Backend]) -> Any:
     """The ASGI application: a page at /, POST /predict, GET /health.
 
     Args:
-        backends: must have computed every size of a batch before.
+        backends: (B, S, S, 3) uint8 images -> (B, C) logits; all are timed for every batch size.
 
     Raises:
         UserError: where the packages are missing.
@@ -291,13 +291,13 @@ def serve_app(
         server.should_exit = True
 
     signals.defer_to(stop)
-    # uvicorn exits so if its start fails; the message is below.
+    # uvicorn exits like this if it cannot start; our own message follows.
     with suppress(SystemExit):
         server.run()
     if not server.started:
         raise UserError(
-            f"cannot serve on {host}:{port}: the address is taken, not of this machine or unknown; "
-            "--port=0 takes a free port"
+            f"cannot serve on {host}:{port}: the address is in use, unknown or not this machine's; "
+            "--port=0 picks a free port"
         )
 
 

@@ -7,7 +7,7 @@ statistics are plain float32. Every operation works on the tensors' own memory.
 Running statistics: assigning them inside a graph would double its compile time, and MindSpore may
 give a kernel a copy to write to. So the forward kernel returns the new running mean and variance as
 further outputs, and ``bprop`` returns them in the place of the gradients of the old ones. The
-training step asks for these "gradients" too (``cells.kernel_statistics``) and assigns them itself.
+training step asks for these "gradients" too (``layers.kernel_statistics``) and assigns them itself.
 """
 
 from collections.abc import Callable

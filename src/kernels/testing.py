@@ -97,7 +97,10 @@ def largest_difference(
     images: int = 3,
     stride: int = 2,
 ) -> float:
-    """Of output, gradients and statistics, relative to the largest value of each."""
+    """Largest difference from float64, over output, gradients and statistics.
+
+    Relative to the largest value of each array.
+    """
     rng = np.random.default_rng(0)
     x, weight = (
         rng.normal(size=(images, channels, size, size)),
@@ -204,7 +207,7 @@ def largest_difference(
 def main(path: str) -> int:
     difference = largest_difference(Kernels(Path(path)))
     if not difference < _TOLERANCE:
-        print(f"error: they differ from float64 by {difference:.1e}")
+        print(f"error: the kernels differ from float64 by {difference:.1e}")
         return 1
     return 0
 

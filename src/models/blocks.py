@@ -42,7 +42,7 @@ def find_block(name: str) -> Block:
     """The Block of that name. Raises UserError for an unknown one."""
     if name not in BLOCKS:
         raise UserError(
-            f"unknown block={name}{suggestion(name, BLOCKS)}; there are {', '.join(BLOCKS)}"
+            f"unknown block={name}{suggestion(name, BLOCKS)}; available: {', '.join(BLOCKS)}"
         )
     return BLOCKS[name]
 

@@ -66,7 +66,7 @@ def create_model(
     Args:
         name: a name in ``networks.NETWORKS`` or an alias.
         block: a name in ``blocks.BLOCKS``.
-        fused: the form that ``fuse`` leaves of a network with blocks.
+        fused: create the fused form of a network with blocks, as ``fuse`` returns it.
         gamma_init: initial scale of the batch norms in blocks.
         image_size: side of the images in pixels; None is the network's own.
         dropout: drop probability in training, for networks that have dropout.

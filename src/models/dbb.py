@@ -16,9 +16,9 @@ class DiverseBranchBlock(ReparamConv):
     """Sum of four branches: k x k; 1x1; 1x1 then k x k; 1x1 then average pooling.
 
     Batch norm follows each convolution and the pooling. As in the paper's code, the 1x1 convolution
-    before the k x k one keeps the number of channels and starts as the identity. Outputs of a batch
-    norm are padded with what that batch norm makes of zeros, so that the block remains one
-    convolution.
+    before the k x k one keeps the number of channels and starts as the identity. The output of a
+    batch norm is padded with the values that it gives for zeros, so that the block can be fused
+    into one convolution.
 
     Args:
         norm: makes the batch norm of a branch from its number of channels.

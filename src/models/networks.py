@@ -1,6 +1,6 @@
 """The table of networks, with everything that belongs to each.
 
-Imports nothing of MindSpore, so that a wrong name is reported before the seconds that import takes.
+Does not import MindSpore, which takes seconds, so that a wrong name is reported at once.
 """
 
 from collections.abc import Callable, Mapping

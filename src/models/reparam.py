@@ -17,11 +17,11 @@ class ReparamConv(nn.Cell):
     """Base class of the blocks: (N, in_channels, H, W) float -> (N, out_channels, H', W').
 
     A subclass makes its branches in ``__init__`` and adds them in ``construct``, which may be given
-    the shortcut of a residual block. It adds the shortcut before the last batch norm: MindSpore
-    fuses that batch norm with the addition and the ReLU that follow it on GPU, and executes batch
-    norms in the order of the code (docs/gpu.md). Its
-    ``equivalent_kernel_bias`` returns the convolution that computes the same in inference: the
-    kernel (out_channels, in_channels / groups, k, k) and the bias (out_channels,), in float64.
+    the shortcut of a residual block. It adds the shortcut before the last batch norm: on GPU,
+    MindSpore fuses that batch norm with the addition and the ReLU that follow it, and executes
+    batch norms in the order of the code (docs/gpu.md). Its ``equivalent_kernel_bias`` returns the
+    convolution that computes the same in inference: the kernel (out_channels, in_channels / groups,
+    k, k) and the bias (out_channels,), in float64.
 
     Attributes:
         geometry: arguments of that convolution.

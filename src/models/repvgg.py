@@ -16,8 +16,8 @@ from src.models.residual import SplitProjected
 class RepVGGBlock(ReparamConv):
     """Sum of a k x k convolution, a 1x1 convolution and the input, each with its own batch norm.
 
-    Without the input if the output has another shape. The paper has k = 3; 5x5 convolutions are
-    treated alike. The ReLU after the block belongs to the network.
+    The input is left out if the output has another shape. The paper has k = 3; 5x5 convolutions are
+    replaced in the same way. The ReLU after the block belongs to the network.
 
     Args:
         norm: makes the batch norm of a branch from its number of channels.

@@ -1,4 +1,4 @@
-"""Where the branches of a residual block part and meet."""
+"""The start and the end of a residual block: splitting and adding its branches."""
 
 from mindspore import Tensor, nn
 
@@ -29,11 +29,11 @@ class SplitResidual(nn.Cell):
 
 
 class SplitProjected(SplitResidual):
-    """``SplitResidual`` where both branches compute, and neither is only a shortcut.
+    """``SplitResidual`` for two branches that both compute: neither is a plain shortcut.
 
-    The sum of the gradients is written as a difference: of a sum MindSpore's GPU backend makes an
-    accumulation in place, and loses count of its memory in networks of basic blocks ("Invalid new
-    ref count", docs/gpu.md).
+    The sum of the gradients is written as a difference. MindSpore's GPU backend would accumulate a
+    sum in place, and in networks of basic blocks it then miscounts the references to that memory
+    ("Invalid new ref count", docs/gpu.md).
     """
 
     def bprop(

@@ -22,7 +22,7 @@ CHECKSUM = "checksum"
 # Names of optimizer state in a checkpoint: OPTIMIZER_PREFIX, the state's name, the parameter's
 # name.
 OPTIMIZER_PREFIX = "optimizer."
-# That of checkpoints before version 2, which had momentum only.
+# The prefix in checkpoints before version 2, which had only momentum.
 _OLD_OPTIMIZER_PREFIX = "momentum."
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -46,8 +46,8 @@ def read_weights(path: Path) -> tuple[Arrays, dict[str, Any]]:
     """Read a file of weights into ({name: array}, metadata), names as in the file.
 
     Formats are MindSpore .ckpt, .safetensors, PyTorch's .pth and .pt, and the ACNet repository's
-    .hdf5. Names of other programs lose what wrappers put before each of them. Metadata is {} if the
-    file has none.
+    .hdf5. Prefixes that wrappers put before every name are removed. Metadata is {} if the file has
+    none.
 
     Raises:
         UserError: if the file is missing, truncated, of another format, or its pickle asks for

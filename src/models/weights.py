@@ -1,4 +1,4 @@
-"""Weights into a network: strict by name and shape, from any of the known names."""
+"""Loads weights into a network: every name and shape must match, in any known naming scheme."""
 
 from collections.abc import Callable, Mapping
 
@@ -58,8 +58,8 @@ def assign_weights(
         hint = (
             "; --allow_head_mismatch=1 starts from all but the classifier"
             if not mismatches
-            else f"; is it of another network or block than {network.network_name}? --network=NAME "
-            "says which"
+            else f"; is it for a network or block other than {network.network_name}? pass "
+            "--network=NAME"
         )
         more = (
             f" and {len(found) - _MISMATCHES_SHOWN} more" if len(found) > _MISMATCHES_SHOWN else ""
@@ -95,7 +95,7 @@ def _check_values(weights: Mapping[str, np.ndarray], path: object) -> None:
         elif name.endswith(("moving_variance", "running_var")) and (array < 0).any():
             problem = "has negative variances"
         if problem:
-            raise UserError(f"checkpoint '{path}' is of no use: {name} {problem}")
+            raise UserError(f"checkpoint '{path}' is unusable: {name} {problem}")
 
 
 def count_classes(arrays: Mapping[str, np.ndarray], network: str) -> int | None:
@@ -124,7 +124,7 @@ def _namings(network: str) -> tuple[Naming, ...]:
 def _best_names(
     parameters: Mapping[str, Parameter], weights: Mapping[str, np.ndarray], network: str
 ) -> dict[str, str | None]:
-    """{our name: name in the file} by the naming that finds the most."""
+    """{our name: name in the file}, in the naming scheme that matches the most names."""
     candidates = [{name: naming(name) for name in parameters} for naming in _namings(network)]
     return max(candidates, key=lambda names: sum(foreign in weights for foreign in names.values()))
 

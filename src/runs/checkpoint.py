@@ -182,5 +182,5 @@ def choose_checkpoint(path: str, log: Callable[[str], None]) -> Path:
     if not Path(path).is_dir():
         return files[0]
     chosen = next((file for file in files if file.name == "best.ckpt"), in_order(files)[-1])
-    log(f"of {len(files)} checkpoints there: {chosen}")
+    log(f"using {chosen}, one of {len(files)} checkpoints there")
     return chosen

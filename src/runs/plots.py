@@ -46,7 +46,7 @@ def plot_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 class EventWriter:
-    """Writes into ``folder``; epochs from ``epoch`` on of an earlier run there count no more."""
+    """Writes TensorBoard events to ``folder``; drops an earlier run's from ``epoch`` on."""
 
     def __init__(self, folder: Path, epoch: int = 0) -> None:
         try:

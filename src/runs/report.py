@@ -85,7 +85,7 @@ class _Scale:
 
 
 _CONFUSION_CLASSES = 25
-# Keys that name places of a machine or a process, not what was computed.
+# Keys about a machine or process, which do not affect the results.
 _PLACES = ("output_path", "resume", "log_interval", "device_id")
 
 _STYLE = """
@@ -221,7 +221,7 @@ def _summary(runs: Sequence[RunReport]) -> str:
         "in epoch",
         "top-5 then",
         "last loss",
-        "on validation",
+        "validation loss",
         "images/s",
     )
     return _table(head, rows, numbers=range(2, 9), name="summary")
@@ -275,7 +275,7 @@ def _configuration(runs: Sequence[RunReport]) -> str:
     parts = ["<h2>Configuration</h2>"]
     if len(runs) > 1:
         parts.append(
-            "<p>What differs between the runs:</p>"
+            "<p>Differences between the runs:</p>"
             + _table(
                 ("key", *(run.name for run in runs)),
                 [[_code(key), *map(_code, values[key])] for key in differing],
@@ -290,7 +290,7 @@ def _configuration(runs: Sequence[RunReport]) -> str:
         if key not in differing and values[key][0] != _value(runs[0].defaults.get(key))
     ]
     parts.append(
-        "<p>What is not as in default_config.yaml:</p>"
+        "<p>Values that differ from default_config.yaml:</p>"
         + _table(
             ("key", "value", "default"),
             [
@@ -330,8 +330,8 @@ def _time(runs: Sequence[RunReport]) -> str:
                 ]
             )
     text = (
-        "<h2>Where the time went</h2><p>Seconds of each rank over the steps of all epochs: for the "
-        "next batch, for computing, and for other ranks and the network.</p>"
+        "<h2>Where the time went</h2><p>Seconds per rank over the steps of all epochs: waiting for "
+        "input, computing, and waiting for other ranks and the network.</p>"
     )
     keys = (
         "run",
@@ -366,7 +366,7 @@ def _classes(run: RunReport, of_run: str) -> str:
         parts.append(f"<p>{escape(run.missing)}</p>")
     if run.confusion is not None and len(run.confusion) <= _CONFUSION_CLASSES:
         parts.append(
-            "<p>Images by class (lines) and what the best network takes them for (columns).</p>"
+            "<p>Images by true class (rows) and by the best network's prediction (columns).</p>"
             + _confusion(run)
         )
     if run.confused:
@@ -376,7 +376,7 @@ def _classes(run: RunReport, of_run: str) -> str:
         ]
         parts.append(
             "<p>Most confused:</p>"
-            + _table(("class", "taken for", "images"), rows, numbers=(2,), name="confused")
+            + _table(("class", "predicted as", "images"), rows, numbers=(2,), name="confused")
         )
     if evaluated:
         best = max(evaluated, key=_goodness)
@@ -468,7 +468,7 @@ def _table(
 
 
 def _goodness(line: Mapping[str, Any]) -> tuple[float, float]:
-    """By which the best epoch is chosen: top-1, and of equal ones the loss."""
+    """The sort key for the best epoch: top-1, then the lower loss."""
     return line["top1"], -line.get("val_loss", 0.0)
 
 

@@ -164,4 +164,4 @@ def create_run_folder(planned: RunFolder) -> RunFolder:
     except OSError as failure:
         reason = failure.strerror
         raise UserError(f"cannot write to output_path '{output_path}': {reason}") from None
-    raise UserError(f"output_path '{output_path}' has too many runs of this second")
+    raise UserError(f"output_path '{output_path}' has too many runs that started in this second")

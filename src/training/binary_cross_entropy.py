@@ -16,8 +16,9 @@ class BinaryCrossEntropy(nn.Cell):
 
     Args:
         smoothing: e in the targets (1 - e) * target + e / C.
-        threshold: targets above it become 1, the others 0; None keeps them as they are. With it,
-            every class that mixup or CutMix shows enough of counts fully, as in the paper.
+        threshold: targets above it become 1, the others 0; None keeps them as they are. With a
+            threshold, every class that has a large enough part of a mixed image counts fully, as in
+            the paper.
     """
 
     def __init__(self, smoothing: float, threshold: float | None = None) -> None:

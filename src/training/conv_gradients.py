@@ -1,4 +1,4 @@
-"""Convolutions that train faster on CPU, same numbers to rounding."""
+"""Faster convolution gradients on CPU, with the same results up to rounding."""
 
 from mindspore import Tensor, nn, ops
 

@@ -1,7 +1,8 @@
 """Optimizers for GPU and Ascend: an update of flat arrays, as part of the training step's graph.
 
-Parameters that are updated alike form a group. Gradients and optimizer state of a group are one
-flat array each, so that a formula takes a handful of kernels for any number of parameters.
+Parameters that are updated in the same way form a group. The gradients and each optimizer state of
+a group are one flat array, so that an update takes a handful of kernels for any number of
+parameters.
 """
 
 from collections.abc import Sequence

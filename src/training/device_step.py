@@ -18,8 +18,8 @@ from src.training.step import ExtraInputs, GradScaler, StepResult
 class DeviceTrainStep:
     """``TrainStep`` for devices.
 
-    One micro-batch per step, with the device's own collectives, is a single graph. Otherwise the
-    gradients of a micro-batch are a graph, and so is the update.
+    With one micro-batch per step and the device's own collectives, a step is a single graph.
+    Otherwise the gradients of a micro-batch are one graph, and the update is another.
 
     Running statistics are averaged over ranks by ``synchronize``, not in every step. They are
     running means, so the result is the same.
@@ -84,7 +84,7 @@ class DeviceTrainStep:
         self.optimizer.load_states()
 
     def synchronize(self) -> None:
-        """Make parameters and the optimizer's state those of the whole job. Every rank calls it.
+        """Bring parameters and optimizer state up to date. Every rank calls it.
 
         The running statistics are averaged over ranks, and the state is copied from the device.
         """

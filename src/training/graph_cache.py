@@ -1,8 +1,8 @@
 """Keeps compiled graphs, so that a second run of the same network starts without compiling.
 
 MindSpore can write and read such graphs, but it checks little of what they depend on, and writes
-them in place. Here each graph has its own folder, which is named by a digest of everything that the
-graph may depend on, complete or absent, and checked before use.
+them in place. Here each graph has its own folder, named after a digest of everything that the graph
+may depend on. A folder is complete or absent, and its graph is checked before use.
 """
 
 import hashlib

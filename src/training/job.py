@@ -35,7 +35,7 @@ def train(command: Command, data: PreparedData) -> None:
     path = command.config.checkpoint_file_path
     pretrained = read_pretrained(path) if path else None
     settings = pretrained.settings if pretrained else None
-    check_ranks_agree(communicator, settings or {}, "the same file of weights on every host")
+    check_ranks_agree(communicator, settings or {}, "use the same weights file on every host")
 
     # The configuration that is recorded. Nothing changes it after this line.
     config = resolve(command.flags, command.config, images, settings, communicator)
@@ -150,7 +150,7 @@ def warmup_warning(config: Config) -> str | None:
     """A warning if the warm-up leaves nothing of the schedule after it, else None."""
     if config.warmup_epochs > 0 and config.warmup_epochs >= config.max_epoch:
         return (
-            f"{WARNING}warmup_epochs={config.warmup_epochs:g} is the whole training: the learning "
+            f"{WARNING}warmup_epochs={config.warmup_epochs:g} covers the whole run: the learning "
             f"rate rises towards lr={config.lr:g} and never falls"
         )
     if 0 < config.T_max <= config.warmup_epochs and config.lr_scheduler == "cosine_annealing":

@@ -142,8 +142,7 @@ def resolve_data(config: Config, data: TrainingData) -> Config:
 def _check_batch_norm(config: Config, images: int) -> None:
     """Raise UserError if a batch norm would see a single value per channel.
 
-    Its variance would be 0, and that of the population, with which it corrects the running
-    variance, undefined.
+    The variance would be 0, and the unbiased variance for the running statistics undefined.
 
     Args:
         images: per rank and micro-batch.
@@ -152,8 +151,8 @@ def _check_batch_norm(config: Config, images: int) -> None:
     if images == 1 and config.image_size <= network.single_pixel_at and not config.sync_bn:
         raise UserError(
             f"one image per rank at image_size={config.image_size} leaves the last batch norms of "
-            f"{config.network} a single value per channel, from which there is no variance; use "
-            f"two images or more per rank, or an image_size above {network.single_pixel_at}"
+            f"{config.network} a single value per channel, which has no variance; use two or more "
+            f"images per rank, or an image_size above {network.single_pixel_at}"
         )
 
 

@@ -199,7 +199,7 @@ def check_batches(point: ResumePoint, steps_per_epoch: int, labels: int) -> None
 def resume_message(point: ResumePoint, size: int, threads: Sequence[int], kernels: str) -> str:
     """Lines on a run that resumes on ``size`` ranks with these ``threads`` and ``kernels``.
 
-    What keeps it from repeating bit for bit is a warning.
+    A difference that prevents bit-identical results is a warning.
     """
     state = point.state
     lines = [f"resuming from {point.path} after step {state.step}"]

@@ -1,4 +1,4 @@
-"""Files that are complete or absent, whenever the process is killed."""
+"""Writes files atomically: they are complete or absent, even if the process is killed."""
 
 import os
 import re
@@ -40,7 +40,7 @@ def write_whole(target: str | Path, write: Callable[[Path], Any]) -> None:
         )
         raise UserError(f"cannot write '{target}': {reason}") from None
     finally:
-        # A writer may have one of its own behind it: MindSpore writes NAME.tmp first.
+        # A writer may leave a temporary file of its own: MindSpore writes NAME.tmp first.
         _remove(target.parent, partial.stem)
 
 
@@ -67,8 +67,7 @@ def check_ending(key: str, path: str, endings: Sequence[str]) -> None:
     """
     if path and not path.lower().endswith(tuple(endings)):
         raise UserError(
-            f"{key}={path}: the file is written as {' or '.join(endings)}, as which its name must "
-            "end"
+            f"{key}={path}: the name must end in {' or '.join(endings)}, which decides the format"
         )
 
 
@@ -90,7 +89,7 @@ def remove_partials(folder: Path) -> None:
 
 
 def _remove(folder: Path, start: str, inside: str = "") -> None:
-    """Remove the files of ``folder`` whose names begin so and hold ``inside``."""
+    """Remove the files in ``folder`` whose names start with ``start`` and contain ``inside``."""
     for leftover in Path(folder).iterdir() if Path(folder).is_dir() else ():
         if leftover.name.startswith(start) and inside in leftover.name:
             # MindSpore makes its files read-only, which some file systems keep from being removed.
@@ -99,7 +98,7 @@ def _remove(folder: Path, start: str, inside: str = "") -> None:
 
 
 def _mode_of_new_files() -> int:
-    """By the process's umask, which only its file in /proc tells without changing it."""
+    """0o666 minus the umask, read from /proc: os.umask() can only read it by setting it."""
     umask = re.search(r"^Umask:\s*([0-7]+)", Path("/proc/self/status").read_text(), re.M)
     return 0o666 & ~int(umask[1], 8) if umask else 0o644
 

@@ -33,8 +33,8 @@ LIBRARIES = {
     "libcudnn_adv_train.so.8": "nvidia-cudnn-cu11",
     "libcudnn.so.8": "nvidia-cudnn-cu11",
 }
-# Between the GPUs of several ranks. MindSpore's wheel brings an NCCL with machine code for Pascal
-# only, which every newer GPU would compile in each rank at each first start. This one has machine
+# NCCL connects the GPUs of several ranks. The one in MindSpore's wheel has machine code for Pascal
+# only, and every newer GPU would compile it in each rank at each first start. This one has machine
 # code up to compute capability 8.0.
 NCCL = {"libnccl.so.2": "nvidia-nccl-cu11"}
 _DRIVER = "libcuda.so.1"
@@ -98,7 +98,7 @@ def _find(libraries: Mapping[str, str], packages: Path | None) -> list[Path]:
 
 
 def cuda_release(home: str | Path | None) -> str | None:
-    """ "11.6" as the nvcc of the CUDA folder ``home`` says, or None if there is none."""
+    """The release, such as 11.6, that ``home``/bin/nvcc reports; None if there is no nvcc."""
     try:
         told = subprocess.run(
             [f"{home}/bin/nvcc", "--version"],

@@ -135,7 +135,7 @@ def load_share(library: str, device_id: int, number: int, processes: int) -> Non
     Raises:
         OSError: if the driver refuses one.
     """
-    # A rank has been given some of the machine's cores; the others wait for this.
+    # A rank is bound to some of the cores. Use all of them: the other ranks are waiting for this.
     os.sched_setaffinity(0, range(os.cpu_count() or 1))
     driver, device, context, module = (
         ctypes.CDLL(_DRIVER),

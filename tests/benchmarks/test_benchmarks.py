@@ -1,4 +1,4 @@
-"""Each benchmark runs and prints its line; what it measures is no assertion."""
+"""Each benchmark runs and prints its line; the measured numbers are not asserted."""
 
 import json
 import re

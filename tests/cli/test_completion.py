@@ -1,4 +1,4 @@
-"""TAB behind python3 train.py, in a real bash."""
+"""TAB completion after `python3 train.py`, in a real bash."""
 
 import subprocess
 

@@ -1,4 +1,4 @@
-"""What surrounds an entry script: how it ends."""
+"""How commands start and end: streams, launched ranks, errors and exit status."""
 
 import json
 import os

@@ -364,7 +364,7 @@ def test_a_validation_set_goes_before_a_test_set(tmp_path):
 
 
 def test_a_class_that_has_the_name_of_a_part_is_no_part(tmp_path):
-    """plane was dropped in silence, and steam and electric became the classes."""
+    """Once, plane was silently dropped, and steam and electric became the classes."""
     make_folders(tmp_path, "plane", "train/steam", "train/electric")
     with pytest.raises(UserError, match="'plane' next to 'train'.*rename the class 'train'"):
         open_images(str(tmp_path), "train")

@@ -1,4 +1,4 @@
-"""Run wrong worlds and check what must hold for all.
+"""Run random hostile environments and check the invariants that hold for all of them.
 
 `python3 tests/hostile/run.py [--cases=500] [--seed=0] [--minutes=10] [--only=NUMBER]`.
 

@@ -1,9 +1,10 @@
-"""Wrong worlds, drawn from a seed.
+"""Random hostile environments, reproducible by seed.
 
-Commands, files, names, formats, moments, streams and limits as a hostile or careless user has them.
+They use commands, files, names, formats, times, streams and limits as a hostile or careless user
+would.
 
 A world is a shell command in a folder of its own, made by one of the functions of ``KINDS`` from a
-random generator. What must hold for all of them is in ``invariants``.
+random generator. ``invariants`` checks what must hold for all of them.
 """
 
 import json
@@ -472,7 +473,7 @@ def draw_world(seed: int, number: int, folder: Path, good: dict[str, Path]) -> W
 
 
 def invariants(world: World, status: int | None, out: str, err: str) -> list[str]:
-    """What of that which must always hold does not."""
+    """The invariants that do not hold."""
     broken = []
     errors = [line for line in err.splitlines() if line.startswith("error:")]
     if status is None:

@@ -121,6 +121,19 @@ def test_timms_config_says_how_images_are_prepared(tmp_path):
     }
 
 
+def test_timms_config_names_the_classes(tmp_path):
+    # As timm's push_to_hf_hub writes it: one name per class, in their order.
+    weights = {"fc.bias": np.zeros(3, np.float32)}
+    config = {"architecture": "resnet18", "num_classes": 3, "label_names": ["owl", "ant", "bee"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = CheckpointModel.of(weights, {}, {}, tmp_path / "model.safetensors")
+    assert model.class_to_index == {"owl": 0, "ant": 1, "bee": 2}
+    for names in (["owl", "ant"], ["owl", "ant", "ant"]):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "label_names": names}))
+        with pytest.raises(UserError, match="2 different label_names.*--class_names"):
+            CheckpointModel.of(weights, {}, {}, tmp_path / "model.safetensors")
+
+
 @pytest.mark.parametrize("text", ["[", '{"pretrained_cfg": 3}'])
 def test_a_damaged_config_is_named(tmp_path, text):
     (tmp_path / "config.json").write_text(text)

@@ -1,4 +1,4 @@
-"""Wrong calls of kernels end in an error message, never in memory that is not theirs."""
+"""Invalid kernel calls end in an error message, and never access memory out of bounds."""
 
 import re
 import subprocess

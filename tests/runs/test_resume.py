@@ -1,4 +1,4 @@
-"""A run that was killed and resumed ends as the run that was not: the same bits."""
+"""A run that was killed and resumed is bit-identical to an uninterrupted run."""
 
 import json
 import signal

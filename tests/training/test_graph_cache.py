@@ -1,6 +1,6 @@
-"""A compiled graph of an earlier run is taken only if it is the same and whole.
+"""A compiled graph of an earlier run is used only if it is the same and complete.
 
-Its results are the same bits.
+Its results are bit-identical.
 """
 
 import json

@@ -181,7 +181,7 @@ def test_a_device_names_the_first_parameter_that_is_not_finite(problem):
 @pytest.mark.parametrize("kind", [HostOptimizer, DeviceOptimizer])
 @pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
 def test_a_frozen_backbone_keeps_weights_and_state(kind, optimizer):
-    """What its gradients were while the classifier was untrained pushes nothing when it thaws."""
+    """Gradients from while the backbone was frozen have no effect once it is trained."""
     config = make_config(optimizer=optimizer, freeze_epochs=1, **KEYS)
     parameters = [
         Parameter(Tensor(np.ones((3, 2), np.float32)), name=name)

@@ -97,10 +97,7 @@ def test_other_checkpoints_are_refused_with_what_to_do(tmp_path, network, metada
 
 
 class OtherRank(Communicator):
-    """Rank 0 of two.
-
-    Of which the other cannot read the checkpoints whose names hold ``unreadable``.
-    """
+    """Rank 0 of two; the other cannot read checkpoints with ``unreadable`` in their names."""
 
     size = 2
 

@@ -342,7 +342,7 @@ def test_bad_images_are_replaced_and_counted(broken_copy, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_numbers_gone_wrong_stop_the_run_and_keep_the_last_checkpoint(image_root, tmp_path, ranks):
-    """The learning rate of the second epoch is beyond all reason."""
+    """The learning rate of the second epoch is far too high."""
     words = [
         "train.py",
         f"--data_path={image_root}/train",

@@ -1,4 +1,5 @@
-// Into blocks of channels and out of them, and images into the layout of the first convolution.
+// Converts activations to and from blocks of channels, and images to the first convolution's
+// layout.
 #include <cmath>
 #include <vector>
 

@@ -8,9 +8,9 @@
 #include "thread_pool.h"
 
 // PoolInterface below reproduces the vtable of threadpool_iface, which is the same in 3.9 and 3.10
-// but for wait(), the last method before the destructor, which 3.10 added.
+// except for wait(), the last method before the destructor, which 3.10 added.
 static_assert(DNNL_VERSION_MAJOR == 3 && DNNL_VERSION_MINOR >= 9 && DNNL_VERSION_MINOR <= 10,
-              "this oneDNN has not been tried");
+              "this version of oneDNN has not been tested");
 
 namespace acnet {
 namespace {

@@ -42,7 +42,7 @@ void gradient_ready(const Arguments &arguments, int output, const void *data) {
 
 }  // namespace acnet
 
-// Clears the list; from now on kernels add to it, or they do not.
+// Clears the list, and starts notifications (`enabled` is 1) or stops them (0).
 extern "C" int acnet_enable_ready_gradients(int enabled) {
     return acnet::guarded("", "enable_ready_gradients", [&] {
         auto &list = acnet::ready_list();
@@ -53,7 +53,7 @@ extern "C" int acnet_enable_ready_gradients(int enabled) {
 }
 
 // Copies the gradients after the first `seen`, at most `capacity`, waiting up to `seconds` for one.
-// Returns how many there are, or -1 with acnet_last_error.
+// Returns how many were copied, or -1 with acnet_last_error.
 extern "C" int acnet_ready_gradients(int seen, int capacity, double seconds,
                                      acnet::ReadyGradient *to) {
     int count = 0;
