@@ -631,6 +631,8 @@ class Config(_Output, _Optimization, _Device, _Preprocessing, _Augmentation, _Da
                 f"crop_scale={list(self.crop_scale)} must be two rising fractions of the area in "
                 "(0, 1]"
             )
+        if not all(0 <= value <= 1 for value in self.mean):
+            raise ValueError(f"mean={list(self.mean)} must be in [0, 1], as pixels / 255 are")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
             raise ValueError(
                 f"crop_ratio={list(self.crop_ratio)} must be two rising positive numbers"
@@ -709,6 +711,11 @@ def default_values() -> dict[str, Any]:
 
 def validated(values: Mapping[str, Any]) -> Config:
     """A Config of the defaults and {key: value}. Raises UserError that names the first bad key."""
+    for name, value in values.items():
+        field = Config.model_fields.get(name)
+        kind = type_text(field.annotation) if field is not None else "0|1"
+        if isinstance(value, bool) and "NUMBER" in kind + kind.replace("INT", "NUMBER"):
+            raise UserError(f"{name}={value}: must be a number")
     try:
         return Config(**values)
     except ValidationError as failure:

@@ -13,6 +13,35 @@ from src.models.networks import network_settings, recipe_of_alias
 from src.utils.errors import UserError, suggestion
 
 
+class _DoubleKey(Exception):
+    """A key that a recipe has twice."""
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML as people mean it: a key once, and numbers as on the command line.
+
+    YAML 1.1 reads 010 as 8 and 1:30 as 90, and takes the last of two equal keys.
+    """
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise _DoubleKey(f"has '{twice}' twice")
+        return super().construct_mapping(node, deep)
+
+
+# Numbers stay text, which the configuration reads as it reads flags.
+_RecipeLoader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def load_config(
     flags: Mapping[str, Any],
     checkpoint_layer: Mapping[str, Any] | None = None,
@@ -95,6 +124,9 @@ def _with_extended(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
             near = suggestion(key, (*known_keys(), "extends"))
             raise UserError(f"{path}: unknown key '{key}'{near}")
     own = {ALIASES.get(key, key): value for key, value in layer.items()}
+    if "per_batch_size" in own:
+        # As on the command line, it goes before the global_batch_size of the other recipe.
+        own.setdefault("global_batch_size", 0)
     if extended is None:
         return own
     base = find_recipe(str(extended), relative_to=path)
@@ -105,10 +137,12 @@ def _with_extended(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        layer = yaml.safe_load(path.read_text(encoding="utf-8"))
+        layer = yaml.load(path.read_text(encoding="utf-8"), _RecipeLoader)
     except (OSError, UnicodeDecodeError) as failure:
         reason = getattr(failure, "strerror", None) or failure
         raise UserError(f"cannot read the configuration {path}: {reason}") from None
+    except _DoubleKey as failure:
+        raise UserError(f"{path} {failure}") from None
     except (yaml.YAMLError, RecursionError) as failure:
         mark = getattr(failure, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""

@@ -12,15 +12,25 @@ from src.utils.errors import UserError
 EXTENSIONS = (
     ".jpg",
     ".jpeg",
+    ".jpe",
     ".jfif",
+    ".pjpeg",
+    ".pjp",
+    ".mpo",
     ".png",
+    ".apng",
     ".bmp",
+    ".dib",
     ".webp",
+    ".pnm",
+    ".pbm",
+    ".pgm",
     ".ppm",
     ".tif",
     ".tiff",
     ".gif",
     ".avif",
+    ".avifs",
 )
 # Names of the parts of a data set, in lower case. A test set validates if there is no other.
 SPLITS = {
@@ -44,6 +54,14 @@ _OTHER_PICTURES = (
     ".heif",
     ".jxl",
     ".jp2",
+    ".j2k",
+    ".jpx",
+    ".qoi",
+    ".sgi",
+    ".pcx",
+    ".exr",
+    ".hdr",
+    ".xcf",
     ".svg",
     ".psd",
     ".tga",
@@ -147,8 +165,16 @@ def find_part(path: Path, split: str) -> Path | None:
     folders = _folders(path)
     found = [path / name for names in SPLITS[split] for name in folders if name.lower() in names]
     only_parts = all(_is_split(name) or is_litter(name) for name in folders)
+    with_classes = [folder for folder in found if _folders(folder)]
+    for folder in with_classes[1:]:
+        names = (folder.name.lower(), with_classes[0].name.lower())
+        if only_parts and all(name in SPLITS[split][0] for name in names):
+            raise UserError(
+                f"'{path}' has both '{with_classes[0].name}' and '{folder.name}'; pass the one "
+                "that is meant with --data_path or --eval_data_path"
+            )
     for folder in found:
-        if _folders(folder):
+        if folder in with_classes:
             return folder
         if only_parts and folder.name.lower() in SPLITS[split][0] and _has_pictures(folder):
             raise UserError(

@@ -4,17 +4,20 @@ import errno
 import io
 import os
 import stat
-import warnings
+from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from src.utils.errors import UserError
 
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG"
 # First bytes of JPEG, PNG, BMP, WebP, TIFF (both byte orders), and the netpbm formats.
 _MAGIC = (_JPEG, _PNG, b"BM", b"RIFF", b"II*\0", b"MM\0*", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6")
+# Pillow's other plug-ins start programs (Ghostscript) or decode before they know the size (ICO).
+_FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "PPM", "GIF", "AVIF", "JPEG2000", "TGA")
 # What the last bytes of a complete file contain; cameras may append some bytes.
 _ENDS = {_JPEG: b"\xff\xd9", _PNG: b"IEND"}
 _LAST_BYTES = 64
@@ -33,6 +36,12 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Tags of TIFF 6.0, and what Pillow reads of it.
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR_CONFIGURATION = 258, 262, 284
+_TIFF_BITS = {1, 2, 4, 8, 16}
+# The byte of a PNG that has its bits per sample; its colour type follows (PNG, section 11.2.2).
+_PNG_DEPTH = 24
+_GREY, _RGB = 0, 2
 _PLAIN_MODES = ("RGB", "L")
 # OpenCV takes the numbers in netpbm, TIFF and BMP files for bytes, whatever their range.
 _OPENCV_FORMATS = ("JPEG", "PNG", "WEBP")
@@ -91,7 +100,7 @@ def decode_image(encoded: np.ndarray, name: str, max_pixels: int = MOST_PIXELS) 
     if encoded.size >= _LARGEST_FILE:
         raise BadImage(f"{name} is larger than {_LARGEST_FILE >> 20} MiB")
     try:
-        picture = Image.open(io.BytesIO(encoded.data))
+        picture = open_picture(encoded.data)
     except MemoryError:
         raise
     except Image.DecompressionBombError:
@@ -106,13 +115,18 @@ def decode_image(encoded: np.ndarray, name: str, max_pixels: int = MOST_PIXELS) 
                 "sets the limit"
             )
         try:
-            return (
-                _decoded_by_opencv(encoded, name) if _is_plain(picture) else _as_seen(picture, name)
-            )
+            if _is_plain(picture):
+                return _decoded_by_opencv(encoded, name)
+            return _as_seen(picture, encoded, name)
         except (BadImage, MemoryError):
             raise
         except Exception as failure:  # as above
             raise BadImage(f"{name} is not an image that can be decoded") from failure
+
+
+def open_picture(content: bytes | memoryview) -> Image.Image:
+    """A picture of which Pillow has read the header. Raises what Pillow does for a damaged one."""
+    return Image.open(io.BytesIO(content), formats=_FORMATS)
 
 
 def _decoded_by_opencv(encoded: np.ndarray, name: str) -> np.ndarray:
@@ -151,25 +165,78 @@ def _orientation(picture: Image.Image) -> int:
         return 1
 
 
-def _as_seen(picture: Image.Image, name: str) -> np.ndarray:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        orientation = _orientation(picture)
-        is_deep = picture.mode == "I" and picture.format not in _SIXTEEN_BIT_FORMATS
-        if is_deep or picture.mode == "F":
-            raise BadImage(
-                f"{name} has 32-bit values, and its format does not say which value is white; "
-                "convert it to 8 or 16 bits"
-            )
-        if picture.mode.startswith("I"):
-            deep = np.asarray(picture, np.float64)
-            picture = Image.fromarray((deep / 257).clip(0, 255).astype(np.uint8))
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        if orientation in _TURNS:
-            picture = picture.transpose(_TURNS[orientation])
-        return np.asarray(picture.convert("RGB"))
+def _as_seen(picture: Image.Image, encoded: np.ndarray, name: str) -> np.ndarray:
+    _check_values(picture, name)
+    _scale_color_key(picture, encoded)
+    white_is_zero = _tiff_tag(picture, _PHOTOMETRIC) == 0
+    # Pillow turns a TIFF upright when it loads it, and then has no orientation any more.
+    picture.load()
+    orientation = _orientation(picture)
+    transparent = _sixteen_bit_transparency(picture, encoded)
+    if picture.mode.startswith("I"):
+        deep = np.asarray(picture, np.float64)
+        # Of 8 bits and less, Pillow does this itself.
+        deep = 65535 - deep if white_is_zero else deep
+        picture = Image.fromarray((deep / 257).clip(0, 255).astype(np.uint8))
+    if transparent is not None:
+        pixels = np.array(picture.convert("RGB"))
+        pixels[transparent] = 255
+        picture = Image.fromarray(pixels)
+    elif picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    if orientation in _TURNS:
+        picture = picture.transpose(_TURNS[orientation])
+    return np.asarray(picture.convert("RGB"))
+
+
+def _check_values(picture: Image.Image, name: str) -> None:
+    """Raise BadImage for values that Pillow does not scale to those of a picture."""
+    is_deep = picture.mode == "I" and picture.format not in _SIXTEEN_BIT_FORMATS
+    if is_deep or picture.mode == "F":
+        raise BadImage(
+            f"{name} has signed, 32-bit or floating-point values, and its format does not say "
+            "which value is white; convert it to 8 or 16 bits"
+        )
+    if picture.format == "TIFF":
+        bits = set(_tiff_tag(picture, _BITS_PER_SAMPLE) or (1,))
+        if not bits <= _TIFF_BITS:
+            raise BadImage(f"{name} has {max(bits)} bits per value; convert it to 8 or 16 bits")
+        if bits == {16} and _tiff_tag(picture, _PLANAR_CONFIGURATION) == 2:
+            raise BadImage(f"{name} has 16-bit values in separate planes; convert it to 8 bits")
+
+
+def _tiff_tag(picture: Image.Image, tag: int) -> Any:
+    """The value of a tag of a TIFF; None without it, and for other formats."""
+    return picture.tag_v2.get(tag) if isinstance(picture, TiffImageFile) else None
+
+
+def _scale_color_key(picture: Image.Image, encoded: np.ndarray) -> None:
+    """Scale the transparent grey of a PNG of 2 or 4 bits as Pillow scales the pixels."""
+    if _png_kind(picture, encoded) in ((2, _GREY), (4, _GREY)) and "transparency" in picture.info:
+        largest = (1 << int(encoded[_PNG_DEPTH])) - 1
+        picture.info["transparency"] = picture.info["transparency"] * 255 // largest
+
+
+def _sixteen_bit_transparency(picture: Image.Image, encoded: np.ndarray) -> np.ndarray | None:
+    """Where a PNG of 16 bits has its transparent colour, (H, W) bool; None without one.
+
+    Pillow compares that colour with pixels that it has reduced to 8 bits.
+    """
+    kind = _png_kind(picture, encoded)
+    if "transparency" not in picture.info or kind not in ((16, _GREY), (16, _RGB)):
+        return None
+    if kind == (16, _GREY):
+        return np.asarray(picture) == picture.info["transparency"]
+    flags = cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION
+    return cv2.imdecode(encoded, flags)[..., 3] == 0
+
+
+def _png_kind(picture: Image.Image, encoded: np.ndarray) -> tuple[int, int] | None:
+    """(bits per sample, colour type) of a PNG; None of another format."""
+    if picture.format != "PNG":
+        return None
+    return int(encoded[_PNG_DEPTH]), int(encoded[_PNG_DEPTH + 1])
 
 
 def looks_whole_file(path: str) -> bool:

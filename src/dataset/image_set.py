@@ -1,5 +1,6 @@
 """Labelled images, wherever they come from."""
 
+import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from src.dataset.decoding import MOST_PIXELS, decode_image, read_image
 # Ranks compare this many class names one by one, so that a message can name the first difference;
 # they compare the rest by a checksum.
 _COMPARED_CLASSES = 50
+_MEASURED_FILES = 100_000
 
 
 class EncodedImages(Protocol):
@@ -84,6 +86,25 @@ class ImageSet:
             ),
             f"checksum of {what} labels": zlib.crc32(self.labels.data),
         }
+
+    def fingerprint(self) -> int:
+        """Checksum by which other images, labels or classes are recognised.
+
+        Of files it covers the name with the folder and, unless there are very many, the size: the
+        same images may lie elsewhere on another machine.
+        """
+        classes = sorted(self.class_to_index.items(), key=lambda item: item[1])
+        checksum = zlib.crc32(repr(classes).encode("utf-8", "surrogatepass"))
+        checksum = zlib.crc32(np.ascontiguousarray(self.labels).data, checksum)
+        if self.pixels is not None:
+            checksum = zlib.crc32(np.ascontiguousarray(self.pixels).data, checksum)
+            return checksum if self.rows is None else zlib.crc32(self.rows.tobytes(), checksum)
+        with_sizes = self.paths is not None and len(self) <= _MEASURED_FILES
+        for index in range(len(self)):
+            name = "/".join(self.name(index).split(os.sep)[-2:])
+            size = os.path.getsize(self.name(index)) if with_sizes else ""
+            checksum = zlib.crc32(f"{name} {size}".encode("utf-8", "surrogatepass"), checksum)
+        return checksum
 
     def load(self, index: int) -> np.ndarray:
         """Image ``index`` as (H, W, 3) uint8 RGB. Raises BadImage for an undecodable file."""

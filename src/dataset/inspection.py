@@ -1,7 +1,6 @@
 """Inspects a data set before training: undecodable files, likely problems, a preview picture."""
 
 import hashlib
-import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +10,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from src.cli.config import Config
 from src.dataset.augmentations import Augmenter
@@ -20,6 +18,7 @@ from src.dataset.decoding import (
     BadImage,
     decode_image,
     looks_whole,
+    open_picture,
     open_regular,
     read_image,
 )
@@ -156,7 +155,8 @@ def draw(sets: Mapping[str, ImageSet], config: Config, path: str) -> None:
     pictures, histogram = halves
     left, right = pictures.subfigures(1, 2, width_ratios=(_AUGMENTED + 1, 2))
     left.suptitle("training: as it is, and as the network sees it", fontsize=11)
-    right.suptitle("evaluation: as it is, and its crop", fontsize=11)
+    whose = "" if "val" in sets else " of training images, as there are no others"
+    right.suptitle(f"evaluation{whose}: as it is, and its crop", fontsize=11)
     names = {label: name for name, label in train.class_to_index.items()}
     augmenter = Augmenter(config, len(train), train.num_classes)
 
@@ -226,7 +226,7 @@ def _look(images: ImageSet, index: int) -> ImageInfo:
         except OSError:
             return ImageInfo(b"", 0, 0)
         try:
-            picture = Image.open(io.BytesIO(content))
+            picture = open_picture(content)
         except MemoryError:
             raise
         except Exception:  # each format has its own kinds; the caller counts and names such images

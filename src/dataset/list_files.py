@@ -41,6 +41,7 @@ def open_list(path: Path, split: str, class_to_index: Mapping[str, int] | None) 
         raise UserError(f"the list {list_file} names no image; it needs lines of 'PATH LABEL'")
     if not os.path.isfile(paths[0]):
         raise UserError(f"{list_file} names {paths[0]}, which does not exist")
+    _check_repetitions(list_file, paths, listed)
     labels = np.array(listed, np.int32)
     if class_to_index is None and labels.min() == 1:
         raise UserError(
@@ -56,6 +57,14 @@ def open_list(path: Path, split: str, class_to_index: Mapping[str, int] | None) 
             f"{list_file} has label {outside[0]}, outside the {len(known)} training classes"
         )
     return ImageSet(dict(known), labels, paths)
+
+
+def _check_repetitions(list_file: Path, paths: Sequence[str], labels: Sequence[int]) -> None:
+    """Raise UserError for an image that is listed with two labels."""
+    first: dict[str, int] = {}
+    for path, label in zip(paths, labels):
+        if first.setdefault(path, label) != label:
+            raise UserError(f"{list_file} lists {path} with the labels {first[path]} and {label}")
 
 
 def _check_labels(
@@ -110,5 +119,10 @@ def _class_names(paths: Sequence[str], labels: np.ndarray) -> dict[str, int]:
     names = {label: next(iter(found)) for label, found in folders.items()}
     one_folder_each = all(len(found) == 1 for found in folders.values())
     if one_folder_each and len(set(names.values())) == len(names):
-        return {names.get(label, str(label)): label for label in range(max(names) + 1)}
+        for label in range(max(names) + 1):
+            if label not in names:
+                # A folder may be called after a number too.
+                is_taken = str(label) in names.values()
+                names[label] = f"{label} (no images)" if is_taken else str(label)
+        return {names[label]: label for label in sorted(names)}
     return {str(label): label for label in range(max(names) + 1)}

@@ -216,7 +216,7 @@ def pack(
     """
     parts = -(-len(images) // part_images)
     source = zlib.crc32(
-        "\n".join(map(images.name, range(len(images)))).encode("utf-8", "surrogatepass"),
+        "\n".join(map(_identity, images.paths or ())).encode("utf-8", "surrogatepass"),
         zlib.crc32(images.labels.data),
     )
     description = {
@@ -238,6 +238,15 @@ def pack(
             _write_part(
                 images, indices, target, description, short_side, quality, workers, progress
             )
+
+
+def _identity(path: str) -> str:
+    """Name, size and time of a file, by which a changed one is recognised."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return path
+    return f"{path} {status.st_size} {status.st_mtime_ns}"
 
 
 def _is_there(target: str, description: dict[str, Any]) -> bool:

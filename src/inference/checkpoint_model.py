@@ -94,10 +94,16 @@ class CheckpointModel:
         class_to_index: dict[str, int] | None
         if config.class_names:
             class_to_index = read_class_names(config.class_names, config.num_classes)
+            own = metadata.get("class_to_index") or class_to_index
+            if set(own) == set(class_to_index) and own != class_to_index:
+                raise UserError(
+                    f"--class_names has the class names of '{path}' in another order than training "
+                    "had"
+                )
         else:
             class_to_index = (
                 metadata.get("class_to_index")
-                or _class_map_beside(path)
+                or _class_map_beside(path, config.num_classes)
                 or _timm_class_map(path, config.num_classes)
             )
         return cls(config, fused, class_to_index)
@@ -146,7 +152,8 @@ class CheckpointModel:
         names, classes = images.class_to_index, self.config.num_classes
         if is_list(path, "val") or str(path) == DIGITS:
             return images
-        if all(name.isascii() and name.isdigit() and int(name) < classes for name in names):
+        are_numbers = all(name.isascii() and name.isdigit() for name in names)
+        if are_numbers and all(int(name) < classes for name in names):
             numbers = np.zeros(images.num_classes, np.int32)
             for name, label in names.items():
                 numbers[label] = int(name)
@@ -155,7 +162,7 @@ class CheckpointModel:
                 class_to_index={name: int(name) for name in names},
                 labels=numbers[images.labels],
             )
-        if len(names) != classes:
+        if len(names) != classes or (are_numbers and sorted(names, key=int) != list(names)):
             raise UserError(
                 f"the network has {classes} classes without names and '{path}' has {len(names)} "
                 "class folders, so it is unknown which class each folder is; pass "
@@ -204,12 +211,12 @@ def read_class_names(file: str, classes: int) -> dict[str, int]:
             names.
     """
     try:
-        text = Path(file).read_text(encoding="utf-8")
+        text = Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as failure:
         reason = getattr(failure, "strerror", None) or "it is not text"
         raise UserError(f"cannot read class_names '{file}': {reason}") from None
     if file.endswith(".json"):
-        return _parse_class_map(text, Path(file))
+        return _parse_class_map(text, Path(file), classes)
     names = [line.strip() for line in text.splitlines() if line.strip()]
     if len(names) != classes:
         raise UserError(
@@ -303,19 +310,25 @@ def _read_timm_config(file: Path) -> dict[str, Any]:
         ) from None
 
 
-def _class_map_beside(path: Path | None) -> dict[str, int] | None:
-    """The class map in class_indexing.json next to ``path`` or one folder up, or None."""
+def _class_map_beside(path: Path | None, classes: int) -> dict[str, int] | None:
+    """The class map in class_indexing.json in the folder of ``path``, or in its run folder."""
     if path is None:
         return None
-    for folder in (path.parent, path.parent.parent):
-        file = folder / "class_indexing.json"
-        if file.is_file():
-            return _parse_class_map(file.read_text(encoding="utf-8"), file)
-    return None
+    run_folder = path.parent.parent if path.parent.name.startswith("ckpt_") else path.parent
+    file = run_folder / "class_indexing.json"
+    if not file.is_file():
+        return None
+    return _parse_class_map(file.read_text(encoding="utf-8"), file, classes)
 
 
-def _parse_class_map(text: str, file: Path) -> dict[str, int]:
+def _parse_class_map(text: str, file: Path, classes: int) -> dict[str, int]:
     try:
-        return {str(name): int(label) for name, label in json.loads(text).items()}
+        class_to_index = {str(name): int(label) for name, label in json.loads(text).items()}
     except (ValueError, AttributeError, TypeError):
         raise UserError(f"{file} is damaged: it must map class names to indices") from None
+    if sorted(class_to_index.values()) != list(range(classes)):
+        raise UserError(
+            f"{file} does not have one name for each of the network's {classes} classes; pass "
+            "--class_names=FILE that does"
+        )
+    return class_to_index

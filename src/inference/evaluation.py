@@ -23,6 +23,7 @@ from src.inference.backends import (
     open_backend,
     with_flip,
 )
+from src.inference.checkpoint_model import CheckpointModel
 from src.runs.checkpoint import find_checkpoints, in_order
 from src.utils.errors import PartialFailure, UserError
 from src.utils.files import checksum, write_whole
@@ -288,11 +289,8 @@ class _EvalData:
         for describe in (left_out_message, empty_classes_message):
             if message := describe(self.images, "validation"):
                 log(message)
-        if split_fraction(config):
-            log(
-                f"evaluating on the {len(self.images)} images of {config.data_path} that training "
-                "held out for validation"
-            )
+        if message := split_message(opened.model, opened.metadata, self.images):
+            log(message)
         self._evaluator = Evaluator(self.images, config, communicator, log)
 
     def fits(self, opened: OpenedModel) -> bool:
@@ -360,6 +358,39 @@ def seeds_line(result: Mapping[str, Any]) -> str:
 def tops(top1: float, top5: float) -> str:
     """Two accuracies in percent, or their differences, in the words of the ACNet repository."""
     return f"top1={top1:.5f},top5={top5:.5f}"
+
+
+def split_message(
+    model: CheckpointModel, metadata: Mapping[str, Any], images: ImageSet
+) -> str | None:
+    """A message on whether ``images`` are those that training held out; None without a split.
+
+    Args:
+        metadata: what the checkpoint records, among it the fingerprint of the training images.
+    """
+    config, recorded = model.config, metadata.get("config", {})
+    trained = metadata.get("images")
+    if split_fraction(config):
+        if trained is None:
+            return f"evaluating on {len(images)} images split off from {config.data_path}"
+        if model.open_training_images().fingerprint() == trained:
+            return (
+                f"evaluating on the {len(images)} images of {config.data_path} that training held "
+                "out for validation"
+            )
+        return (
+            f"{WARNING}the {len(images)} images that --val_split takes from {config.data_path} are "
+            "not those that training held out: it has seen some of them"
+        )
+    fraction = recorded.get("val_split")
+    if trained is not None and isinstance(fraction, float) and fraction:
+        used, _ = images.split(fraction, recorded["seed"])
+        if used.fingerprint() == trained:
+            return (
+                f"{WARNING}training used these images and held some of them out; "
+                f"--val_split={fraction:g} evaluates on those only"
+            )
+    return None
 
 
 def undecodable_message(result: EvalResult) -> str:

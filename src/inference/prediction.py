@@ -53,7 +53,8 @@ def predict(command: Command) -> None:
         log(as_table(predictions))
     if config.save_figure:
         contact_sheet(predictions, config.save_figure, config.max_pixels)
-        log(f"figure in {config.save_figure}")
+        some = f", of the first {_SHEET_IMAGES} images" if len(predictions) > _SHEET_IMAGES else ""
+        log(f"figure in {config.save_figure}{some}")
     if failures:
         raise PartialFailure(
             f"{len(failures)} of {len(paths)} images could not be read, the first: {failures[0]}"
@@ -94,7 +95,7 @@ def find_images(
             images += _in_folder(path, name, log)
         elif path.is_file() and path.suffix.lower() in _LISTS:
             try:
-                with open(path, encoding="utf-8", errors="surrogateescape") as file:
+                with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
                     images += _listed(file, path.parent, f"the list '{name}'")
             except OSError as failure:
                 raise UserError(f"cannot read the list '{name}': {failure.strerror}") from None
@@ -214,9 +215,13 @@ def _in_folder(path: Path, name: str, log: Log) -> list[str]:
 
 
 def _listed(lines: TextIO, folder: Path, what: str) -> list[str]:
-    """The files of a list, one per line, relative to the working folder or to ``folder``."""
+    """The files of a list, one per line, relative to ``folder``, else to the working folder."""
     names = [line.rstrip("\r\n") for line in lines]
-    paths = [name if os.path.exists(name) else str(folder / name) for name in names if name.strip()]
+    beside = [str(folder / name) for name in names if name.strip()]
+    paths = [
+        path if os.path.exists(path) or not os.path.exists(name) else name
+        for path, name in zip(beside, filter(str.strip, names))
+    ]
     if not paths:
         raise UserError(f"{what} names no image; it needs one file per line")
     # If only some are missing, they are reported at the end and the rest are classified.

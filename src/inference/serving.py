@@ -32,6 +32,8 @@ BATCH_SIZES = (1, 2, 4, 8, 16)
 LARGEST_BODY = 20 * 2**20
 _QUEUED = 256
 _TIMED = 3
+# How long accepted requests are answered after a signal to stop.
+_STOP_S = 60
 _PAGE = Path(__file__).with_name("serving_page.html")
 
 
@@ -47,7 +49,10 @@ def serve(command: Command) -> None:
 
     app = create_app(model, backends)
     serve_app(app, config.host, config.port, command.signals, log_address)
-    log("stopped; every accepted request was answered")
+    if unanswered := app.state.batcher.unanswered:
+        log(f"stopped; {unanswered} requests were not answered within {_STOP_S} s")
+    else:
+        log("stopped; every accepted request was answered")
 
 
 class Busy(Exception):
@@ -70,7 +75,7 @@ class Batcher:
         self._waiting: asyncio.Queue[tuple[np.ndarray, asyncio.Future[np.ndarray]]] = asyncio.Queue(
             queued
         )
-        self.images = self.batches = 0
+        self.images = self.batches = self.unanswered = 0
 
     def warm_up(self) -> None:
         """Compile a graph for each batch size, and find the fastest backend for it."""
@@ -89,7 +94,11 @@ class Batcher:
             self._waiting.put_nowait((image, answer))
         except asyncio.QueueFull:
             raise Busy from None
-        return await answer
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            self.unanswered += 1
+            raise
 
     async def run(self) -> None:
         """Compute what is waiting, without end."""
@@ -158,9 +167,12 @@ def create_app(model: CheckpointModel, backends: Sequence[Backend]) -> Any:
         if body is None:
             return _error(413, f"the image has more than {LARGEST_BODY >> 20} MiB")
         content_type = request.headers.get("content-type", "")
-        if content_type.startswith("multipart/"):
+        if content_type.lower().startswith("multipart/"):
             loop = asyncio.get_running_loop()
-            body = await loop.run_in_executor(None, file_in_form, content_type, body)
+            files = await loop.run_in_executor(None, files_in_form, content_type, body)
+            if len(files) > 1:
+                return _error(400, f"send one image per request; this form has {len(files)} files")
+            body = files[0] if files else b""
         if not body:
             return _error(
                 400,
@@ -172,6 +184,8 @@ def create_app(model: CheckpointModel, backends: Sequence[Backend]) -> Any:
             probabilities = await batcher.classify(image)
         except BadImage as failure:
             return _error(400, str(failure))
+        except MemoryError:
+            return _error(503, "there is too little memory for this image now; try again")
         except Busy:
             return _error(503, "too many requests are waiting; try again")
         best = np.argsort(-probabilities, kind="stable")[: model.config.top_k]
@@ -213,7 +227,7 @@ def create_app(model: CheckpointModel, backends: Sequence[Backend]) -> Any:
         running.cancel()
 
     route = starlette.routing.Route
-    return starlette.applications.Starlette(
+    app = starlette.applications.Starlette(
         lifespan=lifespan,
         routes=[
             route("/", page),
@@ -221,6 +235,8 @@ def create_app(model: CheckpointModel, backends: Sequence[Backend]) -> Any:
             route("/health", health),
         ],
     )
+    app.state.batcher = batcher
+    return app
 
 
 async def _body(request: Any) -> bytes | None:
@@ -238,18 +254,17 @@ async def _body(request: Any) -> bytes | None:
     return b"".join(parts)
 
 
-def file_in_form(content_type: str, body: bytes) -> bytes:
-    """The first file of a multipart/form-data body (RFC 7578), else its first field; or b""."""
+def files_in_form(content_type: str, body: bytes) -> list[bytes]:
+    """The files of a multipart/form-data body (RFC 7578), else its first field."""
     header = f"Content-Type: {content_type}\r\n\r\n".encode("latin-1", "replace")
     try:
         form = email.message_from_bytes(header + body)
     except (RecursionError, LookupError, ValueError):  # parts within parts, unknown character sets
-        return b""
+        return []
     parts = [part for part in form.walk() if not part.is_multipart()] if form.is_multipart() else []
     files = [part for part in parts if part.get_filename() is not None]
-    chosen = next(iter(files or parts), None)
-    content = None if chosen is None else chosen.get_payload(decode=True)
-    return content if isinstance(content, bytes) else b""
+    contents = [part.get_payload(decode=True) for part in files or parts[:1]]
+    return [content for content in contents if isinstance(content, bytes)]
 
 
 def serve_app(
@@ -283,7 +298,7 @@ def serve_app(
             port=port,
             log_level="critical",
             access_log=False,
-            timeout_graceful_shutdown=10,
+            timeout_graceful_shutdown=_STOP_S,
         )
     )
 

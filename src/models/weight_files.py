@@ -34,6 +34,7 @@ _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_
 # What wrappers around a network put before each name: torch.compile, DistributedDataParallel,
 # Lightning modules.
 _NAME_PREFIXES = ("_orig_mod.", "module.", "model.")
+_AVERAGED_COUNT = "n_averaged"
 # Types of other data that training scripts save next to weights. Reading them runs no code.
 _HARMLESS_TYPES = (argparse.Namespace,)
 
@@ -162,7 +163,8 @@ def _native(array: np.ndarray) -> np.ndarray:
 
 
 def _without_prefixes(arrays: Arrays) -> Arrays:
-    """Take off the prefixes that every name has."""
+    """Take off the prefixes that every name has, and the count of PyTorch's averaged models."""
+    arrays = {name: array for name, array in arrays.items() if name != _AVERAGED_COUNT}
     prefix = next((p for p in _NAME_PREFIXES if all(name.startswith(p) for name in arrays)), None)
     if prefix is None or not arrays:
         return arrays

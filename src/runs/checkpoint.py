@@ -41,6 +41,7 @@ class TrainingState:
         class_to_index: class name -> label.
         config: the resolved configuration, JSON-serialisable.
         optimizer, loss_scale: their counters.
+        images, validation: fingerprints of the training and the validation images; None if unknown.
     """
 
     step: int
@@ -60,6 +61,8 @@ class TrainingState:
     kernels: str = "mindspore"
     best_loss: float = math.inf
     since_best: int = 0
+    images: int | None = None
+    validation: int | None = None
 
     def write(self, path: Path, network: nn.Cell, optimizer_state: Sequence[Parameter]) -> None:
         """Write a checkpoint.

@@ -140,7 +140,11 @@ def validation_message(config: Config, images: TrainingData) -> str | None:
         return None
     count = len(images.validation)
     if config.val_split:
-        return f"{count} validation images, split off from {config.data_path}"
+        message = f"{count} validation images, split off from {config.data_path}"
+        others = validation_path(config.data_path)
+        if others is not None and config.data_path != DIGITS:
+            message += f"\n{WARNING}the images of {others} are not used, because of val_split"
+        return message
     return (
         f"{count} validation images of {config.eval_data_path or validation_path(config.data_path)}"
     )

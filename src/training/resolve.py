@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from src.cli.command import Command
-from src.cli.config import Config
+from src.cli.config import DIGITS, Config
 from src.cli.recipes import load_config
 from src.dataset.batches import global_batch_size, micro_batch_size
 from src.dataset.splits import TrainingData, open_training_data, split_fraction
@@ -128,8 +128,14 @@ def resolve_data(config: Config, data: TrainingData) -> Config:
             f"num_classes={config.num_classes} but the data in '{config.data_path}' has {classes} "
             "classes"
         )
+    # Recorded paths are absolute, so that they mean the same wherever a command starts.
+    paths = {
+        key: os.path.abspath(path)
+        for key in ("data_path", "eval_data_path")
+        if (path := getattr(config, key)) not in ("", DIGITS)
+    }
     resolved = config.model_copy(
-        update={"num_classes": classes, "val_split": split_fraction(config)}
+        update={"num_classes": classes, "val_split": split_fraction(config), **paths}
     )
     if resolved.smoothing > 1:
         raise UserError(

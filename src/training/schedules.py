@@ -82,11 +82,11 @@ class StepDecay(Schedule):
 
 @pydantic.dataclasses.dataclass(frozen=True, config=FORBID_EXTRA)
 class ExponentialDecay(Schedule):
-    """lr * lr_gamma ** (t - warmup_epochs), t in epochs from the start of the run."""
+    """lr * lr_gamma ** max(t - warmup_epochs, 0), t in epochs from the start of the run."""
 
     def rate(self, config: Config, step: int, steps_per_epoch: int) -> float:
         epochs = elapsed_epochs(config, step, steps_per_epoch)
-        return config.lr * config.lr_gamma ** (epochs - config.warmup_epochs)
+        return config.lr * config.lr_gamma ** max(epochs - config.warmup_epochs, 0)
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=FORBID_EXTRA)

@@ -1,7 +1,8 @@
 """What a run starts from: a checkpoint to resume, pretrained weights, or random weights."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,11 @@ class PretrainedWeights:
         """
         config = trainer.config
         other_classes = self.class_to_index not in (None, trainer.class_to_index)
+        if other_classes and not config.allow_head_mismatch:
+            raise UserError(
+                f"the classifier of '{self.path}' is for other classes than the data; "
+                "--allow_head_mismatch=1 starts with a new classifier"
+            )
         left_out = assign_weights(
             trainer.network,
             self.arrays,
@@ -105,13 +111,22 @@ class ResumePoint:
         Raises:
             UserError: if the run would form other global batches than before.
         """
-        check_batches(self, trainer.steps_per_epoch, trainer.labels_checksum)
+        check_images(self, trainer)
+        state, lines = self.state, []
+        if state.best_top1 >= 0 and state.validation not in (None, trainer.fingerprints[1]):
+            # Accuracies on other images cannot be compared.
+            state = replace(state, best_top1=-1.0, best_loss=math.inf, since_best=0)
+            lines.append(
+                f"{WARNING}the validation images are not those of before: what was best on those "
+                "no longer counts"
+            )
         # A run can be killed after it wrote best.ckpt and before it wrote the epoch's checkpoint.
         is_best = self.path.name == "best.ckpt"
-        trainer.restore(self.state, self.arrays, self.path, is_unsaved=is_best)
-        return resume_message(
+        trainer.restore(state, self.arrays, self.path, is_unsaved=is_best)
+        message = resume_message(
             self, trainer.communicator.size, trainer.threads, trainer.kernels.name
         )
+        return "\n".join([message, *lines])
 
 
 Start = RandomWeights | PretrainedWeights | ResumePoint
@@ -178,20 +193,22 @@ def find_resume_point(config: Config, communicator: Communicator) -> ResumePoint
     raise UserError(reasons[0])
 
 
-def check_batches(point: ResumePoint, steps_per_epoch: int, labels: int) -> None:
-    """Raise UserError if the resumed run would form other global batches than before.
-
-    Args:
-        labels: checksum of the labels of the training images.
-    """
-    if point.state.labels != labels:
+def check_images(point: ResumePoint, trainer: Trainer) -> None:
+    """Raise UserError if the resumed run would form other global batches than before."""
+    state, steps_per_epoch = point.state, trainer.steps_per_epoch
+    is_other = (
+        state.class_to_index != trainer.class_to_index
+        or state.labels != trainer.labels_checksum
+        or state.images not in (None, trainer.fingerprints[0])
+    )
+    if is_other:
         raise UserError(
             f"'{point.path}' was trained on other images than data_path has now; give the same "
             f"data, or start a new run from its weights with --checkpoint_file_path={point.path}"
         )
-    if point.state.steps_per_epoch != steps_per_epoch:
+    if state.steps_per_epoch != steps_per_epoch:
         raise UserError(
-            f"'{point.path}' made {point.state.steps_per_epoch} steps per epoch and this run would "
+            f"'{point.path}' made {state.steps_per_epoch} steps per epoch and this run would "
             f"make {steps_per_epoch}; keep the data and the global batch (--global_batch_size)"
         )
 

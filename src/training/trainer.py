@@ -89,6 +89,7 @@ class Trainer:
     Attributes:
         class_to_index, labels_checksum: class map and checksum of the labels of the training
             images.
+        fingerprints: of the training and the validation images, the latter None without any.
         threads: number of cores of each rank.
     """
 
@@ -117,6 +118,10 @@ class Trainer:
             self.evaluator = Evaluator(data.validation, config, communicator, recorder.log)
         self.class_to_index = data.train.class_to_index
         self.labels_checksum = zlib.crc32(data.train.labels.data)
+        self.fingerprints = (
+            data.train.fingerprint(),
+            data.validation.fingerprint() if data.validation is not None else None,
+        )
         self.threads = communicator.all_gather(available_cores())
         self.first_step, self.best, self.sums = 0, BestSoFar(), EpochSums()
         # Whether the epoch of the last step was evaluated and recorded, and whether its checkpoint
@@ -336,6 +341,8 @@ class Trainer:
             config=self.config.model_dump(mode="json"),
             optimizer=self.step.optimizer.counters(),
             loss_scale=self.step.grad_scaler.state(),
+            images=self.fingerprints[0],
+            validation=self.fingerprints[1],
         )
         return state, self.network, self.step.optimizer.state_parameters
 

@@ -8,8 +8,6 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from PIL.Image import DecompressionBombWarning
-
 from src.utils.errors import UserError
 from src.utils.gpu import find_nccl, prepare_gpu
 from src.utils.gpu_kernels import compile_kernels
@@ -37,8 +35,8 @@ def prepare_process(device_target: str = "CPU") -> None:
     # With AVX-512, the oneDNN inside MindSpore falls back to its reference convolution for plain
     # layouts: a step is 6 to 25 times slower than with AVX2 (benchmarks/README.md).
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
-    # The decoder refuses such images itself, with our own message.
-    warnings.filterwarnings("ignore", category=DecompressionBombWarning)
+    # Of images that are too large the decoder says so itself; the others are about metadata.
+    warnings.filterwarnings("ignore", module="PIL")
     if device_target == "GPU":
         prepare_gpu()
 

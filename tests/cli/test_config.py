@@ -274,7 +274,11 @@ def test_a_recipe_extends_another(tmp_path):
     (tmp_path / "base.yaml").write_text("lr: 0.3\nmomentum: 0.8\nbackbone: resnet18\n")
     (tmp_path / "middle.yaml").write_text("extends: base.yaml\nlr: 0.2\n")
     (tmp_path / "last.yaml").write_text("extends: middle.yaml\nmomentum: 0.7\n")
-    assert read_layer(tmp_path / "last.yaml") == {"lr": 0.2, "momentum": 0.7, "network": "resnet18"}
+    assert read_layer(tmp_path / "last.yaml") == {
+        "lr": "0.2",
+        "momentum": "0.7",
+        "network": "resnet18",
+    }
     config = load_config(
         {"config_path": str(tmp_path / "last.yaml"), "data_path": "x", "lr": "0.1"}
     )
@@ -372,3 +376,30 @@ def test_a_flag_of_other_commands_is_told():
         "warning: --lr changes nothing here; it is a flag of train.py"
     ]
     assert misplaced_flags({"lr": "1", "data_path": "x"}, "train") == []
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("lr: 0.1\nlr: 0.2\n", "has 'lr' twice"),
+        ("max_epoch: 1:30\n", "max_epoch=1:30"),
+        ("lr: true\n", "lr=True: must be a number"),
+        ("mean: [127.5, 127.5, 127.5]\n", r"must be in \[0, 1\]"),
+    ],
+)
+def test_values_that_yaml_reads_otherwise_are_refused(tmp_path, text, message):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_config({"config_path": str(tmp_path / "recipe.yaml")})
+
+
+def test_numbers_of_a_recipe_are_those_of_flags(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("per_batch_size: 010\nlr: 1e-3\nmean: [0.5, .5, 5e-1]\n")
+    config = load_config({"config_path": str(tmp_path / "recipe.yaml")})
+    assert (config.per_batch_size, config.lr, config.mean) == (10, 0.001, (0.5, 0.5, 0.5))
+
+
+def test_a_recipes_own_batch_goes_before_that_of_the_one_it_extends(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("extends: digits\nper_batch_size: 24\n")
+    config = load_config({"config_path": str(tmp_path / "recipe.yaml")})
+    assert (config.per_batch_size, config.global_batch_size) == (24, 0)

@@ -1,6 +1,8 @@
 """Packed data sets: the same images as the folder's, complete or refused."""
 
 import os
+import shutil
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -95,6 +97,19 @@ def test_interrupted_packing_keeps_whole_parts(images, tmp_path):
         PackedImages(path)
     with pytest.raises(UserError, match="with other images or options"):
         packed_into(path, images, short_side=25)
+
+
+def test_a_changed_image_is_not_taken_for_packed(images, tmp_path):
+    copies = []
+    for number, path in enumerate(images.paths[:3]):
+        copies.append(str(tmp_path / f"{number}.jpg"))
+        shutil.copy(path, copies[-1])
+    images = replace(images.at(np.arange(3)), paths=copies)
+    packed_into(tmp_path / "a.safetensors", images)
+    packed_into(tmp_path / "a.safetensors", images)
+    shutil.copy(copies[1], copies[0])
+    with pytest.raises(UserError, match="a.safetensors' already exists, with other images"):
+        packed_into(tmp_path / "a.safetensors", images)
 
 
 def test_damaged_and_foreign_files_are_refused(images, tmp_path):

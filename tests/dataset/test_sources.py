@@ -301,6 +301,40 @@ def test_classes_without_validation_images_are_named(broken_copy):
     )
 
 
+def test_an_image_with_two_labels_is_refused(tmp_path):
+    for name in "ab":
+        write_picture(tmp_path / "x" / f"{name}.png")
+    (tmp_path / "train_list.txt").write_text("x/a.png 0\nx/b.png 1\nx/a.png 1\n")
+    with pytest.raises(UserError, match="a.png with the labels 0 and 1"):
+        open_images(str(tmp_path), "train")
+
+
+def test_two_validation_folders_are_refused(tmp_path):
+    for folder in ("train", "val", "valid"):
+        write_picture(tmp_path / folder / "cat" / "a.png")
+    with pytest.raises(UserError, match="has both 'val' and 'valid'"):
+        open_images(str(tmp_path), "val")
+
+
+@pytest.mark.parametrize("change", ["name", "size", "label", "class", "order"])
+def test_a_fingerprint_tells_other_images_apart(broken_copy, tmp_path, change):
+    train = broken_copy / "train"
+    before = open_images(str(train), "train").fingerprint()
+    shutil.copytree(broken_copy, tmp_path / "moved")
+    assert open_images(str(tmp_path / "moved" / "train"), "train").fingerprint() == before
+    if change == "name":
+        (train / "ant" / "001.jpg").rename(train / "ant" / "0010.jpg")
+    elif change == "size":
+        shutil.copy(train / "ant" / "001.jpg", train / "ant" / "002.jpg")
+    elif change == "label":
+        (train / "ant" / "001.jpg").rename(train / "bee" / "0010.jpg")
+    elif change == "class":
+        (train / "ant").rename(train / "anteater")
+    elif change == "order":
+        (train / "ant").rename(train / "zebra")
+    assert open_images(str(train), "train").fingerprint() != before
+
+
 def test_gif_and_avif_are_read(tmp_path):
     (tmp_path / "a").mkdir()
     for suffix in ("gif", "avif"):
@@ -396,6 +430,20 @@ def test_a_list_with_a_byte_order_mark(tmp_path):
     make_folders(tmp_path, "cat")
     (tmp_path / "train_list.txt").write_text("cat/a.png 0\n", encoding="utf-8-sig")
     assert open_images(str(tmp_path), "train").paths == [str(tmp_path / "cat" / "a.png")]
+
+
+def test_a_label_without_images_keeps_its_number_apart_from_folders(tmp_path):
+    lines = []
+    for folder, label in (("1", 0), ("2", 1), ("4", 3)):
+        write_picture(tmp_path / folder / "a.png")
+        lines.append(f"{folder}/a.png {label}")
+    (tmp_path / "train_list.txt").write_text("\n".join(lines))
+    assert open_images(str(tmp_path), "train").class_to_index == {
+        "1": 0,
+        "2": 1,
+        "2 (no images)": 2,
+        "4": 3,
+    }
 
 
 def test_labels_that_begin_at_1_are_refused(tmp_path):

@@ -156,8 +156,23 @@ def test_names_must_be_one_for_each_class(tmp_path, text, word):
     (tmp_path / "names.txt").write_text(text)
     with pytest.raises(UserError, match=word):
         read_class_names(str(tmp_path / "names.txt"), 3)
-    (tmp_path / "names.txt").write_text("a\n b c\n\nd\n")
-    assert read_class_names(str(tmp_path / "names.txt"), 3) == {"a": 0, "b c": 1, "d": 2}
+    for mark in ("", "\ufeff"):
+        (tmp_path / "names.txt").write_text(f"{mark}a\n b c\n\nd\n", encoding="utf-8")
+        assert read_class_names(str(tmp_path / "names.txt"), 3) == {"a": 0, "b c": 1, "d": 2}
+
+
+@pytest.mark.parametrize("text", ['{"a": 0, "b": 0, "c": 1}', '{"a": 0, "b": 1}', '{"a": 7}'])
+def test_a_class_map_must_have_one_name_for_each_class(tmp_path, text):
+    (tmp_path / "class_indexing.json").write_text(text)
+    with pytest.raises(UserError, match="one name for each of the network's 3 classes"):
+        read_class_names(str(tmp_path / "class_indexing.json"), 3)
+    weights = {"fc.bias": np.zeros(3, np.float32)}
+    with pytest.raises(UserError, match="one name for each of the network's 3 classes"):
+        CheckpointModel.of(weights, {}, {}, tmp_path / "resnet18.safetensors")
+    # The map of another network in the folder above is none of its business.
+    (tmp_path / "weights").mkdir()
+    model = CheckpointModel.of(weights, {}, {}, tmp_path / "weights" / "resnet18.safetensors")
+    assert model.class_to_index is None
 
 
 def opened(tmp_path, folders, classes):
@@ -191,3 +206,24 @@ def test_a_backbone_cannot_predict(tmp_path):
     arrays = {"conv1.weight": np.zeros((64, 3, 7, 7), np.float32)}
     with pytest.raises(UserError, match="has no classifier.*config_path=finetune"):
         CheckpointModel.of(arrays, {}, {"network": "resnet18"}, tmp_path / "x.pth")
+
+
+def test_numbered_folders_that_fit_no_order_are_refused(tmp_path):
+    """1 to 10 for ten classes: as text, 10 would be the second."""
+    with pytest.raises(UserError, match="10 classes without names.*--class_names"):
+        opened(tmp_path, map(str, range(1, 11)), 10)
+
+
+def test_class_names_in_another_order_than_in_training_are_refused(tmp_path):
+    (tmp_path / "names.txt").write_text("z\nx\ny\n")
+    recorded = {
+        "config": {"network": "resnet18", "image_size": 224, "crop_pct": 0.875},
+        "class_to_index": {"x": 0, "y": 1, "z": 2},
+    }
+    with pytest.raises(UserError, match="x.ckpt' in another order"):
+        CheckpointModel.of(
+            {"classifier.bias": np.zeros(3, np.float32)},
+            recorded,
+            {"class_names": str(tmp_path / "names.txt")},
+            tmp_path / "x.ckpt",
+        )

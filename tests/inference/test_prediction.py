@@ -11,6 +11,8 @@ import pytest
 from conftest import ROOT, execute, user_environment
 from PIL import Image
 
+from src.inference.prediction import find_images
+
 
 def test_predictions_as_json_and_sheet(trained_run, image_root, tmp_path):
     run = execute(
@@ -106,6 +108,17 @@ def test_a_list_and_tables(predict, image_root, tmp_path):
         "cat",
     ], run
     assert [len(line["predictions"]) for line in lines] == [3, 3]
+
+
+def test_a_list_names_the_files_next_to_it(tmp_path, monkeypatch):
+    """Also if the working folder has files of the same names; some editors add a mark."""
+    for folder in (tmp_path, tmp_path / "other"):
+        folder.mkdir(exist_ok=True)
+        (folder / "x.jpg").write_bytes(b"")
+    (tmp_path / "y.jpg").write_bytes(b"")
+    (tmp_path / "other" / "list.txt").write_text("x.jpg\ny.jpg\n", encoding="utf-8-sig")
+    monkeypatch.chdir(tmp_path)
+    assert find_images(["other/list.txt"]) == ["other/x.jpg", "y.jpg"]
 
 
 def test_a_list_on_standard_input(trained_run, image_root):

@@ -20,7 +20,7 @@ pytest.importorskip("uvicorn")
 from src.inference.backends import MindSporeBackend, open_backends  # noqa: E402
 from src.inference.export import export_checkpoint  # noqa: E402
 from src.inference.onnx import OnnxBackend  # noqa: E402
-from src.inference.serving import LARGEST_BODY, Batcher, Busy, file_in_form  # noqa: E402
+from src.inference.serving import LARGEST_BODY, Batcher, Busy, files_in_form  # noqa: E402
 from src.kernels.library import KernelChoice  # noqa: E402
 
 
@@ -149,11 +149,21 @@ def test_files_in_forms_arrive_as_they_are():
         values = [13, 10, 45, 0, 255] if number % 2 else range(256)
         data = random.choice(values, random.integers(0, 300)).astype(np.uint8).tobytes()
         form = b'--edge\r\nContent-Disposition: form-data; name="x"; filename="y"\r\n\r\n'
-        found = file_in_form("multipart/form-data; boundary=edge", form + data + b"\r\n--edge--")
-        assert found == data, data
-    assert file_in_form("multipart/form-data", b"no boundary") == b""
+        found = files_in_form("multipart/form-data; boundary=edge", form + data + b"\r\n--edge--")
+        assert found == [data], data
+    assert files_in_form("multipart/form-data", b"no boundary") == []
     nested = b"--edge\r\nContent-Type: multipart/mixed; boundary=edge\r\n\r\n" * 3000
-    assert file_in_form("multipart/form-data; boundary=edge", nested) is not None
+    assert files_in_form("multipart/form-data; boundary=edge", nested) is not None
+
+
+def test_a_form_with_two_files_is_refused(server, image_root):
+    photo = (image_root / "val" / "bee" / "000.jpg").read_bytes()
+    part = b'--edge\r\nContent-Disposition: form-data; name="x"; filename="y"\r\n\r\n' + photo
+    kind = {"Content-Type": "Multipart/Form-Data; boundary=edge"}
+    status, answer = server.request("POST", "/predict", (part + b"\r\n") * 2 + b"--edge--", **kind)
+    assert status == 400 and "this form has 2 files" in answer["error"]
+    status, _ = server.request("POST", "/predict", part + b"\r\n--edge--", **kind)
+    assert status == 200
 
 
 def test_other_methods_and_places(server):

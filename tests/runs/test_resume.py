@@ -90,6 +90,35 @@ def test_killed_and_resumed_run_ends_with_the_same_bits(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("change", ["class", "swap", "name"])
+def test_a_run_does_not_continue_with_other_images(broken_copy, tmp_path, change):
+    """The vector of labels is the same after each of these changes."""
+    words = command(1, broken_copy, tmp_path / "out", "--ckpt_interval=1")
+    assert execute([*words, "--max_steps=12"]).status == 0
+    train = broken_copy / "train"
+    if change == "class":
+        for part in ("train", "val"):
+            (broken_copy / part / "ant").rename(broken_copy / part / "zebra")
+    elif change == "swap":
+        (train / "ant").rename(train / "other")
+        (train / "bee").rename(train / "ant")
+        (train / "other").rename(train / "bee")
+    else:
+        (train / "ant" / "000.jpg").rename(train / "ant" / "zzz.jpg")
+    run = execute([*words, "--resume=auto"])
+    assert run.status == 2 and "trained on other images" in run.error_lines[0], run
+
+
+@pytest.mark.slow
+def test_the_best_starts_again_with_other_validation_images(broken_copy, tmp_path):
+    words = command(1, broken_copy, tmp_path / "out", "--ckpt_interval=1", "--run_eval=1")
+    assert execute([*words, "--max_steps=12"]).status == 0
+    next((broken_copy / "val" / "ant").iterdir()).unlink()
+    run = execute([*words, "--max_steps=24", "--resume=auto"])
+    assert run.status == 0 and "warning: the validation images are not those" in run.out, run
+
+
+@pytest.mark.slow
 def test_resuming_elsewhere_or_otherwise(image_root, tmp_path):
     run = execute(command(1, image_root, tmp_path / "out", "--max_steps=15"))
     assert run.status == 0, run
