@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import stat
+from collections.abc import Callable
 from typing import Any
 
 import cv2
@@ -26,16 +27,17 @@ _LARGEST_FILE = 1 << 28
 MOST_PIXELS = 1 << 26
 _TOO_MANY = "too many pixels, as a decompression bomb has"
 _ORIENTATION = 0x0112
-# EXIF orientation -> the transposition that turns the picture upright.
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+# EXIF orientation -> what turns the picture upright.
+_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.transpose(1, 0, 2),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: pixels[::-1, ::-1].transpose(1, 0, 2),
+    8: np.rot90,
 }
+_STRIP_ROWS = 256
 # Tags of TIFF 6.0, and what Pillow reads of it.
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR_CONFIGURATION = 258, 262, 284
 _TIFF_BITS = {1, 2, 4, 8, 16}
@@ -173,21 +175,28 @@ def _as_seen(picture: Image.Image, encoded: np.ndarray, name: str) -> np.ndarray
     picture.load()
     orientation = _orientation(picture)
     transparent = _sixteen_bit_transparency(picture, encoded)
-    if picture.mode.startswith("I"):
-        deep = np.asarray(picture, np.float64)
+    pixels = np.empty((picture.height, picture.width, 3), np.uint8)
+    # Strip by strip: a copy of the whole picture for each operation would take five times as much.
+    for top in range(0, picture.height, _STRIP_ROWS):
+        bottom = min(top + _STRIP_ROWS, picture.height)
+        strip = picture.crop((0, top, picture.width, bottom))
+        pixels[top:bottom] = _strip_as_seen(strip, white_is_zero)
+    if transparent is not None:
+        pixels[transparent] = 255
+    return _TURNS[orientation](pixels).copy() if orientation in _TURNS else pixels
+
+
+def _strip_as_seen(strip: Image.Image, white_is_zero: bool) -> np.ndarray:
+    """Part of a picture as (H, W, 3) uint8 RGB, over white."""
+    if strip.mode.startswith("I"):
+        deep = np.asarray(strip, np.float64)
         # Of 8 bits and less, Pillow does this itself.
         deep = 65535 - deep if white_is_zero else deep
-        picture = Image.fromarray((deep / 257).clip(0, 255).astype(np.uint8))
-    if transparent is not None:
-        pixels = np.array(picture.convert("RGB"))
-        pixels[transparent] = 255
-        picture = Image.fromarray(pixels)
-    elif picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    if orientation in _TURNS:
-        picture = picture.transpose(_TURNS[orientation])
-    return np.asarray(picture.convert("RGB"))
+        strip = Image.fromarray((deep / 257).clip(0, 255).astype(np.uint8))
+    if strip.has_transparency_data:
+        strip = strip.convert("RGBA")
+        strip = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip)
+    return np.asarray(strip.convert("RGB"))
 
 
 def _check_values(picture: Image.Image, name: str) -> None:

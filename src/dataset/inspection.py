@@ -24,7 +24,7 @@ from src.dataset.decoding import (
 )
 from src.dataset.image_set import ImageSet
 from src.dataset.splits import left_out_message
-from src.dataset.transforms import eval_transform
+from src.dataset.transforms import eval_transform, thumbnail
 from src.utils.errors import UserError
 from src.utils.files import write_whole
 from src.utils.log import escaped
@@ -167,13 +167,19 @@ def draw(sets: Mapping[str, ImageSet], config: Config, path: str) -> None:
         left,
         train,
         names,
-        lambda index: [train.load(index), *(drawn(index, epoch) for epoch in range(_AUGMENTED))],
+        lambda index: [
+            thumbnail(train.load(index)),
+            *(drawn(index, epoch) for epoch in range(_AUGMENTED)),
+        ],
     )
     _grid(
         right,
         validation,
         names,
-        lambda index: [validation.load(index), eval_transform(validation.load(index), config)],
+        lambda index: [
+            thumbnail(validation.load(index)),
+            eval_transform(validation.load(index), config),
+        ],
     )
     axes = histogram.subplots()
     counts = np.bincount(train.labels, minlength=train.num_classes)

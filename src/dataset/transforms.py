@@ -10,6 +10,7 @@ from PIL import Image
 from src.cli.config import Config
 
 _CROP_ATTEMPTS = 10
+_THUMBNAIL_SIDE = 256
 # If the resized image has more pixels than this and than the original, only the crop is computed.
 _MOST_RESIZED_PIXELS = 1 << 22
 _OPENCV = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
@@ -67,6 +68,15 @@ def eval_size(height: int, width: int, config: Config) -> tuple[int, int]:
         return side, side
     shorter = min(height, width)
     return height * side // shorter, width * side // shorter
+
+
+def thumbnail(image: np.ndarray) -> np.ndarray:
+    """The image as a sheet shows it, (H, W, 3), so that many large ones fit into memory."""
+    scale = _THUMBNAIL_SIDE / max(image.shape[:2])
+    if scale >= 1:
+        return image
+    height, width = (max(round(side * scale), 1) for side in image.shape[:2])
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
 
 
 def _resized_part(

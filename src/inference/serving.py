@@ -25,6 +25,7 @@ from src.inference.checkpoint_model import CheckpointModel
 from src.runs.checkpoint import choose_checkpoint
 from src.utils.errors import UserError
 from src.utils.log import create_log
+from src.utils.machine import available_cores
 from src.utils.progress import print_status
 
 # One compiled graph each. A batch takes the largest of these sizes for which enough images wait.
@@ -156,6 +157,8 @@ def create_app(model: CheckpointModel, backends: Sequence[Backend]) -> Any:
     )
 
     batcher.warm_up()
+    # The default pool has more threads than cores, each of which may hold a large image.
+    readers = ThreadPoolExecutor(available_cores(), thread_name_prefix="reader")
 
     def prepared(body: bytes) -> np.ndarray:
         encoded = np.frombuffer(body, np.uint8)
@@ -169,7 +172,7 @@ def create_app(model: CheckpointModel, backends: Sequence[Backend]) -> Any:
         content_type = request.headers.get("content-type", "")
         if content_type.lower().startswith("multipart/"):
             loop = asyncio.get_running_loop()
-            files = await loop.run_in_executor(None, files_in_form, content_type, body)
+            files = await loop.run_in_executor(readers, files_in_form, content_type, body)
             if len(files) > 1:
                 return _error(400, f"send one image per request; this form has {len(files)} files")
             body = files[0] if files else b""
@@ -180,7 +183,7 @@ def create_app(model: CheckpointModel, backends: Sequence[Backend]) -> Any:
                 "or as the file of a form, as curl --form image=@photo.jpg does",
             )
         try:
-            image = await asyncio.get_running_loop().run_in_executor(None, prepared, body)
+            image = await asyncio.get_running_loop().run_in_executor(readers, prepared, body)
             probabilities = await batcher.classify(image)
         except BadImage as failure:
             return _error(400, str(failure))
