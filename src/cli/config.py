@@ -733,6 +733,8 @@ def validated(values: Mapping[str, Any]) -> Config:
         ]
         reason = " or ".join(reasons) if len(reasons) > 1 else first["msg"]
         reason = reason.removeprefix("Value error, ")
+        if first["type"] == "missing":
+            reason = f"needs {len(get_args(Config.model_fields[name].annotation))} numbers"
         given = f"{name}={first['input']}: " if name else ""
         raise UserError(f"{given}{reason[0].lower() + reason[1:]}") from None
 

@@ -6,6 +6,7 @@ packages starlette and uvicorn are an optional extra.
 
 import asyncio
 import email
+import resource
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,8 @@ BATCH_SIZES = (1, 2, 4, 8, 16)
 LARGEST_BODY = 20 * 2**20
 _QUEUED = 256
 _TIMED = 3
+# How long a body may take to arrive.
+_BODY_S = 60
 # How long accepted requests are answered after a signal to stop.
 _STOP_S = 60
 _PAGE = Path(__file__).with_name("serving_page.html")
@@ -166,7 +169,10 @@ def create_app(model: CheckpointModel, backends: Sequence[Backend]) -> Any:
         return eval_transform(image, model.config)
 
     async def predict(request: Any) -> Any:
-        body = await _body(request)
+        try:
+            body = await asyncio.wait_for(_body(request), _BODY_S)
+        except asyncio.TimeoutError:
+            return _error(408, f"the image did not arrive within {_BODY_S} s")
         if body is None:
             return _error(413, f"the image has more than {LARGEST_BODY >> 20} MiB")
         content_type = request.headers.get("content-type", "")
@@ -283,6 +289,9 @@ def serve_app(
         UserError: if the address is not available.
     """
     uvicorn, _ = import_server()
+    # Each connection is an open file; the usual limit of 1,024 is only a default.
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
 
     class Server(uvicorn.Server):  # type: ignore[name-defined]
         # Signals arrive in a thread of ours.

@@ -385,6 +385,7 @@ def test_a_flag_of_other_commands_is_told():
         ("max_epoch: 1:30\n", "max_epoch=1:30"),
         ("lr: true\n", "lr=True: must be a number"),
         ("mean: [127.5, 127.5, 127.5]\n", r"must be in \[0, 1\]"),
+        ("mean: [0.5]\n", "needs 3 numbers"),
     ],
 )
 def test_values_that_yaml_reads_otherwise_are_refused(tmp_path, text, message):
