@@ -28,6 +28,17 @@ from src.utils.errors import TrainingInterrupted, UserError
 if TYPE_CHECKING:
     from src.cli.command import Command
 
+_MEMORY_WORDS = (
+    "failed to map segment",
+    "Memory not enough",
+    "Memory isn't enough",
+    "std::bad_alloc",
+    "Cannot allocate memory",
+)
+_MEMORY_HINT = (
+    "free some, or use a smaller --per_batch_size, fewer --num_parallel_workers or a smaller "
+    "--max_pixels"
+)
 _SIGNAL_WORDS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
@@ -97,12 +108,18 @@ def run_process(action: Callable[[Signals], object], rank: int = 0) -> None:
         os._exit(128 + stop.signal)
     except ImportError as failure:
         hint = "run 'bash scripts/setup.sh', then 'source .venv/bin/activate'"
+        if _is_lack_of_memory(failure):
+            hint = _MEMORY_HINT
         end_process(f"error: {failure}; {hint}", 2, rank)
     except OSError as failure:
+        if _is_lack_of_memory(failure):
+            end_process(f"error: {_prefix(rank)}too little memory; {_MEMORY_HINT}", 2, rank)
         path = f" '{failure.filename}'" if failure.filename else ""
         reason = failure.strerror or failure
         end_process(f"error: {_prefix(rank)}cannot access{path}: {reason}", 2, rank)
-    except Exception as failure:  # a defect, or a machine without memory: one line, no rank hangs
+    except Exception as failure:  # a defect, or too little memory: one line, no rank hangs
+        if _is_lack_of_memory(failure):
+            end_process(f"error: {_prefix(rank)}too little memory; {_MEMORY_HINT}", 2, rank)
         if os.environ.get("ACNET_TRACEBACK"):
             traceback.print_exc()
         what = f"{type(failure).__name__}: {_reason(failure)}"
@@ -114,6 +131,11 @@ def run_process(action: Callable[[Signals], object], rank: int = 0) -> None:
     if rank == 0:
         tell_launcher_state("end")
     os._exit(0)
+
+
+def _is_lack_of_memory(failure: Exception) -> bool:
+    """Whether a library could not get memory; each says so in its own words."""
+    return isinstance(failure, MemoryError) or any(words in str(failure) for words in _MEMORY_WORDS)
 
 
 def _reason(failure: Exception) -> str:

@@ -201,6 +201,15 @@ def test_no_room_for_a_result_leaves_none(tmp_path):
 
 
 @pytest.mark.slow
+def test_too_little_memory_is_one_line(trained_run, image_root):
+    """With a bit more, threads of MindSpore's own abort the process (std::bad_alloc)."""
+    words = f"predict.py --checkpoint_file_path={trained_run}/best.ckpt {image_root}/val/bee"
+    run = execute(["bash", "-c", f"ulimit -v 700000; exec python3 {words}"])
+    assert run.status == 2 and len(run.error_lines) == 1, run
+    assert "free some" in run.error_lines[0], run
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
 def test_ranks_start_by_themselves_and_keep_the_global_batch(image_root, tmp_path):
     common = (*TINY, f"--data_path={image_root}/train", "--max_epoch=2", "--lr=0.02", "--threads=1")
