@@ -23,12 +23,13 @@ class _RecipeLoader(yaml.SafeLoader):
     YAML 1.1 reads 010 as 8 and 1:30 as 90, and takes the last of two equal keys.
     """
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
         names = [key.value for key, _ in node.value]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise _DoubleKey(f"has '{twice}' twice")
-        return super().construct_mapping(node, deep)
+        return node
 
 
 # Numbers stay text, which the configuration reads as it reads flags.

@@ -170,7 +170,7 @@ def _orientation(picture: Image.Image) -> int:
 def _as_seen(picture: Image.Image, encoded: np.ndarray, name: str) -> np.ndarray:
     _check_values(picture, name)
     _scale_color_key(picture, encoded)
-    white_is_zero = _tiff_tag(picture, _PHOTOMETRIC) == 0
+    black = 65535 if _tiff_tag(picture, _PHOTOMETRIC) == 0 else 0
     # Pillow turns a TIFF upright when it loads it, and then has no orientation any more.
     picture.load()
     orientation = _orientation(picture)
@@ -180,18 +180,20 @@ def _as_seen(picture: Image.Image, encoded: np.ndarray, name: str) -> np.ndarray
     for top in range(0, picture.height, _STRIP_ROWS):
         bottom = min(top + _STRIP_ROWS, picture.height)
         strip = picture.crop((0, top, picture.width, bottom))
-        pixels[top:bottom] = _strip_as_seen(strip, white_is_zero)
+        pixels[top:bottom] = _strip_as_seen(strip, black)
     if transparent is not None:
         pixels[transparent] = 255
     return _TURNS[orientation](pixels).copy() if orientation in _TURNS else pixels
 
 
-def _strip_as_seen(strip: Image.Image, white_is_zero: bool) -> np.ndarray:
-    """Part of a picture as (H, W, 3) uint8 RGB, over white."""
+def _strip_as_seen(strip: Image.Image, black: int) -> np.ndarray:
+    """Part of a picture as (H, W, 3) uint8 RGB, over white.
+
+    Args:
+        black: the value that is black in a picture of 16 bits; of fewer bits, Pillow knows it.
+    """
     if strip.mode.startswith("I"):
-        deep = np.asarray(strip, np.float64)
-        # Of 8 bits and less, Pillow does this itself.
-        deep = 65535 - deep if white_is_zero else deep
+        deep = abs(np.asarray(strip, np.float64) - black)
         strip = Image.fromarray((deep / 257).clip(0, 255).astype(np.uint8))
     if strip.has_transparency_data:
         strip = strip.convert("RGBA")
