@@ -54,7 +54,7 @@ class KeyInfo:
         commands: the commands that use it.
         help: one line.
         needs: the setting without which the key changes nothing in training, as "KEY=VALUE" or
-            "KEY=VALUE|VALUE", or "KEY" for one that must be set.
+            "KEY=VALUE|VALUE", or "KEY" for one that must be set; KEY may be a property.
     """
 
     affects: Affects
@@ -714,7 +714,7 @@ def validated(values: Mapping[str, Any]) -> Config:
     for name, value in values.items():
         field = Config.model_fields.get(name)
         kind = type_text(field.annotation) if field is not None else "0|1"
-        if isinstance(value, bool) and "NUMBER" in kind + kind.replace("INT", "NUMBER"):
+        if isinstance(value, bool) and ("INT" in kind or "NUMBER" in kind):
             raise UserError(f"{name}={value}: must be a number")
     try:
         return Config(**values)

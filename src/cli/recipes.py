@@ -23,6 +23,16 @@ class _RecipeLoader(yaml.SafeLoader):
     YAML 1.1 reads 010 as 8 and 1:30 as 90, and takes the last of two equal keys.
     """
 
+    # Numbers stay text, which the configuration reads as it reads flags.
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own form
+        first: [
+            (tag, pattern)
+            for tag, pattern in resolvers
+            if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        ]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
         names = [key.value for key, _ in node.value]
@@ -30,17 +40,6 @@ class _RecipeLoader(yaml.SafeLoader):
         if twice is not None:
             raise _DoubleKey(f"has '{twice}' twice")
         return node
-
-
-# Numbers stay text, which the configuration reads as it reads flags.
-_RecipeLoader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern)
-        for tag, pattern in resolvers
-        if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
 
 
 def load_config(

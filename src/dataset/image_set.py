@@ -17,7 +17,13 @@ _MEASURED_FILES = 100_000
 
 
 class EncodedImages(Protocol):
-    """Encoded image files that are stored together, such as a packed set."""
+    """Encoded image files that are stored together, such as a packed set.
+
+    Attributes:
+        checksum: by which other images are recognised.
+    """
+
+    checksum: int
 
     def encoded(self, index: int) -> np.ndarray:
         """The bytes of image ``index``, (N,) uint8."""
@@ -96,15 +102,15 @@ class ImageSet:
         classes = sorted(self.class_to_index.items(), key=lambda item: item[1])
         checksum = zlib.crc32(repr(classes).encode("utf-8", "surrogatepass"))
         checksum = zlib.crc32(np.ascontiguousarray(self.labels).data, checksum)
+        for path in self.paths or ():
+            name = "/".join(path.split(os.sep)[-2:])
+            size = _size(path) if len(self) <= _MEASURED_FILES else ""
+            checksum = zlib.crc32(f"{name} {size}".encode("utf-8", "surrogatepass"), checksum)
+        if self.packed is not None:
+            checksum = zlib.crc32(str(self.packed.checksum).encode(), checksum)
         if self.pixels is not None:
             checksum = zlib.crc32(np.ascontiguousarray(self.pixels).data, checksum)
-            return checksum if self.rows is None else zlib.crc32(self.rows.tobytes(), checksum)
-        with_sizes = self.paths is not None and len(self) <= _MEASURED_FILES
-        for index in range(len(self)):
-            name = "/".join(self.name(index).split(os.sep)[-2:])
-            size = os.path.getsize(self.name(index)) if with_sizes else ""
-            checksum = zlib.crc32(f"{name} {size}".encode("utf-8", "surrogatepass"), checksum)
-        return checksum
+        return checksum if self.rows is None else zlib.crc32(self.rows.tobytes(), checksum)
 
     def load(self, index: int) -> np.ndarray:
         """Image ``index`` as (H, W, 3) uint8 RGB. Raises BadImage for an undecodable file."""
@@ -144,6 +150,14 @@ class ImageSet:
 
     def _row(self, index: int) -> int:
         return index if self.rows is None else int(self.rows[index])
+
+
+def _size(path: str) -> int:
+    """Bytes of a file; -1 for one that is missing, which is reported when it is read."""
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return -1
 
 
 def class_names(class_to_index: Mapping[str, int] | None, classes: int) -> list[str]:

@@ -163,6 +163,10 @@ def draw(sets: Mapping[str, ImageSet], config: Config, path: str) -> None:
     def drawn(index: int, epoch: int) -> np.ndarray:
         return augmenter.sample(lambda at: (train.load(at), int(train.labels[at])), epoch, index)[0]
 
+    def evaluated(index: int) -> list[np.ndarray]:
+        image = validation.load(index)
+        return [thumbnail(image), eval_transform(image, config)]
+
     _grid(
         left,
         train,
@@ -172,15 +176,7 @@ def draw(sets: Mapping[str, ImageSet], config: Config, path: str) -> None:
             *(drawn(index, epoch) for epoch in range(_AUGMENTED)),
         ],
     )
-    _grid(
-        right,
-        validation,
-        names,
-        lambda index: [
-            thumbnail(validation.load(index)),
-            eval_transform(validation.load(index), config),
-        ],
-    )
+    _grid(right, validation, names, evaluated)
     axes = histogram.subplots()
     counts = np.bincount(train.labels, minlength=train.num_classes)
     order = np.argsort(-counts, kind="stable")

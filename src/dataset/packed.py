@@ -64,6 +64,7 @@ class PackedImages:
     def __init__(self, path: Path) -> None:
         first = open_part(path)
         self.class_to_index = first.description["class_to_index"]
+        self.checksum = first.description["source"]
         self._parts = [first] + [
             open_part(part_name(path, number)) for number in range(1, first.description["parts"])
         ]

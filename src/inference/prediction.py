@@ -217,11 +217,10 @@ def _in_folder(path: Path, name: str, log: Log) -> list[str]:
 
 def _listed(lines: TextIO, folder: Path, what: str) -> list[str]:
     """The files of a list, one per line, relative to ``folder``, else to the working folder."""
-    names = [line.rstrip("\r\n") for line in lines]
-    beside = [str(folder / name) for name in names if name.strip()]
+    names = [line.rstrip("\r\n") for line in lines if line.strip()]
     paths = [
-        path if os.path.exists(path) or not os.path.exists(name) else name
-        for path, name in zip(beside, filter(str.strip, names))
+        name if os.path.exists(name) and not os.path.exists(folder / name) else str(folder / name)
+        for name in names
     ]
     if not paths:
         raise UserError(f"{what} names no image; it needs one file per line")

@@ -48,7 +48,10 @@ def train(command: Command, data: PreparedData) -> None:
     trainer = Trainer(network, config, communicator, images, recorder, command.kernels)
     message = start.load_into(trainer)
 
-    for line in (*flags_without_effect(command.flags, config), *changed_keys(command, config)):
+    for line in (
+        *flags_without_effect(command.flags, config),
+        *batch_messages(command.config, config, communicator.size),
+    ):
         recorder.log(line)
     log_summary(trainer, command.kernels, message)
     if config.dry_run:
@@ -88,11 +91,15 @@ def create_recorder(config: Config, command: Command, folder: RunFolder) -> Reco
     return RunRecorder(folder, config, log, environment)
 
 
-def changed_keys(command: Command, config: Config) -> list[str]:
-    """Messages on the batch and learning rate that fit_batch and lr_batch_size have changed."""
-    before, lines = command.config, []
-    wanted = global_batch_size(before, command.communicator.size)
-    batch = global_batch_size(config, command.communicator.size)
+def batch_messages(before: Config, config: Config, size: int) -> list[str]:
+    """Messages on the batch and learning rate that fit_batch and lr_batch_size have changed.
+
+    Args:
+        before: the configuration from the command line, whose batch ``size`` ranks may not divide.
+    """
+    lines = []
+    wanted = before.global_batch_size or before.per_batch_size * size * before.accumulation_steps
+    batch = global_batch_size(config, size)
     if before.fit_batch and batch != wanted:
         lines.append(f"{WARNING}fit_batch: {batch} images per step instead of {wanted}")
     if config.lr != before.lr and before.lr_batch_size:

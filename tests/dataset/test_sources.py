@@ -335,6 +335,15 @@ def test_a_fingerprint_tells_other_images_apart(broken_copy, tmp_path, change):
     assert open_images(str(train), "train").fingerprint() != before
 
 
+def test_a_missing_file_has_a_fingerprint_too(image_root, tmp_path):
+    """With bad_samples=replace, training goes on without it."""
+    shutil.copytree(image_root / "train", tmp_path / "train")
+    images = open_images(str(tmp_path / "train"), "train")
+    before = images.fingerprint()
+    Path(images.paths[5]).unlink()
+    assert images.fingerprint() != before
+
+
 def test_gif_and_avif_are_read(tmp_path):
     (tmp_path / "a").mkdir()
     for suffix in ("gif", "avif"):

@@ -1,4 +1,4 @@
-"""Hostile traffic for serve.py beside honest clients:
+"""Hostile traffic for serve.py, while honest clients use it too:
 
     python3 tests/hostile/traffic.py [--minutes=30] [--seed=0]
 

@@ -9,6 +9,7 @@ from conftest import ROOT, execute, make_config
 from src.distributed.communicator import Communicator
 from src.models.networks import NETWORKS
 from src.training import resolve as fitting
+from src.training.job import batch_messages
 from src.training.resolve import auto_batch_size, training_bytes
 from src.utils.machine import available_bytes, peak_bytes
 
@@ -125,3 +126,12 @@ def test_a_batch_norm_over_one_value_is_refused_before_the_first_step(
     assert run.status == 2 and len(run.error_lines) == 1, run
     assert "a single value per channel" in run.error_lines[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_batch_that_ranks_do_not_divide_is_told_and_not_refused():
+    """64 images on 3 ranks: each takes 21."""
+    before = make_config(fit_batch=1, global_batch_size=64)
+    after = make_config(global_batch_size=63)
+    assert batch_messages(before, after, 3) == [
+        "warning: fit_batch: 63 images per step instead of 64"
+    ]
