@@ -134,11 +134,11 @@ def _check_names(config: Config) -> None:
     """Raise UserError for a name that is in none of the tables."""
     check_network(config.network)
     find_block(config.block)
-    check_source(config.dataset_format)
-    check_augmentations(config)
     create_update_rule(config)
     create_schedule(config)
     check_loss(config)
+    check_source(config.dataset_format)
+    check_augmentations(config)
     check_reducer(config)
     check_format(config.file_format)
 

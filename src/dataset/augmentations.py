@@ -15,10 +15,9 @@ from typing import Annotated, Any
 import cv2
 import numpy as np
 import pydantic
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 
 from src.cli.config import Config
-from src.dataset.randaugment import MAX_MAGNITUDE, OPERATIONS
 from src.dataset.transforms import Resizing, color_jitter, padded_crop, random_resized_crop
 from src.utils.specs import FORBID_EXTRA, create_from_spec
 
@@ -119,6 +118,56 @@ class ColorJitter(Augmentation):
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         strengths = self.brightness, self.contrast, self.saturation
         return color_jitter(image, rng, *strengths) if any(strengths) else image
+
+
+MAX_MAGNITUDE = 30
+_GREY = (128, 128, 128)
+Operation = Callable[[Image.Image, float], Image.Image]
+
+
+def _affine(picture: Image.Image, *coefficients: float) -> Image.Image:
+    return picture.transform(
+        picture.size,
+        Image.Transform.AFFINE,
+        coefficients,
+        Image.Resampling.BILINEAR,
+        fillcolor=_GREY,
+    )
+
+
+def _enhanced(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
+    return lambda picture, strength: kind(picture).enhance(1 + 0.9 * strength)
+
+
+def _posterize(picture: Image.Image, strength: float) -> Image.Image:
+    return ImageOps.posterize(picture, 8 - round(4 * abs(strength)))
+
+
+def _solarize(picture: Image.Image, strength: float) -> Image.Image:
+    return ImageOps.solarize(picture, round(256 * (1 - abs(strength))))
+
+
+def _rotate(picture: Image.Image, strength: float) -> Image.Image:
+    return picture.rotate(30 * strength, Image.Resampling.BILINEAR, fillcolor=_GREY)
+
+
+# Each takes a picture and a strength from -1 to 1.
+OPERATIONS: tuple[Operation, ...] = (
+    lambda picture, strength: picture,
+    lambda picture, strength: _affine(picture, 1, 0.3 * strength, 0, 0, 1, 0),
+    lambda picture, strength: _affine(picture, 1, 0, 0, 0.3 * strength, 1, 0),
+    lambda picture, strength: _affine(picture, 1, 0, 0.45 * strength * picture.width, 0, 1, 0),
+    lambda picture, strength: _affine(picture, 1, 0, 0, 0, 1, 0.45 * strength * picture.height),
+    _rotate,
+    _enhanced(ImageEnhance.Brightness),
+    _enhanced(ImageEnhance.Color),
+    _enhanced(ImageEnhance.Contrast),
+    _enhanced(ImageEnhance.Sharpness),
+    _posterize,
+    _solarize,
+    lambda picture, strength: ImageOps.autocontrast(picture),
+    lambda picture, strength: ImageOps.equalize(picture),
+)
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=FORBID_EXTRA)

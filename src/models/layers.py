@@ -16,8 +16,7 @@ from mindspore.common.initializer import HeNormal
 from src.kernels.attributes import Epilogue
 from src.kernels.library import ReadyGradients
 from src.models.blocks import find_block
-from src.models.reparam import plain_conv
-from src.models.residual import AddRelu, SplitProjected, SplitResidual
+from src.models.reparam import AddRelu, SplitProjected, SplitResidual, plain_conv
 
 # Initial weights of plain convolutions. None keeps the framework's, which are PyTorch's: Kaiming
 # uniform with a = sqrt(5), that is uniform within 1 / sqrt(fan-in). "kaiming_normal" is He et al.,

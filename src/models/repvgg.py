@@ -9,8 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from mindspore import Tensor, nn
 
-from src.models.reparam import ReparamConv, fold_batch_norm, kernel_of, set_gamma
-from src.models.residual import SplitProjected
+from src.models.reparam import ReparamConv, SplitProjected, fold_batch_norm, kernel_of, set_gamma
 
 
 class RepVGGBlock(ReparamConv):

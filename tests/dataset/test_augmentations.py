@@ -9,6 +9,7 @@ from PIL import Image
 
 from src.dataset.augmentations import (
     AUGMENTATIONS,
+    OPERATIONS,
     Augmenter,
     CutMix,
     Flip,
@@ -20,7 +21,6 @@ from src.dataset.augmentations import (
 )
 from src.dataset.batches import TrainBatches
 from src.dataset.image_set import ImageSet
-from src.dataset.randaugment import OPERATIONS
 from src.dataset.sources import open_images
 from src.utils.errors import UserError
 

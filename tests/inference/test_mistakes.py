@@ -4,7 +4,7 @@ import numpy as np
 from conftest import make_config
 
 from src.dataset.image_set import ImageSet, class_names
-from src.inference.error_analysis import augmented_samples, most_confused, predict_set
+from src.inference.report import augmented_samples, most_confused, predict_set
 
 
 def test_judgement_by_hand(tmp_path):

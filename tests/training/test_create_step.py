@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn
 
-from src.training.conv_gradients import replace_conv_gradients
+from src.training.create_step import replace_conv_gradients
 
 
 @pytest.mark.parametrize(
