@@ -1,12 +1,15 @@
 """Optimizers for GPU and Ascend: an update of flat arrays, as part of the training step's graph.
 
-Parameters that are updated in the same way form a group. The gradients and each optimizer state of
-a group are one flat array, so that an update takes a handful of kernels for any number of
-parameters.
+Parameters that are updated in the same way form a group. The weights of a group, their gradients
+and each optimizer state are one flat array, so that an update takes a handful of kernels for any
+number of parameters. What remains for each parameter is to subtract its part of the step. Those of
+one size stand next to each other: MindSpore has no operation that splits an array into unequal
+parts, only one that splits it into equal ones.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 
 import mindspore
 import numpy as np
@@ -16,12 +19,17 @@ from src.cli.config import Config
 from src.training.optimizers import OptimizerBase, ParamGroup
 from src.training.update_rules import UpdateRule
 
+# The compiler allows 1000 nested calls, and needs several for each part of a split.
+_MOST_PARTS = 100
+
 
 class DeviceOptimizer(OptimizerBase):
     """Parameters in groups, and the update of the groups as a Cell.
 
     Attributes:
-        members: the parameters of each group.
+        members: the parameters of each group, in the order of the flat arrays: those of several
+            dimensions first, and those of one size together.
+        flat_weights: the members of each group as a flat array. The update changes both.
         flat_states: the state arrays of each group, flat, as the update changes them.
     """
 
@@ -31,10 +39,13 @@ class DeviceOptimizer(OptimizerBase):
         freezes = config.freeze_epochs > 0
         kinds = [replace(g, in_classifier=g.in_classifier and freezes) for g in self.groups]
         self._kinds = list(dict.fromkeys(kinds))
-        self._indices = [
-            [index for index, kind in enumerate(kinds) if kind == wanted] for wanted in self._kinds
-        ]
+        in_order = sorted(range(len(kinds)), key=lambda index: _rank_and_size(parameters[index]))
+        self._indices = [[i for i in in_order if kinds[i] == wanted] for wanted in self._kinds]
         self.members = [[self.parameters[i] for i in indices] for indices in self._indices]
+        self.flat_weights = [
+            Parameter(_flat(members), name=f"flat.weight.{number}", requires_grad=False)
+            for number, members in enumerate(self.members)
+        ]
         self.flat_states = [
             tuple(_zeros(members, f"flat.{state}.{number}") for state in rule.state_names)
             for number, members in enumerate(self.members)
@@ -43,8 +54,10 @@ class DeviceOptimizer(OptimizerBase):
     def create_update(self, collective: nn.Cell | None = None) -> "FlatUpdate":
         """The update of all groups. ``collective``: a flat gradient -> its mean over ranks."""
         groups = [
-            _GroupUpdate(members, states, self.rule, kind, self._uses_norms)
-            for members, states, kind in zip(self.members, self.flat_states, self._kinds)
+            _GroupUpdate(members, weight, states, self.rule, kind, self._uses_norms)
+            for members, weight, states, kind in zip(
+                self.members, self.flat_weights, self.flat_states, self._kinds
+            )
         ]
         return FlatUpdate(groups, collective)
 
@@ -67,12 +80,13 @@ class DeviceOptimizer(OptimizerBase):
                     state = self.states[index][slot]
                     state.set_data(Tensor(part.reshape(state.shape)))
 
-    def load_states(self) -> None:
-        """Copy ``state_parameters``, which were restored, to the flat arrays."""
+    def load(self) -> None:
+        """Copy parameters and ``state_parameters``, which were restored, to the flat arrays."""
+        for members, weight in zip(self.members, self.flat_weights):
+            weight.set_data(_flat(members))
         for indices, flats in zip(self._indices, self.flat_states):
             for slot, flat in enumerate(flats):
-                parts = [self.states[index][slot].asnumpy().ravel() for index in indices]
-                flat.set_data(Tensor(np.concatenate(parts)))
+                flat.set_data(_flat([self.states[index][slot] for index in indices]))
 
     def first_nonfinite(self, flats: Sequence[np.ndarray]) -> int | None:
         """Index of the first parameter whose part of the flat gradients is not finite, or None."""
@@ -126,23 +140,25 @@ class _GroupUpdate(nn.Cell):
     def __init__(
         self,
         members: Sequence[Parameter],
+        weight: Parameter,
         states: tuple[Parameter, ...],
         rule: UpdateRule,
         kind: ParamGroup,
         uses_norms: bool,
     ) -> None:
         super().__init__(auto_prefix=False)
-        self.members, self.states = ParameterTuple(members), ParameterTuple(states)
-        sizes = [int(parameter.size) for parameter in members]
-        self.size = sum(sizes)
-        self.offsets = tuple(np.cumsum([0, *sizes[:-1]]).tolist())
+        self.weight, self.states = weight, ParameterTuple(states)
+        self.size = int(weight.size)
         self.rule_update, self.trust_ratio = rule.update, rule.trust_ratio
         self.decay = kind.decay
         self.has_norms = uses_norms and any(parameter.ndim > 1 for parameter in members)
         self.settings = 2 + len(rule.scalars(1))
-        self.map = ops.Map()
+        runs = _runs(members)
+        starts = np.cumsum([0, *(sum(member.size for member in run) for run in runs)]).tolist()
+        self.runs = nn.CellList(list(map(_Run, runs, starts)), auto_prefix=False)
         if self.has_norms:
-            self.is_layer = tuple(parameter.ndim > 1 for parameter in members)
+            sizes = [parameter.size for parameter in members]
+            self.is_layer = Tensor(np.array([parameter.ndim > 1 for parameter in members]))
             self.member_of = Tensor(np.repeat(np.arange(len(members), dtype=np.int32), sizes))
 
     def construct(
@@ -151,36 +167,64 @@ class _GroupUpdate(nn.Cell):
         lr, scalars = settings[0], settings[2:]
         may_update = ops.logical_and(may_update, settings[1] > 0)
         gradient = gradient * inverse_scale
-        weight = ops.concat(self.map(_flattened, self.members))
         if self.has_norms:
             lr = lr * self._trust_ratios(gradient)
         updated, new_states = self.rule_update(
-            weight, gradient, self.states, lr, self.decay, scalars
+            self.weight, gradient, self.states, lr, self.decay, scalars
         )
         # A product with 0 would not do: gradients may be infinite.
-        step = ops.where(may_update, weight - updated, ops.zeros_like(weight))
+        step = ops.where(may_update, self.weight - updated, ops.zeros_like(gradient))
         for slot in range(len(self.states)):
             state = self.states[slot]
             ops.assign(state, ops.where(may_update, new_states[slot], state))
-        self.map(ops.partial(_subtract_part, step), self.members, self.offsets)
+        ops.assign_sub(self.weight, step)
+        for run in self.runs:
+            run(step)
         return True
 
     def _trust_ratios(self, gradient: Tensor) -> Tensor:
         """The trust ratio of each element's parameter; 1 for batch norms and biases."""
-        ratios = self.map(
-            ops.partial(self._trust_ratio, gradient), self.is_layer, self.members, self.offsets
-        )
-        return ops.gather(ops.stack(ratios), self.member_of, 0)
+        weight_norms, gradient_norms = self._norms(self.weight), self._norms(gradient)
+        has_ratio = ops.logical_and(weight_norms > 0, gradient_norms > 0)
+        has_ratio = ops.logical_and(has_ratio, self.is_layer)
+        ratios = self.trust_ratio(weight_norms, gradient_norms, self.decay)
+        ratios = ops.where(has_ratio, ratios, ops.ones_like(weight_norms))
+        return ops.gather(ratios, self.member_of, 0)
 
-    def _trust_ratio(
-        self, gradient: Tensor, is_layer: bool, weight: Parameter, offset: int
-    ) -> Tensor:
-        one = Tensor(1.0, mindspore.float32)
-        if not is_layer:
-            return one
-        weight_norm, gradient_norm = _norm(weight), _norm(_part(gradient, weight, offset))
-        has_ratio = ops.logical_and(weight_norm > 0, gradient_norm > 0)
-        return ops.where(has_ratio, self.trust_ratio(weight_norm, gradient_norm, self.decay), one)
+    def _norms(self, flat: Tensor) -> Tensor:
+        """(members,): the Euclidean norm of each one's part of a flat array."""
+        squares = ops.square(flat)
+        sums: tuple[Tensor, ...] = ()
+        for run in self.runs:
+            sums = (*sums, run.sums(squares))
+        return ops.sqrt(ops.concat(sums))
+
+
+class _Run(nn.Cell):
+    """Flat step of the group -> True. Subtracts it from ``members``, parameters of one size.
+
+    Args:
+        start: index of their first element in the flat arrays.
+    """
+
+    def __init__(self, members: Sequence[Parameter], start: int) -> None:
+        super().__init__(auto_prefix=False)
+        self.members, self.start = ParameterTuple(members), start
+        self.count, self.size = len(members), int(members[0].size)
+        self.map, self.split = ops.Map(), ops.Split(0, self.count)
+
+    def construct(self, step: Tensor) -> bool:
+        part = _slice(step, self.start, self.count * self.size)
+        if self.count == 1:
+            _subtract(self.members[0], part)
+        else:
+            self.map(_subtract, self.members, self.split(part))
+        return True
+
+    def sums(self, flat: Tensor) -> Tensor:
+        """(members,): the sum of each one's part of a flat array."""
+        part = _slice(flat, self.start, self.count * self.size)
+        return part.reshape((self.count, self.size)).sum(1)
 
 
 def flat_gradient(gradients: Sequence[Tensor]) -> Tensor:
@@ -196,23 +240,29 @@ def _is_finite(gradient: Tensor) -> Tensor:
     return ops.isfinite(gradient).all()
 
 
-def _part(flat: Tensor, parameter: Parameter, offset: int) -> Tensor:
-    """The part of a flat array that belongs to a parameter, in its shape."""
-    # Not one split of the whole: the compiler's limit is 1000 nested calls, and a split into 400
-    # parts exceeds it.
-    return _slice(flat, offset, parameter.size).reshape(parameter.shape)
-
-
 def _slice(flat: Tensor, start: int, size: int) -> Tensor:
     return ops.slice(flat, (start,), (size,))
 
 
-def _subtract_part(step: Tensor, parameter: Parameter, offset: int) -> Tensor:
-    return ops.assign_sub(parameter, _part(step, parameter, offset))
+def _subtract(parameter: Parameter, step: Tensor) -> Tensor:
+    return ops.assign_sub(parameter, step.reshape(parameter.shape))
 
 
-def _norm(tensor: Tensor) -> Tensor:
-    return ops.sqrt(ops.square(tensor).sum())
+def _rank_and_size(parameter: Parameter) -> tuple[bool, int]:
+    return parameter.ndim < 2, parameter.size
+
+
+def _runs(members: Sequence[Parameter]) -> list[list[Parameter]]:
+    """The members in runs of one size, at most _MOST_PARTS each."""
+    runs = []
+    for _, found in groupby(members, _rank_and_size):
+        run = list(found)
+        runs += [run[i : i + _MOST_PARTS] for i in range(0, len(run), _MOST_PARTS)]
+    return runs
+
+
+def _flat(parameters: Sequence[Parameter]) -> Tensor:
+    return Tensor(np.concatenate([parameter.asnumpy().ravel() for parameter in parameters]))
 
 
 def _zeros(members: Sequence[Parameter], name: str) -> Parameter:

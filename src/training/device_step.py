@@ -81,7 +81,7 @@ class DeviceTrainStep:
     def broadcast(self, parameters: Sequence[Parameter]) -> None:
         """Replace each parameter, and the optimizer's state, by rank 0's."""
         self.reducer.broadcast([*parameters, *self.optimizer.state_parameters])
-        self.optimizer.load_states()
+        self.optimizer.load()
 
     def synchronize(self) -> None:
         """Bring parameters and optimizer state up to date. Every rank calls it.

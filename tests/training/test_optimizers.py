@@ -167,6 +167,21 @@ def test_a_devices_update_compiles_for_many_parameters(optimizer):
     )
 
 
+def test_a_devices_flat_weights_stay_those_of_the_parameters(problem):
+    """The update reads the flat ones and the network the others: they must not drift apart."""
+
+    def assert_equal():
+        for members, flat in zip(optimizer.members, optimizer.flat_weights):
+            whole = np.concatenate([parameter.asnumpy().ravel() for parameter in members])
+            assert np.array_equal(flat.asnumpy(), whole)
+
+    _, optimizer = trained(DeviceOptimizer, "momentum", problem)
+    assert_equal()
+    optimizer.parameters[0].set_data(Tensor(np.full((70, 1000), 2, np.float32)))
+    optimizer.load()
+    assert_equal()
+
+
 def test_a_device_names_the_first_parameter_that_is_not_finite(problem):
     start, gradients = problem
     config = make_config(**KEYS)
