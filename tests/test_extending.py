@@ -179,3 +179,14 @@ def test_a_key(tmp_path):
     )
     run = execute(["python3", "-c", code], cwd=tmp_path)
     assert run.out.split() == ["4", "True", "True", "True"], run
+
+
+@pytest.mark.slow
+def test_model_trains_on_the_batches(tmp_path):
+    """mindspore.train.Model, as in the document, from the checkout."""
+    part = re.search(r"^## mindspore.train.Model\n(.*?)(?=^## )", TEXT, re.M | re.S)[1]
+    script = tmp_path / "train_with_model.py"
+    script.write_text(re.search(r"```python\n(.*?)```", part, re.S)[1])
+    run = execute(["python3", script], PYTHONPATH=str(ROOT))
+    assert run.status == 0 and "epoch: 4 step: 45, loss is " in run.out, run
+    assert float(re.search(r"'accuracy': ([\d.]+)", run.out)[1]) > 0.9, run

@@ -216,6 +216,12 @@ class _Data(_Keys):
         "Pillow's limit",
         (*_READS_DATA, "predict", "serve"),
     )
+    input_pipeline: Annotated[Literal["own", "mindspore"], Word] = key(
+        "own",
+        Affects.TRAINING,
+        "own: this program's, bit-identical on every number of ranks; mindspore: mindspore.dataset",
+        ("train", "eval"),
+    )
     num_parallel_workers: Annotated[int, Field(ge=0, le=256)] = key(
         0,
         Affects.PROCESS,

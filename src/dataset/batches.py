@@ -133,16 +133,16 @@ class TrainBatches:
         self._augmenter = Augmenter(config, len(images), images.num_classes)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
+    @property
+    def per_epoch(self) -> int:
+        """Number of batches in an epoch."""
+        return self.steps_per_epoch * self.config.accumulation_steps
+
     def __len__(self) -> int:
-        return self.steps_per_epoch * self.config.max_epoch * self.config.accumulation_steps
+        return self.per_epoch * self.config.max_epoch
 
     def __getitem__(self, number: int) -> Batch:
-        step, part = divmod(number, self.config.accumulation_steps)
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        indices = self._epoch_order(epoch)[
-            step_in_epoch * self.global_batch_size : (step_in_epoch + 1) * self.global_batch_size
-        ]
-        mine = shard(indices, self.rank, self.size)[part * self.batch : (part + 1) * self.batch]
+        epoch = number // self.per_epoch
         substituted: set[int] = set()
 
         def load(index: int) -> tuple[np.ndarray, int]:
@@ -157,12 +157,21 @@ class TrainBatches:
             else np.zeros(self.batch, np.int32)
         )
         images = self._threads.fill(
-            mine,
+            self.indices(number),
             lambda index: self._augmenter.sample(load, epoch, index),
             self.config.image_size,
             labels,
         )
         return Batch(images, labels, len(substituted))
+
+    def indices(self, number: int) -> np.ndarray:
+        """The images of batch ``number``, (B,) int."""
+        step, part = divmod(number, self.config.accumulation_steps)
+        epoch, place = divmod(step, self.steps_per_epoch)
+        first = place * self.global_batch_size
+        of_step = self._epoch_order(epoch)[first : first + self.global_batch_size]
+        mine = shard(of_step, self.rank, self.size)
+        return mine[part * self.batch : (part + 1) * self.batch]
 
     def _load(self, index: int) -> tuple[int, np.ndarray]:
         """(index of the image used, image) for image ``index``."""

@@ -14,6 +14,7 @@ from src.cli.command import Command
 from src.cli.config import Config
 from src.dataset.batches import PADDING_LABEL, UNDECODABLE_LABEL, EvalBatches, prefetch
 from src.dataset.image_set import ImageSet, class_names
+from src.dataset.imagefolder import MindSporeEvalBatches
 from src.dataset.splits import empty_classes_message, left_out_message, split_fraction
 from src.distributed.communicator import Communicator, check_ranks_agree
 from src.inference.backends import (
@@ -150,7 +151,8 @@ class Evaluator:
         self._classes = images.num_classes
         shard = max(-(-len(images) // communicator.size), 1)
         batch = min(config.per_batch_size, _LARGEST_BATCH, shard)
-        self.batches = EvalBatches(images, config, communicator.rank, communicator.size, batch)
+        batches = EvalBatches if config.input_pipeline == "own" else MindSporeEvalBatches
+        self.batches = batches(images, config, communicator.rank, communicator.size, batch)
 
     def __call__(self, backend: Backend) -> EvalResult:
         """Evaluate on all ranks' images. Raises UserError if none can be decoded."""

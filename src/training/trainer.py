@@ -14,6 +14,7 @@ from mindspore import Parameter, nn
 
 from src.cli.config import Config
 from src.dataset.batches import Batch, TrainBatches, prefetch
+from src.dataset.imagefolder import MindSporeTrainBatches
 from src.dataset.splits import TrainingData
 from src.distributed.communicator import Communicator
 from src.distributed.stopping import GracefulStop
@@ -104,7 +105,8 @@ class Trainer:
     ) -> None:
         self.network, self.config, self.communicator = network, config, communicator
         self.data, self.recorder, self.kernels = data, recorder, kernels
-        self.batches = TrainBatches(data.train, config, communicator.rank, communicator.size)
+        batches = TrainBatches if config.input_pipeline == "own" else MindSporeTrainBatches
+        self.batches = batches(data.train, config, communicator.rank, communicator.size)
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.last_step = self.steps_per_epoch * config.max_epoch
         if config.max_steps:

@@ -1,0 +1,280 @@
+"""Input by ``mindspore.dataset``, as users of the MindSpore model zoo know it.
+
+``create_dataset`` is the model zoo's function: class folders, decoded, augmented and normalised by
+MindSpore. ``--input_pipeline=mindspore`` trains and evaluates with the same operations. The other
+way round, ``as_dataset`` makes this program's own batches a ``mindspore.dataset``.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import mindspore.dataset as ds
+import numpy as np
+from mindspore.dataset import vision
+
+from src.cli.config import Config
+from src.dataset.batches import PADDING_LABEL, Batch, EvalBatches, TrainBatches
+from src.dataset.image_set import ImageSet
+from src.utils.errors import UserError
+from src.utils.machine import available_cores
+
+_INTERPOLATIONS = {"bilinear": vision.Inter.LINEAR, "bicubic": vision.Inter.BICUBIC}
+# What ImageFolderDataset takes by default.
+_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
+_COMPARED_FILES = 8
+
+
+def create_dataset(
+    path: str, config: Config, training: bool, num_shards: int = 1, shard_id: int = 0
+) -> ds.Dataset:
+    """Batches of class folders: image (B, 3, S, S) float32, normalised, and label (B,) int32.
+
+    Training is shuffled and augmented, and leaves out the last incomplete batch. Each shard has the
+    same number of images, so MindSpore may repeat some.
+
+    Args:
+        path: folder with a folder of images for each class.
+        config: its keys of augmentation, preprocessing, per_batch_size and num_parallel_workers.
+        num_shards, shard_id: number of ranks, and which one this is.
+
+    Raises:
+        UserError: for augmentations that MindSpore does not have in this form.
+    """
+    check_pipeline(config)
+    workers = config.num_parallel_workers or available_cores()
+    shards = {} if num_shards == 1 else {"num_shards": num_shards, "shard_id": shard_id}
+    dataset = ds.ImageFolderDataset(
+        path, num_parallel_workers=workers, shuffle=training, decode=False, **shards
+    )
+    operations = train_operations(config) if training else eval_operations(config)
+    operations += [vision.Normalize(*_pixel_statistics(config)), vision.HWC2CHW()]
+    dataset = dataset.map(operations, "image", num_parallel_workers=workers)
+    return dataset.batch(config.per_batch_size, drop_remainder=training)
+
+
+def as_dataset(batches: TrainBatches) -> ds.Dataset:
+    """One epoch of this program's own batches, as (image, label) like those of ``create_dataset``.
+
+    The first pass over it yields epoch 0, the next one epoch 1, and so on.
+    """
+    return ds.GeneratorDataset(_Epochs(batches), ["image", "label"], shuffle=False)
+
+
+class _Epochs:
+    """Iterates over the next epoch, each time that it is iterated over."""
+
+    def __init__(self, batches: TrainBatches) -> None:
+        self._batches, self._epoch = batches, 0
+        statistics = np.array(_pixel_statistics(batches.config), np.float32)
+        self._mean, self._std = statistics.reshape(2, 3, 1, 1)
+
+    def __len__(self) -> int:
+        return self._batches.per_epoch
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        first = self._epoch * len(self)
+        self._epoch += 1
+        for number in range(first, first + len(self)):
+            batch = self._batches[number]
+            images = batch.images.transpose(0, 3, 1, 2).astype(np.float32)
+            yield (images - self._mean) / self._std, batch.labels
+
+
+def check_pipeline(config: Config) -> None:
+    """Raise UserError for keys that this pipeline does not have."""
+    others = [name for name in config.augmentations if name not in ("crop", "flip", "color_jitter")]
+    if others:
+        raise UserError(
+            f"input_pipeline=mindspore has crop, flip and color_jitter without arguments, not "
+            f"{others[0]}; leave it out of --augmentations, or use --input_pipeline=own"
+        )
+    if config.bad_samples != "error":
+        raise UserError(
+            f"input_pipeline=mindspore stops at an image that cannot be decoded: "
+            f"bad_samples={config.bad_samples} needs --input_pipeline=own"
+        )
+    if config.antialias:
+        raise UserError("input_pipeline=mindspore cannot antialias: --antialias=0")
+
+
+def train_operations(config: Config) -> list[Any]:
+    """From an encoded image to (S, S, 3) uint8, in the order of ``augmentations``."""
+    size, inter = config.image_size, _INTERPOLATIONS[config.interpolation]
+    crops = {
+        "random_resized": [
+            vision.RandomCropDecodeResize(size, config.crop_scale, config.crop_ratio, inter)
+        ],
+        "padded": [
+            vision.Decode(),
+            vision.Resize((size, size), inter),
+            vision.RandomCrop(size, config.crop_padding),
+        ],
+        "resize": [vision.Decode(), vision.Resize((size, size), inter)],
+    }
+    jitter = [(max(1 - strength, 0), 1 + strength) for strength in config.color_jitter]
+    entries = {
+        "flip": [vision.RandomHorizontalFlip(config.flip_probability)],
+        "color_jitter": [vision.RandomColorAdjust(*jitter)] if any(config.color_jitter) else [],
+    }
+    kind = config.train_crop if "crop" in config.augmentations else "resize"
+    rest = [entries[name] for name in config.augmentations if name != "crop"]
+    return [operation for part in [crops[kind], *rest] for operation in part]
+
+
+def eval_operations(config: Config) -> list[Any]:
+    """From an encoded image to (S, S, 3) uint8: resize, then crop the centre."""
+    side, inter = config.resized_side, _INTERPOLATIONS[config.interpolation]
+    resized = (side, side) if config.eval_resize_mode == "square" else side
+    return [vision.Decode(), vision.Resize(resized, inter), vision.CenterCrop(config.image_size)]
+
+
+class MindSporeTrainBatches(TrainBatches):
+    """``TrainBatches`` whose images are decoded and augmented by MindSpore.
+
+    The global batch of a step has the same images. What the augmentations draw depends on the
+    number of ranks and threads, and on where a run was resumed.
+    """
+
+    def __init__(self, images: ImageSet, config: Config, rank: int, size: int) -> None:
+        super().__init__(images, config, rank, size)
+        check_pipeline(config)
+        self._folder = _Folder(images, config)
+        self._batches: Iterator[tuple[np.ndarray, np.ndarray]] = iter(())
+        self._following = -1
+
+    def __getitem__(self, number: int) -> Batch:
+        epoch, place = divmod(number, self.per_epoch)
+        if place == 0 or number != self._following:
+            parts = [self.indices(n) for n in range(number, (epoch + 1) * self.per_epoch)]
+            seed = (self.config.seed * 1_000_003 + number * self.size + self.rank) % 2**31
+            self._batches = self._folder.batches(
+                np.concatenate(parts), self.batch, train_operations(self.config), seed
+            )
+        self._following = number + 1
+        return Batch(*next(self._batches))
+
+
+class MindSporeEvalBatches(EvalBatches):
+    """``EvalBatches`` whose images are decoded and resized by MindSpore."""
+
+    def __init__(self, images: ImageSet, config: Config, rank: int, size: int, batch: int) -> None:
+        super().__init__(images, config, rank, size, batch)
+        check_pipeline(config)
+        self._folder = _Folder(images, config)
+        self._batches: Iterator[tuple[np.ndarray, np.ndarray]] = iter(())
+        self._following = -1
+
+    def __getitem__(self, number: int) -> Batch:
+        if number != self._following:
+            rest = self.indices[number * self.batch :]
+            self._batches = self._folder.batches(rest, self.batch, eval_operations(self.config), 0)
+        self._following = number + 1
+        images, labels = next(self._batches)
+        missing = self.batch - len(labels)
+        padding = np.zeros((missing, *images.shape[1:]), np.uint8)
+        return Batch(
+            np.concatenate([images, padding]),
+            np.concatenate([labels, np.full(missing, PADDING_LABEL, np.int32)]),
+        )
+
+
+class _Folder:
+    """The class folders of an ImageSet as an ImageFolderDataset.
+
+    Raises:
+        UserError: if the images are no class folders, or MindSpore finds other files in them.
+    """
+
+    def __init__(self, images: ImageSet, config: Config) -> None:
+        self._labels = images.labels.astype(np.int32)
+        self._workers = config.num_parallel_workers or available_cores()
+        if images.paths is None:
+            raise UserError("input_pipeline=mindspore reads class folders of image files")
+        self._root, self._classes = _root(images), _present(images)
+        files = _files(self._root, self._classes)
+        places = {file: place for place, file in enumerate(files)}
+        try:
+            self._places = np.array([places[os.path.abspath(path)] for path in images.paths])
+        except KeyError as missing:
+            raise UserError(
+                f"input_pipeline=mindspore reads {', '.join(_EXTENSIONS)} directly in class folders, "
+                f"not {missing}; use --input_pipeline=own"
+            ) from None
+        self._check_order(files)
+
+    def batches(
+        self, indices: np.ndarray, batch: int, operations: Sequence[Any], seed: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(images (B, S, S, 3) uint8, labels (B,) int32) of ``indices``, in their order."""
+        ds.config.set_seed(seed)
+        dataset = self._open(self._places[indices].tolist())
+        dataset = dataset.map(list(operations), "image", num_parallel_workers=self._workers)
+        dataset = dataset.batch(batch, num_parallel_workers=self._workers)
+        expected = iter(np.split(self._labels[indices], range(batch, len(indices), batch)))
+        try:
+            for images, labels in dataset.create_tuple_iterator(num_epochs=1, output_numpy=True):
+                assert np.array_equal(labels, next(expected)), "MindSpore reads in another order"
+                yield images, labels.astype(np.int32)
+        except RuntimeError as failure:
+            raise UserError(f"input_pipeline=mindspore: {_reason(failure)}") from None
+
+    def _open(self, places: list[int]) -> ds.Dataset:
+        return ds.ImageFolderDataset(
+            self._root,
+            num_parallel_workers=self._workers,
+            class_indexing=self._classes,
+            sampler=ds.SubsetSampler(places),
+        )
+
+    def _check_order(self, files: Sequence[str]) -> None:
+        """Compare some files: MindSpore gives no names, only places in its own order."""
+        places = np.unique(np.linspace(0, len(files) - 1, _COMPARED_FILES).astype(int)).tolist()
+        found = self._open(places).create_dict_iterator(num_epochs=1, output_numpy=True)
+        for place, row in zip(places, found, strict=True):
+            if row["image"].tobytes() != Path(files[place]).read_bytes():
+                raise UserError(
+                    f"input_pipeline=mindspore finds other files in {self._root} than this "
+                    "program; use --input_pipeline=own"
+                )
+
+
+def _pixel_statistics(config: Config) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of pixels from 0 to 255."""
+    return [255 * value for value in config.mean], [255 * value for value in config.std]
+
+
+def _root(images: ImageSet) -> str:
+    """The folder that has the class folders."""
+    assert images.paths is not None
+    names = {label: name for name, label in images.class_to_index.items()}
+    first = Path(os.path.abspath(images.paths[0]))
+    for folder in first.parents:
+        if folder.name == names[int(images.labels[0])]:
+            return str(folder.parent)
+    raise UserError(f"input_pipeline=mindspore reads class folders; {first} is in none")
+
+
+def _present(images: ImageSet) -> dict[str, int]:
+    """The class map, without classes that have no folder here."""
+    root = _root(images)
+    found = images.class_to_index.items()
+    return {name: label for name, label in found if os.path.isdir(os.path.join(root, name))}
+
+
+def _files(root: str, classes: Sequence[str] | dict[str, int]) -> list[str]:
+    """The image files of class folders in MindSpore's order: by class, then by path."""
+    return [
+        str(path)
+        for name in sorted(classes)
+        for path in sorted(Path(root, name).iterdir())
+        if path.suffix.lower() in _EXTENSIONS
+    ]
+
+
+def _reason(failure: RuntimeError) -> str:
+    """The line of MindSpore's message that says what is wrong."""
+    lines = [line.strip() for line in str(failure).splitlines() if line.strip(" -")]
+    marked = [line.removeprefix("[ERROR]").strip() for line in lines if line.startswith("[ERROR]")]
+    return (marked or lines or ["failed"])[0]
