@@ -52,7 +52,13 @@ class Batch:
 
 
 class BatchSource(Protocol):
-    """Batches by number."""
+    """Batches by number.
+
+    Attributes:
+        reads_ahead: whether it prepares the next batches itself.
+    """
+
+    reads_ahead: bool
 
     def __len__(self) -> int: ...
 
@@ -121,6 +127,8 @@ class TrainBatches:
     Raises:
         UserError: if the data has fewer images than one global batch.
     """
+
+    reads_ahead = False
 
     def __init__(self, images: ImageSet, config: Config, rank: int, size: int) -> None:
         self.images, self.config, self.rank, self.size = images, config, rank, size
@@ -200,6 +208,8 @@ class EvalBatches:
     serves all batches. Undecodable images are black and labelled UNDECODABLE_LABEL.
     """
 
+    reads_ahead = False
+
     def __init__(self, images: ImageSet, config: Config, rank: int, size: int, batch: int) -> None:
         self.images, self.config, self.batch = images, config, batch
         self.indices = shard(np.arange(len(images)), rank, size)
@@ -235,6 +245,10 @@ def prefetch(source: BatchSource, first: int = 0, last: int | None = None) -> It
         Exception: what the source raises.
     """
     numbers = iter(range(first, len(source) if last is None else last))
+    if source.reads_ahead:
+        for number in numbers:
+            yield source[number]
+        return
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
         pending: deque[Future[Batch]] = deque()
         try:

@@ -137,6 +137,10 @@ class MindSporeTrainBatches(TrainBatches):
     number of ranks and threads, and on where a run was resumed.
     """
 
+    # MindSpore has threads of its own. If its pipeline fails in another thread than the main one,
+    # it ends the process.
+    reads_ahead = True
+
     def __init__(self, images: ImageSet, config: Config, rank: int, size: int) -> None:
         super().__init__(images, config, rank, size)
         check_pipeline(config)
@@ -158,6 +162,8 @@ class MindSporeTrainBatches(TrainBatches):
 
 class MindSporeEvalBatches(EvalBatches):
     """``EvalBatches`` whose images are decoded and resized by MindSpore."""
+
+    reads_ahead = True
 
     def __init__(self, images: ImageSet, config: Config, rank: int, size: int, batch: int) -> None:
         super().__init__(images, config, rank, size, batch)
@@ -199,8 +205,8 @@ class _Folder:
             self._places = np.array([places[os.path.abspath(path)] for path in images.paths])
         except KeyError as missing:
             raise UserError(
-                f"input_pipeline=mindspore reads {', '.join(_EXTENSIONS)} directly in class folders, "
-                f"not {missing}; use --input_pipeline=own"
+                f"input_pipeline=mindspore reads {', '.join(_EXTENSIONS)} directly in class "
+                f"folders, not {missing}; use --input_pipeline=own"
             ) from None
         self._check_order(files)
 

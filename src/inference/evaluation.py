@@ -3,16 +3,14 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.special import log_softmax
 
 from src.cli.command import Command
 from src.cli.config import Config
-from src.dataset.batches import PADDING_LABEL, UNDECODABLE_LABEL, EvalBatches, prefetch
+from src.dataset.batches import PADDING_LABEL, EvalBatches, prefetch
 from src.dataset.image_set import ImageSet, class_names
 from src.dataset.imagefolder import MindSporeEvalBatches
 from src.dataset.splits import empty_classes_message, left_out_message, split_fraction
@@ -25,16 +23,22 @@ from src.inference.backends import (
     with_flip,
 )
 from src.inference.checkpoint_model import CheckpointModel
+from src.inference.metrics import (
+    EvalResult,
+    EvalSums,
+    interval,
+    report_line,
+    seeds_line,
+    summary_lines,
+)
 from src.runs.checkpoint import find_checkpoints, in_order
 from src.utils.errors import PartialFailure, UserError
 from src.utils.files import checksum, write_whole
-from src.utils.log import LINE_S, WARNING, Log, create_log, escaped, no_log
+from src.utils.log import LINE_S, WARNING, Log, create_log, no_log
 from src.utils.progress import ProgressBar
 
-_TOP = 5
 _LARGEST_BATCH = 64
 _NAMED = 5
-_CLASSES_SHOWN = 24
 
 
 def evaluate(command: Command) -> None:
@@ -48,6 +52,7 @@ def evaluate(command: Command) -> None:
     best = max(results, key=lambda result: result["top1"])
     if len(results) > 1:
         log("best: " + report_line(best))
+    log("\n".join(summary_lines(best)))
     log(seeds_line(best))
     if communicator.is_root and config.result_path:
         write_results(config.result_path, results)
@@ -57,75 +62,6 @@ def evaluate(command: Command) -> None:
             f"{len(failures)} of {len(paths)} checkpoints could not be evaluated, the first is "
             f"{failures[0]}"
         )
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """The result of an evaluation.
-
-    Attributes:
-        top1, top5: accuracy in percent over ``images`` images.
-        images_per_second: the speed of the evaluation.
-        loss: mean cross-entropy without smoothing, over the images with finite outputs.
-        class_hits: for each class, images with the right top-1 prediction.
-        class_images: for each class, images that could be decoded.
-        undecodable: a message for each image that cannot be decoded; it counts as wrong.
-        nonfinite: number of images with outputs that are not finite; they count as wrong too.
-    """
-
-    top1: float
-    top5: float
-    images: int
-    images_per_second: float
-    loss: float
-    class_hits: tuple[int, ...]
-    class_images: tuple[int, ...]
-    undecodable: tuple[str, ...] = ()
-    nonfinite: int = 0
-
-    @property
-    def class_top1(self) -> list[float | None]:
-        """Top-1 accuracy of each class in percent, by label; None for a class without images."""
-        pairs = zip(self.class_hits, self.class_images)
-        return [round(100 * hits / images, 2) if images else None for hits, images in pairs]
-
-
-@dataclass
-class EvalSums:
-    """Sums over images, which ranks add up.
-
-    Attributes:
-        correct: (top-1 hits, top-5 hits, images).
-        loss: (sum of losses, images with finite outputs).
-        nonfinite: images with outputs that are not finite.
-        rate: images per second.
-        classes: (top-1 hits, images) of each class, (2, classes).
-    """
-
-    correct: np.ndarray
-    loss: np.ndarray
-    nonfinite: int
-    rate: float
-    classes: np.ndarray
-
-    @classmethod
-    def zero(cls, classes: int) -> "EvalSums":
-        return cls(np.zeros(3), np.zeros(2), 0, 0.0, np.zeros((2, classes)))
-
-    def add(self, logits: np.ndarray, labels: np.ndarray) -> None:
-        """Add a batch: logits (N, C) and labels (N,)."""
-        self.correct += count_correct(logits, labels)
-        self.loss += cross_entropy_sum(logits, labels)
-        self.nonfinite += count_nonfinite(logits[labels != PADDING_LABEL])
-        self.classes += count_by_class(logits, labels, self.classes.shape[1])
-
-    def over_ranks(self, communicator: Communicator) -> "EvalSums":
-        """The sums over all ranks."""
-        rest = np.array([self.nonfinite, self.rate])
-        parts = (self.correct, self.loss, rest, self.classes.reshape(-1))
-        total = communicator.all_reduce_sum(np.concatenate(parts).tolist())
-        correct, loss, rest, classes = np.split(total, np.cumsum([3, 2, 2]))
-        return EvalSums(correct, loss, int(rest[0]), rest[1], classes.reshape(2, -1))
 
 
 class Evaluator:
@@ -172,61 +108,15 @@ class Evaluator:
         total = sums.over_ranks(self._communicator)
         all_messages = self._communicator.all_gather(messages)
         undecodable = tuple(message for one in all_messages for message in one)
-        top1, top5, images = total.correct
-        if len(undecodable) == images:
+        if len(undecodable) == total.correct[2]:
             raise UserError(
                 f"none of the {len(undecodable)} images can be decoded: {undecodable[0]}"
             )
-        hits, class_images = total.classes.astype(np.int64).tolist()
-        return EvalResult(
-            top1=100 * top1 / images,
-            top5=100 * top5 / images,
-            images=int(images),
-            images_per_second=total.rate,
-            loss=total.loss[0] / max(total.loss[1], 1),
-            class_hits=tuple(hits),
-            class_images=tuple(class_images),
-            undecodable=undecodable,
-            nonfinite=total.nonfinite,
-        )
+        return total.result(undecodable)
 
     def _progress_bar(self) -> ProgressBar:
         count, bar = len(self.batches.indices), self._communicator.has_terminal
         return ProgressBar("evaluated", count, "image", self._log, self._line_s, bar)
-
-
-def count_correct(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(top-1 hits, top-5 hits, images) of logits (N, C) and labels (N,), without padding.
-
-    The rank of the true class is the number of classes with a larger logit; of equal logits the
-    lower index comes first. A row with a NaN counts as wrong.
-    """
-    rows = labels != PADDING_LABEL
-    logits, labels = logits[rows], labels[rows]
-    valid = ~np.isnan(logits).any(axis=1) & (labels != UNDECODABLE_LABEL)
-    own = logits[np.arange(len(labels)), np.maximum(labels, 0)][:, None]
-    earlier = np.arange(logits.shape[1])[None, :] < labels[:, None]
-    rank = ((logits > own) | ((logits == own) & earlier)).sum(axis=1)
-    return np.array([((rank < 1) & valid).sum(), ((rank < _TOP) & valid).sum(), len(labels)], float)
-
-
-def cross_entropy_sum(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(sum of -log p[label], images) over finite rows of logits (N, C) with a label, (N,)."""
-    rows = (labels >= 0) & np.isfinite(logits).all(axis=1)
-    log_p = log_softmax(logits[rows].astype(np.float64), axis=1)
-    return np.array([-log_p[np.arange(len(log_p)), labels[rows]].sum(), len(log_p)])
-
-
-def count_by_class(logits: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """(top-1 hits, images) of each label below ``classes``, (2, classes)."""
-    rows = labels >= 0
-    hit = rows & ~np.isnan(logits).any(axis=1) & (logits.argmax(axis=1) == labels)
-    return np.stack([np.bincount(labels[chosen], minlength=classes) for chosen in (hit, rows)])
-
-
-def count_nonfinite(logits: np.ndarray) -> int:
-    """Number of rows of logits (N, C) with an infinity or NaN."""
-    return int(np.count_nonzero(~np.isfinite(logits).all(axis=1)))
 
 
 def evaluate_checkpoints(
@@ -312,54 +202,18 @@ class _EvalData:
             "top1": result.top1,
             "top5": result.top5,
             "images": result.images,
+            "correct": result.correct,
+            "top1_interval": interval(result.correct, result.images),
+            "balanced_top1": result.balanced,
             "images_per_second": result.images_per_second,
             "loss": result.loss,
             "class_top1": dict(zip(names, result.class_top1)),
+            "classes": result.by_class(names),
+            "confusion": result.confusion,
         }
         if result.undecodable:
             values["undecodable"] = len(result.undecodable)
         return values
-
-
-def class_table(result: EvalResult, images: ImageSet) -> list[str]:
-    """Lines with the images and top-1 accuracy of classes, the worst first, up to a limit."""
-    names = class_names(images.class_to_index, images.num_classes)
-    rows = [
-        (accuracy, name, count)
-        for accuracy, name, count in zip(result.class_top1, names, result.class_images)
-        if accuracy is not None
-    ]
-    rows.sort(key=lambda row: row[:2])
-    shown = rows if len(rows) <= _CLASSES_SHOWN else rows[: _CLASSES_SHOWN // 2]
-    width = max(len(escaped(name)) for _, name, _ in shown)
-    lines = [
-        f"  {escaped(name):<{width}}  {accuracy:6.2f} % of {count} images"
-        for accuracy, name, count in shown
-    ]
-    if shown is rows:
-        return lines
-    return [*lines, f"  and {len(rows) - len(shown)} classes above {shown[-1][0]:.2f} %"]
-
-
-def report_line(result: Mapping[str, Any]) -> str:
-    """A result in one line, in the words of the model zoo."""
-    return (
-        f"{result['checkpoint']}: acc={result['top1']:.2f}%(TOP1) acc={result['top5']:.2f}%(TOP5) "
-        f"{result['images']} images, {result['images_per_second']:.2f} images/s"
-    )
-
-
-def seeds_line(result: Mapping[str, Any]) -> str:
-    """A result in the words of the other two seeds, to compare with their tables."""
-    return (
-        f"Top1/Top5 {result['top1']:.2f}%/{result['top5']:.2f}%, "
-        f"{tops(result['top1'], result['top5'])}, FPS {result['images_per_second']:.2f} img/s"
-    )
-
-
-def tops(top1: float, top5: float) -> str:
-    """Two accuracies in percent, or their differences, in the words of the ACNet repository."""
-    return f"top1={top1:.5f},top5={top5:.5f}"
 
 
 def split_message(

@@ -12,14 +12,15 @@ from mindspore import Tensor, nn
 
 from src.cli.command import Command
 from src.cli.config import Config
-from src.dataset.image_set import ImageSet
+from src.dataset.image_set import ImageSet, class_names
 from src.dataset.sources import open_images
 from src.dataset.transforms import eval_transform
 from src.distributed.communicator import Communicator
 from src.inference.backends import create_backend, load_mindir, mindir_sidecar
 from src.inference.checkpoint_model import CheckpointModel
-from src.inference.evaluation import Evaluator, class_table, tops
+from src.inference.evaluation import Evaluator
 from src.inference.formats import create_format
+from src.inference.metrics import class_table, tops
 from src.inference.onnx import export_quietly
 from src.inference.quantization import quantize
 from src.kernels.library import KernelChoice
@@ -155,7 +156,8 @@ def deploy(
     trained = evaluator(create_backend(network, config, kernels))
     recorder.log(f"trained: {tops(trained.top1, trained.top5)} {checkpoint}")
     if config.deploy == "best":
-        recorder.log("\n".join(["of each class:", *class_table(trained, images)]))
+        names = class_names(images.class_to_index, images.num_classes)
+        recorder.log("\n".join(["of each class:", *class_table(trained.by_class(names))]))
     if not find_block(config.block).kernels:
         return
     written = _write_fused(Path(checkpoint)) if checkpoint else None

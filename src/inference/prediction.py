@@ -21,7 +21,8 @@ from src.dataset.image_set import ImageSet
 from src.dataset.transforms import thumbnail
 from src.inference.backends import Backend, open_backend, with_flip
 from src.inference.checkpoint_model import CheckpointModel
-from src.inference.evaluation import count_nonfinite, nonfinite_message, write_results
+from src.inference.evaluation import nonfinite_message, write_results
+from src.inference.metrics import count_nonfinite
 from src.runs.checkpoint import choose_checkpoint
 from src.utils.errors import PartialFailure, UserError
 from src.utils.files import check_ending, write_whole

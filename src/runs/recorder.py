@@ -11,13 +11,15 @@ from mindspore import Parameter, nn
 
 from src.cli.config import Config
 from src.runs.checkpoint import TrainingState, checkpoint_name
-from src.runs.run_folder import RunFolder
+from src.runs.run_folder import RunFolder, has_top5
 from src.utils.errors import UserError
 from src.utils.files import write_whole
 from src.utils.log import Log, no_log
 
 # Minimum seconds between two drawings of the curves during training; one takes about 0.2 s.
 DRAW_S = 30.0
+# With fewer validation images, a percentage alone looks surer than it is.
+_FEW_IMAGES = 300
 _COUNTS = ("skipped_steps", "replaced_images")
 
 
@@ -111,7 +113,11 @@ class RunRecorder(Recorder):
             f"{metrics['images_per_second']:.1f} images/s"
         )
         if "top1" in metrics:
-            text += f" acc={metrics['top1']:.2f}%(TOP1) acc={metrics['top5']:.2f}%(TOP5)"
+            text += f" acc={metrics['top1']:.2f}%(TOP1)"
+            if has_top5(metrics):
+                text += f" acc={metrics['top5']:.2f}%(TOP5)"
+            if metrics["val_images"] < _FEW_IMAGES:
+                text += f" ({metrics['correct']} of {metrics['val_images']} images)"
         for name in _COUNTS:
             if name in metrics:
                 text += f", {metrics[name]} {name.replace('_', ' ')}"
@@ -187,13 +193,14 @@ def plot_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     middle.set(title="learning rate at the end of the epoch", xlabel="epoch", ylim=(0, None))
     evaluated = [line for line in metrics if "top1" in line]
     for key, colour in (("top1", "tab:green"), ("top5", "tab:olive")):
-        if evaluated:
+        known = [line for line in evaluated if key == "top1" or has_top5(line)]
+        if known:
             right.plot(
-                [line["epoch"] for line in evaluated],
-                [line[key] for line in evaluated],
+                [line["epoch"] for line in known],
+                [line[key] for line in known],
                 color=colour,
                 marker=".",
-                label=f"{key} {evaluated[-1][key]:.2f} %",
+                label=f"{key} {known[-1][key]:.2f} %",
             )
     right.set(title="validation accuracy (%)" if evaluated else "not evaluated", xlabel="epoch")
     if evaluated:

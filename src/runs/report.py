@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
+from src.runs.run_folder import has_top5
+
 _WIDTH, _HEIGHT = 420, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 12, 30, 34
 COLOURS = 6
@@ -195,6 +197,7 @@ def render(runs: Sequence[RunReport]) -> str:
 
 
 def _summary(runs: Sequence[RunReport]) -> str:
+    shows_top5 = any(has_top5(line) for run in runs for line in run.metrics)
     rows = []
     for number, run in enumerate(runs):
         evaluated = [line for line in run.metrics if "top1" in line]
@@ -207,7 +210,7 @@ def _summary(runs: Sequence[RunReport]) -> str:
                 f"{last['epoch']} of {run.config['max_epoch']}",
                 f"{best['top1']:.2f} %" if best else "",
                 str(best["epoch"]) if best else "",
-                f"{best['top5']:.2f} %" if best else "",
+                *([f"{best['top5']:.2f} %" if best else ""] * shows_top5),
                 f"{last['loss']:.4f}",
                 f"{last['val_loss']:.4f}" if "val_loss" in last else "",
                 f"{last['images_per_second']:.1f}",
@@ -219,12 +222,12 @@ def _summary(runs: Sequence[RunReport]) -> str:
         "epochs",
         "best top-1",
         "in epoch",
-        "top-5 then",
+        *(["top-5 then"] * shows_top5),
         "last loss",
         "validation loss",
         "images/s",
     )
-    return _table(head, rows, numbers=range(2, 9), name="summary")
+    return _table(head, rows, numbers=range(2, len(head)), name="summary")
 
 
 def _curves(runs: Sequence[RunReport]) -> str:
@@ -232,7 +235,7 @@ def _curves(runs: Sequence[RunReport]) -> str:
         return [
             (
                 f"{run.name}{label}",
-                [(line["epoch"], line[key]) for line in run.metrics if key in line],
+                [(line["epoch"], line[key]) for line in run.metrics if _shows(line, key)],
             )
             for run in runs
         ]
@@ -439,9 +442,13 @@ def _pictures(run: RunReport, of_run: str) -> str:
     return "".join(parts)
 
 
+def _shows(line: Mapping[str, Any], key: str) -> bool:
+    return key in line and (key != "top5" or has_top5(line))
+
+
 def _epochs(run: RunReport) -> str:
     every = ("epoch", "loss", "val_loss", "top1", "top5", "lr", "images_per_second")
-    keys = [key for key in every if any(key in line for line in run.metrics)]
+    keys = [key for key in every if any(_shows(line, key) for line in run.metrics)]
     rows = [[str(line.get(key, "")) for key in keys] for line in run.metrics]
     table = _table(keys, rows, numbers=range(len(keys)), name="epochs")
     return f"<details><summary>Every epoch of {escape(run.name)}</summary>{table}</details>"

@@ -165,3 +165,11 @@ def create_run_folder(planned: RunFolder) -> RunFolder:
         reason = failure.strerror
         raise UserError(f"cannot write to output_path '{output_path}': {reason}") from None
     raise UserError(f"output_path '{output_path}' has too many runs that started in this second")
+
+
+def has_top5(line: Mapping[str, Any]) -> bool:
+    """Whether a line of metrics.jsonl has a top-5 accuracy that says anything.
+
+    Of five classes or fewer it is always 100 %.
+    """
+    return "top5" in line and len(line.get("class_top1", "unknown")) > 5

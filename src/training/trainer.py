@@ -290,6 +290,8 @@ class Trainer:
             metrics |= {
                 "top1": round(result.top1, 4),
                 "top5": round(result.top5, 4),
+                "correct": result.correct,
+                "val_images": result.images,
                 "val_loss": round(result.loss, 6),
                 "class_top1": result.class_top1,
             }

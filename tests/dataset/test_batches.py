@@ -123,7 +123,7 @@ def test_global_batch_must_divide():
 
 def test_batches_are_made_ahead_and_errors_arrive_as_they_are():
     class Source:
-        made = []
+        reads_ahead, made = False, []
 
         def __len__(self):
             return 6

@@ -10,18 +10,20 @@ import pytest
 from conftest import execute, make_config, mpirun
 from mindspore import Parameter, Tensor
 
-from src.dataset.image_set import ImageSet
 from src.dataset.sources import open_images
 from src.distributed.communicator import Communicator
 from src.inference import backends
-from src.inference.evaluation import (
+from src.inference.evaluation import Evaluator
+from src.inference.metrics import (
     EvalResult,
-    Evaluator,
     class_table,
+    confusion_table,
     count_by_class,
+    count_confusion,
     count_correct,
     count_nonfinite,
     cross_entropy_sum,
+    interval,
 )
 from src.kernels.library import KernelChoice
 from src.models.weight_files import read_weights, without_optimizer_state
@@ -53,24 +55,53 @@ def test_loss_and_classes_are_counted_by_hand():
     )  # two that are right, two wrong, one undecodable, one of padding
     p = [1 / 3, np.exp(2) / (np.exp(2) + 2), 1 / (np.e + 2)]
     assert cross_entropy_sum(logits, labels) == pytest.approx([-np.log(p).sum(), 3])
-    assert count_by_class(logits, labels, 3).tolist() == [[2, 0, 0], [2, 0, 2]]
-    accuracy = EvalResult(50, 50, 4, 1, 0.5, (2, 0, 0), (2, 0, 2))
+    assert count_by_class(logits, labels, 3).tolist() == [[2, 0, 0], [2, 0, 2], [2, 1, 0]]
+    assert count_confusion(logits, labels, 3).tolist() == [[2, 0, 0], [0, 0, 0], [0, 1, 0]]
+    accuracy = EvalResult(50, 50, 4, 1, 0.5, (2, 0, 0), (2, 0, 2), (2, 1, 0))
     assert accuracy.class_top1 == [100.0, None, 0.0]
 
 
+def test_precision_recall_and_f1_are_those_of_their_definitions():
+    """3 cats, of which 2 are found; 4 images are called cats; no bird; a dog is never named."""
+    result = EvalResult(40, 100, 5, 1, 0.5, (2, 0, 0), (3, 0, 2), (4, 1, 0))
+    assert result.by_class(["cat", "bird", "dog"]) == {
+        "cat": {"images": 3, "precision": 50.0, "recall": 66.67, "f1": 57.14},
+        "bird": {"images": 0, "precision": 0.0, "recall": None, "f1": None},
+        "dog": {"images": 2, "precision": None, "recall": 0.0, "f1": 0.0},
+    }
+    assert result.balanced == pytest.approx((66.67 + 0) / 2)
+
+
+@pytest.mark.parametrize(
+    "correct,images,low,high",
+    # Wilson's interval as R's binom::binom.wilson gives it.
+    [(17, 32, 36.45, 69.13), (12, 14, 60.06, 95.99), (0, 10, 0.0, 27.75), (10, 10, 72.25, 100.0)],
+)
+def test_the_interval_is_wilsons(correct, images, low, high):
+    assert interval(correct, images) == pytest.approx((low, high), abs=0.01)
+
+
 def test_the_table_of_classes_has_the_worst_first():
-    few = ImageSet({"ant": 0, "bee": 1, "cat": 2}, np.zeros(0, np.int32))
-    assert class_table(EvalResult(0, 0, 4, 1, 0, (2, 0, 0), (2, 0, 3)), few) == [
-        "  cat    0.00 % of 3 images",
-        "  ant  100.00 % of 2 images",
+    result = EvalResult(0, 0, 4, 1, 0, (2, 0, 0), (2, 0, 3), (5, 0, 0))
+    assert class_table(result.by_class(["ant", "bee", "cat"])) == [
+        "  class  images  precision   recall       F1",
+        "  cat         3          -    0.0 %    0.0 %",
+        "  ant         2     40.0 %  100.0 %   57.1 %",
     ]
-    many = ImageSet({str(label): label for label in range(100)}, np.zeros(0, np.int32))
-    lines = class_table(EvalResult(0, 0, 4, 1, 0, tuple(range(100)), (100,) * 100), many)
-    assert (
-        len(lines) == 13
-        and lines[0].endswith("0.00 % of 100 images")
-        and lines[-1] == "  and 88 classes above 11.00 %"
-    )
+    many = EvalResult(0, 0, 4, 1, 0, tuple(range(100)), (100,) * 100, (100,) * 100)
+    lines = class_table(many.by_class([str(label) for label in range(100)]))
+    assert len(lines) == 14 and lines[1].endswith("0.0 %    0.0 %")
+    assert lines[-1] == "  and 88 classes with a recall above 11.0 %"
+
+
+def test_the_confusion_matrix_is_printed_if_it_fits():
+    assert confusion_table(((10, 2), (0, 3)), ["dogs", "birds"]) == [
+        "  rows: true class, columns: predicted",
+        "         dogs birds",
+        "  dogs     10     2",
+        "  birds     0     3",
+    ]
+    assert confusion_table(None, ["a"]) == confusion_table(((0,) * 13,) * 13, ["x"] * 13) == []
 
 
 def test_nan_is_wrong():
@@ -141,9 +172,14 @@ def test_67_images_are_counted_once_on_any_number_of_ranks(
         "top1",
         "top5",
         "images",
+        "correct",
+        "top1_interval",
+        "balanced_top1",
         "images_per_second",
         "loss",
         "class_top1",
+        "classes",
+        "confusion",
     }
     lines = run.out.splitlines()
     assert (

@@ -40,18 +40,16 @@ def test_figures_are_those_of_the_metrics(page, trained_run):
     text, metrics = page.read_text(), metrics_of(trained_run)
     best = max(metrics, key=lambda line: (line["top1"], -line["val_loss"]))
     (summary,) = rows_of(text, "summary")
-    assert summary[2:7] == [
+    # Three classes: no top-5.
+    assert summary[2:6] == [
         "2 of 2",
         f"{best['top1']:.2f} %",
         str(best["epoch"]),
-        f"{best['top5']:.2f} %",
         f"{metrics[-1]['loss']:.4f}",
     ]
+    assert "top-5" not in text
     assert [[float(cell) for cell in row] for row in rows_of(text, "epochs")] == [
-        [
-            line[key]
-            for key in ("epoch", "loss", "val_loss", "top1", "top5", "lr", "images_per_second")
-        ]
+        [line[key] for key in ("epoch", "loss", "val_loss", "top1", "lr", "images_per_second")]
         for line in metrics
     ]
     assert {name: float(share.rstrip(" %")) for name, share in rows_of(text, "classes")} == dict(

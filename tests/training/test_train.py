@@ -50,6 +50,8 @@ def test_run_folder_holds_what_the_readme_says(trained_run):
         "rank_seconds",
         "top1",
         "top5",
+        "correct",
+        "val_images",
         "val_loss",
         "class_top1",
     }

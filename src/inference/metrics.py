@@ -1,0 +1,282 @@
+"""What evaluation counts, and how it is reported."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.special import log_softmax
+
+from src.dataset.batches import PADDING_LABEL, UNDECODABLE_LABEL
+from src.distributed.communicator import Communicator
+from src.utils.log import escaped
+
+_TOP = 5
+_CLASSES_SHOWN = 24
+# A confusion matrix of more classes is neither counted nor written.
+_MOST_CONFUSED_CLASSES = 100
+_MOST_PRINTED_COLUMNS = 12
+# The normal distribution's 97.5 % quantile.
+_Z = 1.959964
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """The result of an evaluation.
+
+    Attributes:
+        top1, top5: accuracy in percent over ``images`` images.
+        images_per_second: the speed of the evaluation.
+        loss: mean cross-entropy without smoothing, over the images with finite outputs.
+        class_hits: for each class, images with the right top-1 prediction.
+        class_images: for each class, images that could be decoded.
+        class_predicted: for each class, images that were predicted to be of it.
+        confusion: images by class and predicted class; None with more than 100 classes.
+        undecodable: a message for each image that cannot be decoded; it counts as wrong.
+        nonfinite: number of images with outputs that are not finite; they count as wrong too.
+    """
+
+    top1: float
+    top5: float
+    images: int
+    images_per_second: float
+    loss: float
+    class_hits: tuple[int, ...]
+    class_images: tuple[int, ...]
+    class_predicted: tuple[int, ...] = ()
+    confusion: tuple[tuple[int, ...], ...] | None = None
+    undecodable: tuple[str, ...] = ()
+    nonfinite: int = 0
+
+    @property
+    def correct(self) -> int:
+        """Images with the right top-1 prediction."""
+        return round(self.top1 * self.images / 100)
+
+    @property
+    def class_top1(self) -> list[float | None]:
+        """Top-1 accuracy of each class in percent, by label; None for a class without images."""
+        pairs = zip(self.class_hits, self.class_images)
+        return [round(100 * hits / images, 2) if images else None for hits, images in pairs]
+
+    @property
+    def balanced(self) -> float:
+        """Mean over the classes that have images of their top-1 accuracy, in percent."""
+        known = [value for value in self.class_top1 if value is not None]
+        return sum(known) / max(len(known), 1)
+
+    def by_class(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """{name: its images, precision, recall and F1 (percent)}; None where nothing is counted."""
+        return {name: self._of_class(label) for label, name in enumerate(names)}
+
+    def _of_class(self, label: int) -> dict[str, Any]:
+        hits, images = self.class_hits[label], self.class_images[label]
+        predicted = self.class_predicted[label]
+        both = images + predicted
+        return {
+            "images": images,
+            "precision": round(100 * hits / predicted, 2) if predicted else None,
+            "recall": round(100 * hits / images, 2) if images else None,
+            "f1": round(200 * hits / both, 2) if images and both else None,
+        }
+
+
+@dataclass
+class EvalSums:
+    """Sums over images, which ranks add up.
+
+    Attributes:
+        correct: (top-1 hits, top-5 hits, images).
+        loss: (sum of losses, images with finite outputs).
+        nonfinite: images with outputs that are not finite.
+        rate: images per second.
+        classes: (top-1 hits, images, predictions) of each class, (3, classes).
+        confusion: images by class and predicted class, (classes, classes); (0, 0) for many classes.
+    """
+
+    correct: np.ndarray
+    loss: np.ndarray
+    nonfinite: int
+    rate: float
+    classes: np.ndarray
+    confusion: np.ndarray
+
+    @classmethod
+    def zero(cls, classes: int) -> "EvalSums":
+        side = classes if classes <= _MOST_CONFUSED_CLASSES else 0
+        return cls(np.zeros(3), np.zeros(2), 0, 0.0, np.zeros((3, classes)), np.zeros((side, side)))
+
+    def add(self, logits: np.ndarray, labels: np.ndarray) -> None:
+        """Add a batch: logits (N, C) and labels (N,)."""
+        self.correct += count_correct(logits, labels)
+        self.loss += cross_entropy_sum(logits, labels)
+        self.nonfinite += count_nonfinite(logits[labels != PADDING_LABEL])
+        self.classes += count_by_class(logits, labels, self.classes.shape[1])
+        self.confusion += count_confusion(logits, labels, len(self.confusion))
+
+    def over_ranks(self, communicator: Communicator) -> "EvalSums":
+        """The sums over all ranks."""
+        rest = np.array([self.nonfinite, self.rate])
+        parts = (self.correct, self.loss, rest, self.classes.ravel(), self.confusion.ravel())
+        total = communicator.all_reduce_sum(np.concatenate(parts).tolist())
+        ends = np.cumsum([3, 2, 2, self.classes.size])
+        correct, loss, rest, classes, confusion = np.split(np.asarray(total), ends)
+        return EvalSums(
+            correct,
+            loss,
+            int(rest[0]),
+            rest[1],
+            classes.reshape(self.classes.shape),
+            confusion.reshape(self.confusion.shape),
+        )
+
+    def result(self, undecodable: tuple[str, ...]) -> EvalResult:
+        """The result that these sums make."""
+        top1, top5, images = self.correct
+        hits, class_images, predicted = self.classes.astype(np.int64).tolist()
+        rows = tuple(map(tuple, self.confusion.astype(np.int64).tolist()))
+        return EvalResult(
+            top1=100 * top1 / images,
+            top5=100 * top5 / images,
+            images=int(images),
+            images_per_second=self.rate,
+            loss=self.loss[0] / max(self.loss[1], 1),
+            class_hits=tuple(hits),
+            class_images=tuple(class_images),
+            class_predicted=tuple(predicted),
+            confusion=rows or None,
+            undecodable=undecodable,
+            nonfinite=self.nonfinite,
+        )
+
+
+def count_correct(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(top-1 hits, top-5 hits, images) of logits (N, C) and labels (N,), without padding.
+
+    The rank of the true class is the number of classes with a larger logit; of equal logits the
+    lower index comes first. A row with a NaN counts as wrong.
+    """
+    rows = labels != PADDING_LABEL
+    logits, labels = logits[rows], labels[rows]
+    valid = ~np.isnan(logits).any(axis=1) & (labels != UNDECODABLE_LABEL)
+    own = logits[np.arange(len(labels)), np.maximum(labels, 0)][:, None]
+    earlier = np.arange(logits.shape[1])[None, :] < labels[:, None]
+    rank = ((logits > own) | ((logits == own) & earlier)).sum(axis=1)
+    return np.array([((rank < 1) & valid).sum(), ((rank < _TOP) & valid).sum(), len(labels)], float)
+
+
+def cross_entropy_sum(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(sum of -log p[label], images) over finite rows of logits (N, C) with a label, (N,)."""
+    rows = (labels >= 0) & np.isfinite(logits).all(axis=1)
+    log_p = log_softmax(logits[rows].astype(np.float64), axis=1)
+    return np.array([-log_p[np.arange(len(log_p)), labels[rows]].sum(), len(log_p)])
+
+
+def count_by_class(logits: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """(top-1 hits, images, predictions) of each label below ``classes``, (3, classes)."""
+    rows = labels >= 0
+    valid, predicted = rows & ~np.isnan(logits).any(axis=1), logits.argmax(axis=1)
+    found = (labels[valid & (predicted == labels)], labels[rows], predicted[valid])
+    return np.stack([np.bincount(chosen, minlength=classes)[:classes] for chosen in found])
+
+
+def count_confusion(logits: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """Images by label and predicted class, (classes, classes), without those that have a NaN."""
+    valid = (labels >= 0) & ~np.isnan(logits).any(axis=1)
+    predicted = logits.argmax(axis=1)
+    valid &= (labels < classes) & (predicted < classes)
+    pairs = labels[valid] * classes + predicted[valid]
+    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+
+
+def count_nonfinite(logits: np.ndarray) -> int:
+    """Number of rows of logits (N, C) with an infinity or NaN."""
+    return int(np.count_nonzero(~np.isfinite(logits).all(axis=1)))
+
+
+def interval(correct: int, images: int) -> tuple[float, float]:
+    """95 % confidence interval of an accuracy in percent (Wilson, 1927).
+
+    It says how far the accuracy may be off because these images are a sample.
+    """
+    share, z2 = correct / images, _Z**2 / images
+    middle = (share + z2 / 2) / (1 + z2)
+    half = _Z * np.sqrt(share * (1 - share) / images + z2 / (4 * images)) / (1 + z2)
+    return 100 * max(middle - half, 0.0), 100 * min(middle + half, 1.0)
+
+
+def summary_lines(result: Mapping[str, Any]) -> list[str]:
+    """What a result says besides its accuracy: how sure it is, and of which classes."""
+    low, high = result["top1_interval"]
+    names = list(result["classes"])
+    return [
+        f"{result['correct']} of {result['images']} images are right (95 % interval {low:.1f} to "
+        f"{high:.1f} %); mean over classes {result['balanced_top1']:.2f} %",
+        *class_table(result["classes"]),
+        *confusion_table(result["confusion"], names),
+    ]
+
+
+def class_table(classes: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Lines with what is known of each class, the lowest recall first, up to a limit.
+
+    Args:
+        classes: what ``EvalResult.by_class`` returns.
+    """
+    rows = [(values, escaped(name)) for name, values in classes.items() if values["images"]]
+    rows.sort(key=lambda row: (row[0]["recall"], row[1]))
+    shown = rows if len(rows) <= _CLASSES_SHOWN else rows[: _CLASSES_SHOWN // 2]
+    width = max(len("class"), *(len(name) for _, name in shown))
+    lines = [f"  {'class':<{width}}  images  {'precision':>9}  {'recall':>7}  {'F1':>7}"]
+    for values, name in shown:
+        precision, recall, f1 = (
+            f"{values[key]:.1f} %" if values[key] is not None else "-"
+            for key in ("precision", "recall", "f1")
+        )
+        lines.append(
+            f"  {name:<{width}}  {values['images']:>6}  {precision:>9}  {recall:>7}  {f1:>7}"
+        )
+    if len(rows) > len(shown):
+        lines.append(
+            f"  and {len(rows) - len(shown)} classes with a recall above {shown[-1][0]['recall']} %"
+        )
+    return lines
+
+
+def confusion_table(confusion: Sequence[Sequence[int]] | None, names: Sequence[str]) -> list[str]:
+    """Lines of the confusion matrix; none if it is too wide for a terminal."""
+    if confusion is None or len(names) > _MOST_PRINTED_COLUMNS:
+        return []
+    shown = [escaped(name) for name in names]
+    width = max(map(len, shown))
+    cells = [
+        max(len(name[:8]), *(len(str(row[column])) for row in confusion))
+        for column, name in enumerate(shown)
+    ]
+    head = " ".join(f"{name[:8]:>{cell}}" for name, cell in zip(shown, cells))
+    lines = ["  rows: true class, columns: predicted", f"  {'':<{width}}  {head}"]
+    for name, row in zip(shown, confusion):
+        values = " ".join(f"{value:>{cell}}" for value, cell in zip(row, cells))
+        lines.append(f"  {name:<{width}}  {values}")
+    return lines
+
+
+def tops(top1: float, top5: float) -> str:
+    """Two accuracies in percent, or their differences, in the words of the ACNet repository."""
+    return f"top1={top1:.5f},top5={top5:.5f}"
+
+
+def report_line(result: Mapping[str, Any]) -> str:
+    """A result in one line, in the words of the model zoo."""
+    return (
+        f"{result['checkpoint']}: acc={result['top1']:.2f}%(TOP1) acc={result['top5']:.2f}%(TOP5) "
+        f"{result['images']} images, {result['images_per_second']:.2f} images/s"
+    )
+
+
+def seeds_line(result: Mapping[str, Any]) -> str:
+    """A result in the words of the other two seeds, to compare with their tables."""
+    return (
+        f"Top1/Top5 {result['top1']:.2f}%/{result['top5']:.2f}%, "
+        f"{tops(result['top1'], result['top5'])}, FPS {result['images_per_second']:.2f} img/s"
+    )
