@@ -204,6 +204,12 @@ class _Data(_Keys):
     dataset_format: Annotated[str, Word] = key(
         "auto", Affects.IMAGES, "auto, packed, cifar10, cifar100, list, folder", _READS_DATA
     )
+    sampling: Annotated[Literal["uniform", "balanced"], Word] = key(
+        "uniform",
+        Affects.TRAINING,
+        "uniform: each image once per epoch; balanced: each class equally often, so that images of "
+        "small classes are repeated",
+    )
     bad_samples: Annotated[Literal["error", "replace"], Word] = key(
         "error",
         Affects.TRAINING,
@@ -476,6 +482,18 @@ class _Optimization(_Keys):
         1.0,
         Affects.TRAINING,
         "learning rate of biases and batch-norm offsets, relative to lr (ACNet's code: 2)",
+    )
+    clip_norm: NonNegativeReal = key(
+        0.0,
+        Affects.TRAINING,
+        "largest norm of the gradient of all parameters, a mean over ranks; longer ones are "
+        "shortened to it; 0: no limit",
+    )
+    ema_decay: Fraction = key(
+        0.0,
+        Affects.TRAINING,
+        "decay of a moving average of the weights, such as 0.999; evaluation and deployment use "
+        "the average; 0: none",
     )
     freeze_epochs: NonNegative = key(
         0, Affects.TRAINING, "first epochs that train only the classifier"

@@ -95,6 +95,23 @@ def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=key)).permutation(count)
 
 
+def balanced_order(seed: int, epoch: int, labels: np.ndarray) -> np.ndarray:
+    """As many samples as there are, (N,) int64, in which each class occurs equally often.
+
+    A function of (seed, epoch). Within a class each sample occurs equally often too, up to one: the
+    samples of small classes are repeated, and others of large classes left out.
+    """
+    count, present = len(labels), np.unique(labels)
+    order = epoch_order(seed, epoch, count)
+    share, rest = divmod(count, len(present))
+    # In each epoch other classes have one sample more.
+    shares = share + (np.roll(np.arange(len(present)), epoch) < rest)
+    chosen = [
+        np.resize(order[labels[order] == label], size) for label, size in zip(present, shares)
+    ]
+    return np.concatenate(chosen)[order]
+
+
 def shard(indices: np.ndarray, rank: int, size: int) -> np.ndarray:
     """Every ``size``-th of ``indices``, beginning with the ``rank``-th."""
     return indices[rank::size]
@@ -197,7 +214,12 @@ class TrainBatches:
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if self._order[0] != epoch:
-            self._order = (epoch, epoch_order(self.config.seed, epoch, len(self.images)))
+            seed = self.config.seed
+            if self.config.sampling == "balanced":
+                order = balanced_order(seed, epoch, self.images.labels)
+            else:
+                order = epoch_order(seed, epoch, len(self.images))
+            self._order = (epoch, order)
         return self._order[1]
 
 

@@ -22,6 +22,8 @@ CHECKSUM = "checksum"
 # Names of optimizer state in a checkpoint: OPTIMIZER_PREFIX, the state's name, the parameter's
 # name.
 OPTIMIZER_PREFIX = "optimizer."
+# The names of averaged weights: AVERAGE_PREFIX and the parameter's name.
+AVERAGE_PREFIX = "ema."
 # The prefix in checkpoints before version 2, which had only momentum.
 _OLD_OPTIMIZER_PREFIX = "momentum."
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
@@ -99,6 +101,17 @@ def without_optimizer_state(arrays: Mapping[str, np.ndarray]) -> Arrays:
         for name, array in arrays.items()
         if not name.startswith((OPTIMIZER_PREFIX, _OLD_OPTIMIZER_PREFIX))
     }
+
+
+def weights_in_use(arrays: Mapping[str, np.ndarray]) -> Arrays:
+    """The weights that evaluation uses: the averages, if the checkpoint holds any."""
+    weights = without_optimizer_state(arrays)
+    averages = {
+        name.removeprefix(AVERAGE_PREFIX): array
+        for name, array in weights.items()
+        if name.startswith(AVERAGE_PREFIX)
+    }
+    return averages or weights
 
 
 def content_checksum(arrays: Mapping[str, np.ndarray]) -> bytes:

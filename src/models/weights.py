@@ -6,7 +6,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from src.models.networks import acnet_name, torch_name
-from src.models.weight_files import read_weights, without_optimizer_state
+from src.models.weight_files import read_weights, weights_in_use
 from src.utils.errors import UserError
 
 _MISMATCHES_SHOWN = 3
@@ -47,7 +47,7 @@ def assign_weights(
     """
     weights = {
         name: array
-        for name, array in without_optimizer_state(arrays).items()
+        for name, array in weights_in_use(arrays).items()
         if not name.endswith(_WITHOUT_MEANING)
     }
     parameters = {p.name: p for p in network.get_parameters()}

@@ -12,7 +12,14 @@ import mindspore
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from src.models.weight_files import CHECKSUM, METADATA, Arrays, content_checksum, read_weights
+from src.models.weight_files import (
+    AVERAGE_PREFIX,
+    CHECKSUM,
+    METADATA,
+    Arrays,
+    content_checksum,
+    read_weights,
+)
 from src.models.weights import assign_weights
 from src.utils.errors import UserError
 from src.utils.files import write_whole
@@ -104,12 +111,14 @@ def read_training_state(path: str) -> tuple[TrainingState, Arrays]:
 def restore_arrays(
     arrays: Arrays, path: Path, network: nn.Cell, optimizer_state: Sequence[Parameter]
 ) -> None:
-    """Restore weights, running statistics and the optimizer's arrays.
+    """Restore weights, running statistics, and the optimizer's and averages' arrays.
 
     Raises:
         UserError: if they do not fit.
     """
-    assign_weights(network, arrays, path)
+    # Not the averages of the weights, which are part of ``optimizer_state``.
+    weights = {n: array for n, array in arrays.items() if not n.startswith(AVERAGE_PREFIX)}
+    assign_weights(network, weights, path)
     for state in optimizer_state:
         stored = arrays.get(state.name)
         if stored is None or stored.shape != state.shape:

@@ -16,7 +16,7 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from src.cli.config import Config
-from src.training.optimizers import OptimizerBase, ParamGroup
+from src.training.optimizers import CLIP_EPSILON, OptimizerBase, ParamGroup
 from src.training.update_rules import UpdateRule
 
 # The compiler allows 1000 nested calls, and needs several for each part of a split.
@@ -59,7 +59,7 @@ class DeviceOptimizer(OptimizerBase):
                 self.members, self.flat_weights, self.flat_states, self._kinds
             )
         ]
-        return FlatUpdate(groups, collective)
+        return FlatUpdate(groups, collective, self._clip_norm)
 
     def settings(self, lr: float, loss_scale: float) -> Tensor:
         """The numbers that ``FlatUpdate`` takes for the next update."""
@@ -109,10 +109,14 @@ class FlatUpdate(nn.Cell):
 
     Args:
         collective: makes an array its mean over ranks; None on one rank.
+        clip_norm: largest norm of the gradient, 0 for no limit (see ``HostOptimizer``).
     """
 
-    def __init__(self, groups: Sequence["_GroupUpdate"], collective: nn.Cell | None) -> None:
+    def __init__(
+        self, groups: Sequence["_GroupUpdate"], collective: nn.Cell | None, clip_norm: float
+    ) -> None:
         super().__init__(auto_prefix=False)
+        self.clip_norm = clip_norm
         self.groups, self.collective = nn.CellList(groups, auto_prefix=False), collective
         self.map = ops.Map()
         # Per group: learning rate, whether it is trained, and the rule's numbers.
@@ -127,11 +131,22 @@ class FlatUpdate(nn.Cell):
             whole = self.collective(ops.concat(gradients))
             gradients = self.map(ops.partial(_slice, whole), self.starts, self.sizes)
         finite = ops.stack(self.map(_is_finite, gradients)).all()
+        inverse_scale = numbers[0]
+        if self.clip_norm > 0:
+            inverse_scale = inverse_scale * self._clip_factor(numbers, gradients)
         for index in range(len(gradients)):
             start = 1 + index * self.count
             group = self.groups[index]
-            group(finite, numbers[0], numbers[start : start + self.count], gradients[index])
+            group(finite, inverse_scale, numbers[start : start + self.count], gradients[index])
         return finite
+
+    def _clip_factor(self, numbers: tuple, gradients: tuple) -> Tensor:
+        total = 0.0
+        for index in range(len(gradients)):
+            # The second setting of a group: whether it is trained.
+            total = total + numbers[2 + index * self.count] * _square_sum(gradients[index])
+        norm = ops.sqrt(total) * numbers[0]
+        return ops.minimum(self.clip_norm / (norm + CLIP_EPSILON), Tensor(1.0, mindspore.float32))
 
 
 class _GroupUpdate(nn.Cell):
@@ -238,6 +253,10 @@ def _flattened(tensor: Tensor) -> Tensor:
 
 def _is_finite(gradient: Tensor) -> Tensor:
     return ops.isfinite(gradient).all()
+
+
+def _square_sum(gradient: Tensor) -> Tensor:
+    return ops.square(gradient).sum()
 
 
 def _slice(flat: Tensor, start: int, size: int) -> Tensor:

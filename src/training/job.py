@@ -1,9 +1,12 @@
 """The story of a training run, from the opened data to the recorded results."""
 
+import numpy as np
+
 from src.cli.command import Command
 from src.cli.config import DIGITS, Config
 from src.cli.flags import flags_without_effect
 from src.dataset.batches import global_batch_size
+from src.dataset.image_set import ImageSet
 from src.dataset.splits import (
     TrainingData,
     empty_classes_message,
@@ -24,6 +27,9 @@ from src.training.start import choose_start, read_pretrained
 from src.training.trainer import Trainer
 from src.utils.log import WARNING, create_log
 from src.utils.machine import available_cores, software_versions
+
+# The largest class has this many times the images of the smallest.
+_IMBALANCED = 5
 
 
 def train(command: Command, data: PreparedData) -> None:
@@ -126,6 +132,7 @@ def log_summary(trainer: Trainer, kernels: KernelChoice, start_message: str | No
         empty_classes_message(images.train, "training"),
         empty_classes_message(validation, "validation") if validation is not None else None,
         f"{WARNING}the training data has a single class" if config.num_classes == 1 else None,
+        imbalance_hint(config, images.train),
         warmup_warning(config),
         start_message,
         f"{WARNING}freeze_epochs={config.freeze_epochs} covers every epoch: only the classifier "
@@ -154,6 +161,18 @@ def validation_message(config: Config, images: TrainingData) -> str | None:
         return message
     return (
         f"{count} validation images of {config.eval_data_path or validation_path(config.data_path)}"
+    )
+
+
+def imbalance_hint(config: Config, images: ImageSet) -> str | None:
+    """A message on classes of very different sizes; None without any."""
+    counts = np.bincount(images.labels)
+    counts = counts[counts > 0]
+    if config.sampling == "balanced" or counts.max() < _IMBALANCED * counts.min():
+        return None
+    return (
+        f"the classes have {counts.min()} to {counts.max()} images; --sampling=balanced shows each "
+        "equally often"
     )
 
 

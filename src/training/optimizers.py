@@ -1,5 +1,6 @@
 """Optimizers: an update rule applied to parameters, here on the host."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from src.training.update_rules import UpdateRule
 
 # Elements updated at a time: few enough that the arrays of a chunk stay in a core's cache.
 _CHUNK = 1 << 16
+# What PyTorch's clip_grad_norm_ adds to the norm.
+CLIP_EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class OptimizerBase:
         self.states = [tuple(_zeros_like(p, name) for name in rule.state_names) for p in parameters]
         self.groups = [_param_group(p, config) for p in parameters]
         self.backbone_frozen = False
+        self._clip_norm = config.clip_norm
         self._updates = self._frozen_updates = 0
         self._uses_norms = type(rule).trust_ratio is not UpdateRule.trust_ratio
 
@@ -115,6 +119,10 @@ class HostOptimizer(OptimizerBase):
         """
         if arrivals is None:
             arrivals = range(len(gradients))
+        factor = np.float32(1)
+        if self._clip_norm:
+            arrivals = list(arrivals)
+            factor = self._clip_factor(gradients)
         scalars = [tuple(map(np.float32, part)) for part in self._next_scalars()]
         self.count_update()
         # Fetch the buffers at every update: loading a parameter replaces its buffer.
@@ -128,10 +136,12 @@ class HostOptimizer(OptimizerBase):
             else:
                 norms = None
                 if self._uses_norms:
-                    norms = float(np.linalg.norm(weight)), float(np.linalg.norm(gradient))
+                    gradient_norm = float(np.linalg.norm(gradient) * factor)
+                    norms = float(np.linalg.norm(weight)), gradient_norm
                 is_finite = self._update(
                     weight.reshape(-1),
                     gradient.reshape(-1),
+                    factor,
                     [state.asnumpy().reshape(-1) for state in self.states[index]],
                     np.float32(self._lr_of(lr, index, norms)),
                     group.decay,
@@ -141,10 +151,22 @@ class HostOptimizer(OptimizerBase):
                 nonfinite_indices.append(index)
         return min(nonfinite_indices, default=None)
 
+    def _clip_factor(self, gradients: Sequence[np.ndarray]) -> np.float32:
+        """Factor that shortens the gradient of what is trained to ``clip_norm``, at most 1.
+
+        As in PyTorch's clip_grad_norm_. 1 if a gradient is not finite, which is reported later.
+        """
+        trained = (g for index, g in enumerate(gradients) if not self._is_frozen(index))
+        norm = math.sqrt(sum(float(np.linalg.norm(gradient)) ** 2 for gradient in trained))
+        if not math.isfinite(norm):
+            return np.float32(1)
+        return np.float32(min(self._clip_norm / (norm + CLIP_EPSILON), 1))
+
     def _update(
         self,
         weight: np.ndarray,
         gradient: np.ndarray,
+        factor: np.float32,
         states: list[np.ndarray],
         lr: np.float32,
         decay: float,
@@ -154,10 +176,11 @@ class HostOptimizer(OptimizerBase):
         finite = True
         for start in range(0, weight.size, _CHUNK):
             part = slice(start, start + _CHUNK)
-            finite = finite and _is_finite(gradient[part])
+            gradient_part = gradient[part] if factor == 1 else gradient[part] * factor
+            finite = finite and _is_finite(gradient_part)
             state_parts = tuple(state[part] for state in states)
             weight[part], new_states = self.rule.update(
-                weight[part], gradient[part], state_parts, lr, decay, scalars
+                weight[part], gradient_part, state_parts, lr, decay, scalars
             )
             for state, new in zip(state_parts, new_states):
                 state[...] = new

@@ -99,6 +99,11 @@ def check_training_keys(config: Config) -> None:
             "GPU; there running statistics are averaged over ranks, and batch statistics are those "
             "of each rank"
         )
+    if config.ema_decay and config.device_target != "CPU":
+        raise UserError(
+            f"ema_decay={config.ema_decay:g} needs device_target=CPU: on other devices the average "
+            "is not implemented; leave it out"
+        )
     if config.device_target == "CPU":
         if config.precision == "O3":
             raise UserError(

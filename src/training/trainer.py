@@ -5,6 +5,7 @@ import signal
 import time
 import zlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -30,6 +31,7 @@ from src.training.graph_cache import user_graph_cache
 from src.training.schedules import create_schedule
 from src.training.step import StepResult
 from src.training.timing import RankTimes, StepRates, slowest_rank_message
+from src.training.weight_average import WeightAverage
 from src.utils.errors import TrainingInterrupted, UserError
 from src.utils.machine import available_cores
 from src.utils.progress import TrainingProgress
@@ -114,6 +116,7 @@ class Trainer:
         self.schedule = create_schedule(config)
         graph_cache = None if config.dry_run else user_graph_cache(config)
         self.step = create_train_step(network, config, communicator, graph_cache)
+        self.average = WeightAverage(network, config.ema_decay) if config.ema_decay else None
         self.backend = MindSporeBackend(network, config)
         self.evaluator: Evaluator | None = None
         if data.validation is not None:
@@ -138,7 +141,7 @@ class Trainer:
             path: the checkpoint that ``state`` and ``arrays`` come from.
             is_unsaved: whether the epoch's own checkpoint is still to be written.
         """
-        restore_arrays(arrays, path, self.network, self.step.optimizer.state_parameters)
+        restore_arrays(arrays, path, self.network, self._state_parameters)
         self.step.optimizer.restore_counters(state.optimizer)
         self.step.grad_scaler.restore(state.loss_scale)
         self.first_step = state.step
@@ -157,6 +160,8 @@ class Trainer:
             UserError: if the loss or a gradient is no longer finite.
         """
         self.step.broadcast(list(self.network.get_parameters()))
+        if self.average is not None and self.first_step == 0:
+            self.average.start()
         self._finish_interrupted_epoch()
         micro_steps = self.config.accumulation_steps
         batches = prefetch(
@@ -186,6 +191,8 @@ class Trainer:
                         waiting=shared - computed + reduction,
                     )
                 self._check_finite(result, loss, step, lr)
+                if self.average is not None:
+                    self.average.update(step + 1)
                 progress.update(step, loss, lr)
                 if stop_signal:
                     progress.end_epoch()
@@ -202,6 +209,8 @@ class Trainer:
                 elif self._saves_at(step + 1):
                     self.recorder.save(*self._state(step + 1))
         self.recorder.finish()
+        if self.average is not None:
+            self.average.move_to_network()
         return self._rates.total()
 
     def _progress(self) -> TrainingProgress:
@@ -312,7 +321,8 @@ class Trainer:
         if self.evaluator is None:
             return None
         self.step.synchronize()
-        result = self.evaluator(self.backend)
+        with self.average.in_network() if self.average is not None else nullcontext():
+            result = self.evaluator(self.backend)
         if result.undecodable:
             self.recorder.log(undecodable_message(result))
         if result.nonfinite:
@@ -348,7 +358,13 @@ class Trainer:
             images=self.fingerprints[0],
             validation=self.fingerprints[1],
         )
-        return state, self.network, self.step.optimizer.state_parameters
+        return state, self.network, self._state_parameters
+
+    @property
+    def _state_parameters(self) -> list[Parameter]:
+        """What a resumed run needs besides the network: optimizer state and averaged weights."""
+        averages = self.average.parameters if self.average is not None else []
+        return [*self.step.optimizer.state_parameters, *averages]
 
     @property
     def _stops_early(self) -> bool:

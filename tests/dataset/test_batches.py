@@ -10,6 +10,7 @@ from src.dataset.batches import (
     PADDING_LABEL,
     EvalBatches,
     TrainBatches,
+    balanced_order,
     epoch_order,
     global_batch_size,
     micro_batch_size,
@@ -40,6 +41,29 @@ def served(images, config, ranks, first=0):
         np.sort(np.concatenate([batch.labels for batch in batches]))
         for batches in zip(*(prefetch(s, first) for s in sources))
     ]
+
+
+def test_balanced_epochs_have_each_class_equally_often():
+    """30 dogs, 3 birds, 1 food: 12 or 11 of each in 34 draws, every bird 3 or 4 times."""
+    labels = np.repeat([0, 1, 2], [30, 3, 1])
+    orders = [balanced_order(1, epoch, labels) for epoch in range(30)]
+    for order in orders:
+        assert sorted(np.bincount(labels[order])) == [11, 11, 12]
+        times = np.bincount(order, minlength=34)
+        assert set(times[30:33]) <= {3, 4} and times[:30].max() == 1
+    # Over the epochs each dog is seen about equally often, and the order changes.
+    seen = np.bincount(np.concatenate(orders), minlength=34)[:30]
+    assert seen.min() > 2 and seen.max() < 24 and seen.sum() == pytest.approx(340, abs=5)
+    assert not np.array_equal(orders[0], orders[3])
+    # No class stands at the beginning.
+    firsts = np.concatenate([labels[order[:12]] for order in orders])
+    assert np.bincount(firsts).min() > 90
+
+
+def test_balanced_training_is_the_same_on_any_number_of_ranks(numbered):
+    config = plain(global_batch_size=12, max_epoch=2, sampling="balanced")
+    alone = served(numbered, config, 1)
+    assert all(np.array_equal(a, b) for a, b in zip(alone, served(numbered, config, 3)))
 
 
 def test_global_batches_are_the_same_for_every_number_of_ranks(numbered):

@@ -45,10 +45,10 @@ def updater(optimizer, config):
     return apply
 
 
-def trained(kind, optimizer, problem, loss_scale=1.0):
+def trained(kind, optimizer, problem, loss_scale=1.0, **keys):
     """(weights after the steps, the optimizer) here."""
     start, gradients = problem
-    config = make_config(optimizer=optimizer, **KEYS)
+    config = make_config(optimizer=optimizer, **KEYS, **keys)
     parameters = [
         Parameter(Tensor(value.astype(np.float32)), name=name) for name, value in start.items()
     ]
@@ -137,6 +137,47 @@ def test_agrees_with_pytorch(kind, optimizer, problem, measured):
         f"{largest:.1e}"
     )
     assert largest < 1e-5
+
+
+@pytest.mark.parametrize("kind", [HostOptimizer, DeviceOptimizer])
+@pytest.mark.parametrize("clip_norm", [100.0, 1e4])
+def test_clips_the_gradient_as_pytorch_does(kind, clip_norm, problem):
+    """The norms of all gradients together are some 265: one limit shortens them, one does not."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    parameters = {
+        name: torch.tensor(value, dtype=torch.float64, requires_grad=True)
+        for name, value in problem[0].items()
+    }
+    weight, bias = parameters.values()
+    groups = [{"params": [weight], "weight_decay": 0.1}, {"params": [bias], "weight_decay": 0.0}]
+    theirs = torch.optim.SGD(groups, momentum=0.9, lr=1.0)
+    for lr, gradients in zip(RATES, problem[1]):
+        for group, factor in zip(theirs.param_groups, (1, 2)):
+            group["lr"] = lr * factor
+        for name, parameter in parameters.items():
+            parameter.grad = torch.tensor(gradients[name])
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), clip_norm)
+        assert 200 < float(norm) < 300
+        theirs.step()
+    found, _ = trained(kind, "momentum", problem, loss_scale=8.0, clip_norm=clip_norm)
+    if kind is HostOptimizer:
+        found, _ = trained(kind, "momentum", problem, clip_norm=clip_norm)
+    for name, parameter in parameters.items():
+        assert np.abs(found[name] - parameter.detach().numpy()).max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", [HostOptimizer, DeviceOptimizer])
+def test_a_frozen_backbone_does_not_count_for_the_norm(kind):
+    config = make_config(clip_norm=1.0, momentum=0, weight_decay=0, freeze_epochs=1)
+    parameters = [
+        Parameter(Tensor(np.zeros((2, 2), np.float32)), name=name)
+        for name in ("conv.weight", "classifier.weight")
+    ]
+    instance = kind(parameters, create_update_rule(config), config)
+    instance.backbone_frozen = True
+    updater(instance, config)(1.0, [np.full((2, 2), g, np.float32) for g in (1000.0, 1.0)], 1.0)
+    # The classifier's gradient has norm 2, so half of it remains.
+    assert np.allclose(parameters[1].asnumpy(), -0.5, atol=1e-5), parameters[1].asnumpy()
 
 
 @pytest.mark.parametrize("optimizer", ["momentum", "lars"])
