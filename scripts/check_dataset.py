@@ -18,7 +18,7 @@ from src.cli.run import run  # noqa: E402
 
 def main(command):
     from src.dataset.inspection import check_files, check_has_files, summary
-    from src.dataset.splits import left_out_message, open_all_parts
+    from src.dataset.splits import open_all_parts, set_messages
     from src.utils.errors import PartialFailure
     from src.utils.files import write_whole
     from src.utils.machine import available_cores
@@ -29,7 +29,7 @@ def main(command):
     check_has_files(config.data_path, sets)
     for part, images in sets.items():
         print(f"{part}: {summary(images)}")
-        if line := left_out_message(images, part):
+        for line in set_messages(images, part):
             print(line)
     paths = [path for images in sets.values() for path in images.paths or ()]
     started, findings = time.perf_counter(), []

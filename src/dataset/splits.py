@@ -136,6 +136,16 @@ def validation_path(data_path: str) -> str | None:
     return None
 
 
+def set_messages(images: ImageSet, what: str) -> list[str]:
+    """What the user should know of a set.
+
+    Args:
+        what: a word for the set, as in "training".
+    """
+    describe = (left_out_message, empty_classes_message, nested_classes_message)
+    return [message for one in describe if (message := one(images, what))]
+
+
 def left_out_message(images: ImageSet, what: str) -> str | None:
     """A message on files that look like images and are not read; None if there are none."""
     if not images.left_out:
@@ -161,6 +171,31 @@ def empty_classes_message(images: ImageSet, what: str) -> str | None:
         return None
     shown = ", ".join(empty[:_NAMED]) + (" ..." if len(empty) > _NAMED else "")
     return f"{WARNING}{len(empty)} of {images.num_classes} classes have no {what} images: {shown}"
+
+
+def nested_classes_message(images: ImageSet, what: str) -> str | None:
+    """A message on a class folder that has several folders with images, and none of its own.
+
+    They may have been meant as classes; None if there is no such class.
+    """
+    folders: dict[int, set[str]] = {}
+    for path, label in zip(images.paths or (), images.labels.tolist()):
+        folders.setdefault(label, set()).add(os.path.dirname(path))
+    for name, label in images.class_to_index.items():
+        found = folders.get(label, set())
+        inner = sorted(part for folder in found if (part := _below(folder, name)))
+        if len(inner) > 1 and len(inner) == len(found):
+            shown = ", ".join(inner[:_NAMED]) + (" ..." if len(inner) > _NAMED else "")
+            return (
+                f"{WARNING}the class folder '{name}' has no {what} images of its own: those in its "
+                f"{len(inner)} folders ({shown}) count as one class"
+            )
+    return None
+
+
+def _below(folder: str, name: str) -> str:
+    """The path from a folder called ``name`` down to ``folder``; "" if it is in none."""
+    return folder.partition(f"{os.sep}{name}{os.sep}")[2]
 
 
 def _kind(path: str) -> str:

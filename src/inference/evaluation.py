@@ -13,7 +13,7 @@ from src.cli.config import Config
 from src.dataset.batches import PADDING_LABEL, EvalBatches, prefetch
 from src.dataset.image_set import ImageSet, class_names
 from src.dataset.imagefolder import MindSporeEvalBatches
-from src.dataset.splits import empty_classes_message, left_out_message, split_fraction
+from src.dataset.splits import set_messages, split_fraction
 from src.distributed.communicator import Communicator, check_ranks_agree
 from src.inference.backends import (
     Backend,
@@ -178,9 +178,8 @@ class _EvalData:
         config = opened.model.config
         self.images = opened.model.open_images()
         check_ranks_agree(communicator, self.images.summary("validation"))
-        for describe in (left_out_message, empty_classes_message):
-            if message := describe(self.images, "validation"):
-                log(message)
+        for line in set_messages(self.images, "validation"):
+            log(line)
         if message := split_message(opened.model, opened.metadata, self.images):
             log(message)
         self._evaluator = Evaluator(self.images, config, communicator, log)

@@ -54,6 +54,11 @@ class EvalResult:
         return round(self.top1 * self.images / 100)
 
     @property
+    def text(self) -> str:
+        """The top-1 accuracy in percent and in images."""
+        return f"acc={self.top1:.2f}%(TOP1) ({self.correct} of {self.images} images)"
+
+    @property
     def class_top1(self) -> list[float | None]:
         """Top-1 accuracy of each class in percent, by label; None for a class without images."""
         pairs = zip(self.class_hits, self.class_images)

@@ -7,12 +7,7 @@ from src.cli.config import DIGITS, Config
 from src.cli.flags import flags_without_effect
 from src.dataset.batches import global_batch_size
 from src.dataset.image_set import ImageSet
-from src.dataset.splits import (
-    TrainingData,
-    empty_classes_message,
-    left_out_message,
-    validation_path,
-)
+from src.dataset.splits import TrainingData, set_messages, validation_path
 from src.distributed.communicator import Communicator, check_ranks_agree
 from src.distributed.launcher import tell_launcher
 from src.distributed.stopping import GracefulStop
@@ -126,11 +121,9 @@ def log_summary(trainer: Trainer, kernels: KernelChoice, start_message: str | No
         "training on the bundled handwritten digits; --data_path=DIR trains on your own images"
         if config.data_path == DIGITS
         else None,
-        left_out_message(images.train, "training"),
-        left_out_message(validation, "validation") if validation is not None else None,
         validation_message(config, images),
-        empty_classes_message(images.train, "training"),
-        empty_classes_message(validation, "validation") if validation is not None else None,
+        *set_messages(images.train, "training"),
+        *(set_messages(validation, "validation") if validation is not None else ()),
         f"{WARNING}the training data has a single class" if config.num_classes == 1 else None,
         imbalance_hint(config, images.train),
         warmup_warning(config),

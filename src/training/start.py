@@ -74,6 +74,7 @@ class PretrainedWeights:
             without_head=config.allow_head_mismatch and other_classes,
         )
         trainer.recorder.start(trainer.class_to_index)
+        trainer.starts_trained = not left_out
         message = f"starting from {self.path}"
         if left_out:
             message += (

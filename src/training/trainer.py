@@ -33,6 +33,7 @@ from src.training.step import StepResult
 from src.training.timing import RankTimes, StepRates, slowest_rank_message
 from src.training.weight_average import WeightAverage
 from src.utils.errors import TrainingInterrupted, UserError
+from src.utils.log import WARNING
 from src.utils.machine import available_cores
 from src.utils.progress import TrainingProgress
 
@@ -94,7 +95,11 @@ class Trainer:
             images.
         fingerprints: of the training and the validation images, the latter None without any.
         threads: number of cores of each rank.
+        starts_trained: whether the weights to start from fit the classes, so that their accuracy
+            says something.
     """
+
+    starts_trained = False
 
     def __init__(
         self,
@@ -132,6 +137,7 @@ class Trainer:
         # Whether the epoch of the last step was evaluated and recorded, and whether its checkpoint
         # is still missing.
         self._epoch_is_finished, self._is_unsaved = True, False
+        self._last_top1 = 0.0
         self._rates, self._times = StepRates(self.batches.global_batch_size), RankTimes()
 
     def restore(self, state: TrainingState, arrays: Arrays, path: Path, is_unsaved: bool) -> None:
@@ -162,6 +168,9 @@ class Trainer:
         self.step.broadcast(list(self.network.get_parameters()))
         if self.average is not None and self.first_step == 0:
             self.average.start()
+        before = self._evaluate() if self.starts_trained else None
+        if before is not None:
+            self.recorder.log(f"before training: {before.text}")
         self._finish_interrupted_epoch()
         micro_steps = self.config.accumulation_steps
         batches = prefetch(
@@ -209,6 +218,11 @@ class Trainer:
                 elif self._saves_at(step + 1):
                     self.recorder.save(*self._state(step + 1))
         self.recorder.finish()
+        if before is not None and self._last_top1 < before.top1:
+            self.recorder.log(
+                f"{WARNING}training ended with {self._last_top1:.2f} % top-1, below the "
+                f"{before.top1:.2f} % that it began with; try a lower --lr"
+            )
         if self.average is not None:
             self.average.move_to_network()
         return self._rates.total()
@@ -311,6 +325,7 @@ class Trainer:
         if message := slowest_rank_message(times, self.communicator.hosts):
             self.recorder.log(message)
         if result is not None:
+            self._last_top1 = result.top1
             self.best = self.best.after(metrics["top1"], metrics["val_loss"])
             if self.best.evaluations_since == 0:
                 self.recorder.save_best(*self._state(step))

@@ -16,6 +16,7 @@ from src.dataset.sources import open_images
 from src.dataset.splits import (
     empty_classes_message,
     left_out_message,
+    nested_classes_message,
     open_all_parts,
     validation_path,
 )
@@ -535,3 +536,24 @@ def test_drawn_layouts_are_as_image_folder_sees_them_or_refused(tmp_path, count)
             outcomes[True] += 1
         shutil.rmtree(root)
     assert min(outcomes.values()) > count / 5
+
+
+def test_folders_in_a_class_folder_may_have_been_meant_as_classes(tmp_path):
+    """As torchvision's ImageFolder they are one class; unlike there, somebody is told."""
+
+    def images(*folders):
+        root = tmp_path / str(len(list(tmp_path.iterdir())))
+        for folder in folders:
+            (root / folder).mkdir(parents=True)
+            (root / folder / "1.png").touch()
+        return open_images(str(root), "train")
+
+    mixed = images("animals/cat", "animals/dog", "truck")
+    assert sorted(mixed.class_to_index) == ["animals", "truck"]
+    assert nested_classes_message(mixed, "training") == (
+        "warning: the class folder 'animals' has no training images of its own: those in its 2 "
+        "folders (cat, dog) count as one class"
+    )
+    # Tiny ImageNet's layout, and photographs that are sorted further.
+    assert nested_classes_message(images("cat/images", "dog/images"), "training") is None
+    assert nested_classes_message(images("cat", "cat/2024", "cat/2025", "dog"), "training") is None

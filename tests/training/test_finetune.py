@@ -1,10 +1,11 @@
 """The recipe finetune: trained weights on other classes."""
 
 import json
+import re
 
 import numpy as np
 import pytest
-from conftest import execute, make_config, mpirun, only_run, write_image_folder
+from conftest import TINY, execute, make_config, mpirun, only_run, write_image_folder
 
 from src.models.create import create_model
 from src.models.weight_files import read_weights, without_optimizer_state
@@ -69,8 +70,9 @@ def test_one_line_does_all_of_it(finetuned, trained_run):
     ), run
     start = next(number for number, line in enumerate(last) if line.startswith("trained: "))
     assert f"{folder}/best.ckpt" in last[start] and last[start + 1] == "of each class:", run
-    assert sorted(line.split()[0] for line in last[start + 2 : start + 5]) == ["dog", "eel", "fox"]
-    assert all(line.endswith("of 4 images") for line in last[start + 2 : start + 5]), run
+    assert last[start + 2].split() == ["class", "images", "precision", "recall", "F1"], run
+    classes = [line.split()[:2] for line in last[start + 3 : start + 6]]
+    assert sorted(classes) == [["dog", "4"], ["eel", "4"], ["fox", "4"]], run
 
 
 @pytest.mark.slow
@@ -116,6 +118,20 @@ def test_only_the_classifier_learns_at_first(trained_run, photos, tmp_path):
         "classifier.weight",
         "classifier.bias",
     }
+
+
+def test_the_accuracy_before_training_is_said_and_that_it_fell(image_root, trained_run, tmp_path):
+    """With a learning rate that destroys the weights."""
+    flags = [f"--data_path={image_root}/train", f"--pretrained={trained_run}/best.ckpt"]
+    flags += ["--run_eval=1", "--lr=0.4", "--warmup_epochs=0", f"--output_path={tmp_path}"]
+    run = execute(["python3", "train.py", *TINY, *flags, "--max_epoch=1"])
+    assert run.status == 0, run
+    began = float(re.search(r"before training: acc=([\d.]+)%\(TOP1\) \(\d+ of 67", run.out)[1])
+    lines = (trained_run / "metrics.jsonl").read_text().splitlines()
+    assert began == pytest.approx(max(json.loads(line)["top1"] for line in lines), abs=0.01)
+    assert re.search(
+        rf"warning: training ended with [\d.]+ % top-1, below the {began:.2f} %", run.out
+    )
 
 
 def test_of_equal_accuracies_the_one_with_less_loss_is_the_best():
