@@ -601,6 +601,12 @@ class _Output(_Keys):
         ("eval", "predict", "export", "report", "preview_dataset"),
     )
     top_k: Positive = key(5, Affects.PROCESS, "number of classes to show", ("predict", "serve"))
+    unsure: Fraction = key(
+        0.0,
+        Affects.PROCESS,
+        "mark predictions whose likeliest class is less probable than this, such as 0.6; 0: none",
+        ("predict", "serve"),
+    )
     test_flip: bool = key(
         False,
         Affects.RUN,

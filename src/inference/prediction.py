@@ -14,6 +14,7 @@ import numpy as np
 from scipy.special import softmax
 
 from src.cli.command import Command
+from src.cli.config import Config
 from src.dataset.batches import EvalBatches, prefetch
 from src.dataset.class_folders import list_images
 from src.dataset.decoding import MOST_PIXELS, read_image
@@ -53,6 +54,9 @@ def predict(command: Command) -> None:
         log(f"results in {config.result_path}")
     else:
         log(as_table(predictions))
+    if config.unsure:
+        count = sum(bool(prediction.unsure) for prediction in predictions)
+        log(f"{count} of {len(predictions)} images are unsure, below {100 * config.unsure:g} %")
     if config.save_figure:
         contact_sheet(predictions, config.save_figure, config.max_pixels)
         some = f", of the first {_SHEET_IMAGES} images" if len(predictions) > _SHEET_IMAGES else ""
@@ -65,16 +69,22 @@ def predict(command: Command) -> None:
 
 @dataclass(frozen=True)
 class Prediction:
-    """An image file and its likeliest classes with their probabilities, the likeliest first."""
+    """An image file and its likeliest classes with their probabilities, the likeliest first.
+
+    Attributes:
+        unsure: whether the first probability is below the key ``unsure``; None without that key.
+    """
 
     path: str
     classes: list[str]
     probabilities: list[float]
+    unsure: bool | None = None
 
     def as_dict(self) -> dict[str, Any]:
         pairs = zip(self.classes, self.probabilities)
         predictions = [{"class": name, "probability": value} for name, value in pairs]
-        return {"image": self.path, "predictions": predictions}
+        unsure = {} if self.unsure is None else {"unsure": self.unsure}
+        return {"image": self.path, "predictions": predictions, **unsure}
 
 
 def find_images(
@@ -137,6 +147,7 @@ def predict_files(
                     path,
                     [names.get(int(label), str(label)) for label in best],
                     [round(float(probabilities[label]), 6) for label in best],
+                    is_unsure(probabilities, model.config),
                 )
             )
     if not predictions:
@@ -144,6 +155,11 @@ def predict_files(
             raise UserError(failures[0])
         raise UserError(f"none of the {len(failures)} images can be decoded: {failures[0]}")
     return predictions, failures
+
+
+def is_unsure(probabilities: np.ndarray, config: Config) -> bool | None:
+    """Whether the largest of ``probabilities`` is below the key ``unsure``; None without it."""
+    return bool(probabilities.max() < config.unsure) if config.unsure else None
 
 
 def write_predictions(path: str, predictions: Sequence[Prediction]) -> None:
@@ -258,13 +274,16 @@ def _write_json_lines(file: TextIO, predictions: Sequence[Prediction]) -> None:
 
 def _write_csv(file: TextIO, predictions: Sequence[Prediction]) -> None:
     writer = csv.writer(file)
-    writer.writerow(("image", "place", "class", "probability"))
+    marks = any(prediction.unsure is not None for prediction in predictions)
+    writer.writerow(("image", "place", "class", "probability", *(["unsure"] * marks)))
     for prediction in predictions:
         pairs = zip(prediction.classes, prediction.probabilities)
+        mark = [int(bool(prediction.unsure))] * marks
         for place, (name, probability) in enumerate(pairs, 1):
-            writer.writerow((prediction.path, place, name, probability))
+            writer.writerow((prediction.path, place, name, probability, *mark))
 
 
 def _percentages(prediction: Prediction) -> list[str]:
     pairs = zip(prediction.classes, prediction.probabilities)
-    return [f"{escaped(name)} {100 * probability:.1f}%" for name, probability in pairs]
+    found = [f"{escaped(name)} {100 * probability:.1f}%" for name, probability in pairs]
+    return [f"unsure: {found[0]}", *found[1:]] if prediction.unsure else found

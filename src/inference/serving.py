@@ -23,6 +23,7 @@ from src.dataset.transforms import eval_transform
 from src.distributed.shutdown import Signals
 from src.inference.backends import Backend, open_backends, with_flip
 from src.inference.checkpoint_model import CheckpointModel
+from src.inference.prediction import is_unsure
 from src.runs.checkpoint import choose_checkpoint
 from src.utils.errors import UserError
 from src.utils.log import create_log
@@ -198,6 +199,7 @@ def create_app(model: CheckpointModel, backends: Sequence[Backend]) -> Any:
         except Busy:
             return _error(503, "too many requests are waiting; try again")
         best = np.argsort(-probabilities, kind="stable")[: model.config.top_k]
+        unsure = is_unsure(probabilities, model.config)
         return starlette.responses.JSONResponse(
             {
                 "predictions": [
@@ -206,7 +208,8 @@ def create_app(model: CheckpointModel, backends: Sequence[Backend]) -> Any:
                         "probability": round(float(probabilities[label]), 6),
                     }
                     for label in best
-                ]
+                ],
+                **({} if unsure is None else {"unsure": unsure}),
             }
         )
 

@@ -110,6 +110,26 @@ def test_a_list_and_tables(predict, image_root, tmp_path):
     assert [len(line["predictions"]) for line in lines] == [3, 3]
 
 
+@pytest.mark.slow
+def test_what_is_less_probable_than_asked_for_is_marked(predict, image_root, tmp_path):
+    folder = f"{image_root}/val"
+    assert predict(folder, f"--result_path={tmp_path}/all.json").status == 0
+    entries = json.loads((tmp_path / "all.json").read_text())
+    assert not any("unsure" in entry for entry in entries)
+    likeliest = [entry["predictions"][0]["probability"] for entry in entries]
+    limit = round(float(np.median(likeliest)), 3)
+    expected = [probability < limit for probability in likeliest]
+    assert 0 < sum(expected) < 67
+    run = predict(folder, f"--unsure={limit}", f"--result_path={tmp_path}/p.json")
+    marks = [entry["unsure"] for entry in json.loads((tmp_path / "p.json").read_text())]
+    assert marks == expected and f"{sum(expected)} of 67 images are unsure" in run.out, run
+    run = predict(folder, f"--unsure={limit}", f"--result_path={tmp_path}/p.csv")
+    rows = [row for row in csv.DictReader((tmp_path / "p.csv").open()) if row["place"] == "1"]
+    assert run.status == 0 and [row["unsure"] == "1" for row in rows] == expected
+    run = predict(folder, f"--unsure={limit}")
+    assert run.out.count("  unsure: ") == sum(expected), run
+
+
 def test_a_list_names_the_files_next_to_it(tmp_path, monkeypatch):
     """Also if the working folder has files of the same names; some editors add a mark."""
     for folder in (tmp_path, tmp_path / "other"):
