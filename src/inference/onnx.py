@@ -6,7 +6,7 @@ The packages onnx and onnxruntime are an optional extra.
 import importlib.util
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from src.cli.config import Config
+from src.dataset.image_set import class_names
 from src.inference.checkpoint_model import CheckpointModel
 from src.models.weight_files import METADATA, quiet_mindspore
 from src.utils.errors import UserError
@@ -83,7 +84,12 @@ class OnnxFormat:
 
 
 def write_onnx(network: nn.Cell, target: Path, metadata: dict[str, Any], image_size: int) -> None:
-    """Write ``network`` as an ONNX model of normalised (N, 3, S, S) float32 images, any N.
+    """Write ``network`` as an ONNX model: ``image`` (N, 3, S, S) float32 -> ``logits`` (N, C).
+
+    Images are normalised, N is any number. Properties of the model say how to prepare them.
+
+    Args:
+        metadata: of the checkpoint; {} for a model that is not kept.
 
     Raises:
         UserError: if the packages are missing, the file cannot be written, or an operation has no
@@ -103,10 +109,26 @@ def write_onnx(network: nn.Cell, target: Path, metadata: dict[str, Any], image_s
             )
             model = onnx.load(str(exported))
         _repair_onnx(model)
-        onnx.helper.set_model_props(model, {METADATA: json.dumps(metadata)})
+        onnx.helper.set_model_props(model, model_properties(metadata))
         onnx.save(model, str(partial))
 
     write_whole(target, write)
+
+
+def model_properties(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """What an ONNX model says of itself, each value as JSON: see docs/using.md."""
+    properties: dict[str, Any] = {METADATA: metadata}
+    if "config" in metadata:
+        config = Config(**metadata["config"])
+        properties |= {
+            "classes": class_names(metadata["class_to_index"], config.num_classes),
+            "image_size": config.image_size,
+            "resize": config.resized_side,
+            "resize_mode": config.eval_resize_mode,
+            "mean": config.mean,
+            "std": config.std,
+        }
+    return {name: json.dumps(value) for name, value in properties.items()}
 
 
 def export_quietly(
@@ -143,7 +165,7 @@ def import_onnxruntime() -> ModuleType:
 
 
 def _repair_onnx(model: Any) -> None:
-    """Fix what MindSpore 2.10 exports wrongly, and leave the batch size open."""
+    """Fix what MindSpore 2.10 exports wrongly, name input and output, leave the batch size open."""
     for node in model.graph.node:
         attributes = {attribute.name: attribute for attribute in node.attribute}
         if node.op_type == "Conv" and len(set(attributes["kernel_shape"].ints)) > 1:
@@ -151,6 +173,11 @@ def _repair_onnx(model: Any) -> None:
             # right.
             top, bottom, left, right = attributes["pads"].ints
             attributes["pads"].ints[:] = [top, left, bottom, right]
+    names = {model.graph.input[0].name: "image", model.graph.output[0].name: "logits"}
+    for node in model.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
     for value in (*model.graph.input, *model.graph.output):
+        value.name = names.get(value.name, value.name)
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
     del model.graph.value_info[:]

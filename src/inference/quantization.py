@@ -1,6 +1,5 @@
 """Quantises an exported ONNX model to 8-bit integers, with onnxruntime's static quantisation."""
 
-import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,9 +15,8 @@ from src.distributed.communicator import Communicator
 from src.inference.backends import exported_metadata, open_backend
 from src.inference.checkpoint_model import CheckpointModel
 from src.inference.evaluation import EvalResult, Evaluator
-from src.inference.onnx import OnnxBackend, import_onnx
+from src.inference.onnx import OnnxBackend, import_onnx, model_properties
 from src.kernels.library import KernelChoice
-from src.models.weight_files import METADATA
 from src.utils.files import write_whole
 from src.utils.log import Log
 
@@ -77,7 +75,7 @@ def quantize(
                 weight_type=QuantType.QInt8,
             )
         written = onnx.load(str(partial))
-        onnx.helper.set_model_props(written, {METADATA: json.dumps(metadata)})
+        onnx.helper.set_model_props(written, model_properties(metadata))
         onnx.save(written, str(partial))
 
     write_whole(target, write)

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import TINY, execute, mpirun, randomise
+from conftest import ROOT, TINY, execute, mpirun, randomise
 from mindspore import Tensor
 
 from src.inference.backends import naming_file
@@ -90,6 +90,31 @@ def test_exported_network_evaluates_like_the_trained_one(
     assert expected[2] == 67 and evaluated(target, image_root, tmp_path) == expected
     if file_format == "ONNX":
         assert evaluated(target, image_root, tmp_path, ranks=2) == expected
+
+
+@pytest.mark.slow
+def test_the_documents_example_needs_no_mindspore(trained_run, image_root, tmp_path):
+    """docs/using.md's classify.py, in a folder of its own: the classes that predict.py finds."""
+    pytest.importorskip("onnxruntime", reason="ONNX is an optional extra")
+    words = (ROOT / "docs" / "using.md").read_text()
+    (example,) = re.findall(r"```python\n(# classify.py\n.*?)```", words, re.S)
+    assert not re.search(r"import (?!json|sys|numpy|onnxruntime|Image)", example)
+    (tmp_path / "classify.py").write_text(example)
+    run = export(
+        f"--checkpoint_file_path={trained_run}/best.ckpt",
+        "--file_format=ONNX",
+        f"--result_path={tmp_path}/net.onnx",
+    )
+    assert run.status == 0, run
+    files = [str(image_root / "val" / name / "003.jpg") for name in ("ant", "bee", "cat")]
+    predicted = execute(
+        ["python3", "predict.py", f"--checkpoint_file_path={trained_run}/best.ckpt", *files]
+        + [f"--result_path={tmp_path}/p.json"]
+    )
+    assert predicted.status == 0, predicted
+    for file, entry in zip(files, json.loads((tmp_path / "p.json").read_text()), strict=True):
+        run = execute(["python3", tmp_path / "classify.py", f"{tmp_path}/net.onnx", file])
+        assert run.out.strip() == entry["predictions"][0]["class"], run
 
 
 # Unfused exports take long to compile; these have each kind of layer.
