@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from conftest import execute
+from conftest import ROOT, execute
 
 
 def test_train_step_prints_its_line():
@@ -267,3 +267,23 @@ def test_scaling_model_reproduces_the_ring_that_alexnets_rows_imply():
         run.status == 0
         and "left_for_reduction_s=0.0723 which_is_a_ring_of_gb_per_second=5.9" in run.out
     ), run
+
+
+@pytest.mark.extended
+def test_acnet_table_keeps_its_results(tmp_path):
+    """The digits in place of CIFAR-10; started again it trains nothing."""
+    for part, name in (("train", "train"), ("val", "test")):
+        (tmp_path / name).symlink_to(ROOT / "data" / "digits" / part)
+    words = ["python3", "benchmarks/acnet_table.py", f"--data_path={tmp_path}", "--epochs=1"]
+    words += ["--blocks=acb", "--seeds=1", "--amp_level=O0", f"--runs={tmp_path}/runs"]
+    words += [f"--results={tmp_path}/results"]
+    first, second = execute(words), execute(words)
+    assert first.status == second.status == 0, (first, second)
+    assert "epoch 1/1" in first.out and "epoch 1/1" not in second.out
+    assert first.out.splitlines()[-1] == second.out.splitlines()[-1]
+    (file,) = (tmp_path / "results").iterdir()
+    result = json.loads(file.read_text())
+    assert result["top1"] == result["fused_top1"] and result["recipe_epochs"] == 150
+    (kernels,) = result["kernel_magnitudes"].values()
+    assert len(kernels) == 5 and kernels[2][2] == max(map(max, kernels))
+    assert f"| cifar_quick | acb | 1 |  | {result['top1']:.2f} |" in first.out

@@ -41,9 +41,10 @@ def test_figures_are_those_of_the_metrics(page, trained_run):
     best = max(metrics, key=lambda line: (line["top1"], -line["val_loss"]))
     (summary,) = rows_of(text, "summary")
     # Three classes: no top-5.
-    assert summary[2:6] == [
+    assert summary[2:7] == [
         "2 of 2",
         f"{best['top1']:.2f} %",
+        f"{best['top1'] * 67 / 100:.0f} of 67",
         str(best["epoch"]),
         f"{metrics[-1]['loss']:.4f}",
     ]
