@@ -109,6 +109,7 @@ def measured(run, network, block, seed):
         "fused_top1": last_top1(log, "fused"),
         "last_loss": epochs[-1]["loss"],
         "top1_by_epoch": {epoch["epoch"]: epoch["top1"] for epoch in epochs if "top1" in epoch},
+        # Of a run that was killed, the part of an epoch before that is not counted.
         "hours": round(sum(sum(epoch["rank_seconds"][0]) for epoch in epochs) / 3600, 2),
         "kernel_magnitudes": kernel_magnitudes(run, block),
         "machine": processor(),
@@ -169,7 +170,9 @@ def table(results):
     ]
     for (network, block, epochs, amp_level), runs in rows.items():
         whole = epochs == runs[0]["recipe_epochs"]
-        published = f"{PUBLISHED.get((network, block), '')}" if whole else ""
+        published = (
+            f"{PUBLISHED[network, block]:.2f}" if whole and (network, block) in PUBLISHED else ""
+        )
         hours = statistics.mean(run["hours"] for run in runs)
         lines.append(
             f"| {network} | {block} | {epochs} | {published} | {listed(runs, 'top1')} | "

@@ -221,6 +221,7 @@ class _Data(_Keys):
         "larger images are refused: a small file may decode to gigabytes. At most 178956970, "
         "Pillow's limit",
         (*_READS_DATA, "predict", "serve"),
+        needs="input_pipeline=own",
     )
     input_pipeline: Annotated[Literal["own", "mindspore"], Word] = key(
         "own",
@@ -486,8 +487,8 @@ class _Optimization(_Keys):
     clip_norm: NonNegativeReal = key(
         0.0,
         Affects.TRAINING,
-        "largest norm of the gradient of all parameters, a mean over ranks; longer ones are "
-        "shortened to it; 0: no limit",
+        "the gradient of all parameters together, a mean over ranks, is scaled down to at most "
+        "this norm; 0: no limit",
     )
     ema_decay: Fraction = key(
         0.0,

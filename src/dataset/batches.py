@@ -26,6 +26,7 @@ PADDING_LABEL = -1
 # Labels images that cannot be decoded, which count as wrong.
 UNDECODABLE_LABEL = -2
 _PREFETCHED_BATCHES = 2
+_REPEATED = 1 << 32
 HOW_TO_GO_ON = (
     "replace or remove it, or train with --bad_samples=replace; scripts/check_dataset.py lists all "
     "such files"
@@ -112,6 +113,15 @@ def balanced_order(seed: int, epoch: int, labels: np.ndarray) -> np.ndarray:
     return np.concatenate(chosen)[order]
 
 
+def _repeats(order: np.ndarray) -> np.ndarray:
+    """How often each entry of ``order`` occurs before its place, (N,) int64."""
+    by_index = np.argsort(order, kind="stable")
+    first = np.searchsorted(order[by_index], order[by_index])
+    repeats = np.empty(len(order), np.int64)
+    repeats[by_index] = np.arange(len(order)) - first
+    return repeats
+
+
 def shard(indices: np.ndarray, rank: int, size: int) -> np.ndarray:
     """Every ``size``-th of ``indices``, beginning with the ``rank``-th."""
     return indices[rank::size]
@@ -156,7 +166,7 @@ class TrainBatches:
         self.steps_per_epoch = steps_per_epoch(len(images), config, size)
         self._threads = _Threads(config.num_parallel_workers or available_cores())
         self._augmenter = Augmenter(config, len(images), images.num_classes)
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
+        self._order = -1, np.empty(0), np.empty(0)
 
     @property
     def per_epoch(self) -> int:
@@ -167,7 +177,9 @@ class TrainBatches:
         return self.per_epoch * self.config.max_epoch
 
     def __getitem__(self, number: int) -> Batch:
-        epoch = number // self.per_epoch
+        indices, repeats = self.samples(number)
+        # A repeated image draws as in another epoch, far behind the last one.
+        epochs = number // self.per_epoch + repeats * _REPEATED
         substituted: set[int] = set()
 
         def load(index: int) -> tuple[np.ndarray, int]:
@@ -182,21 +194,22 @@ class TrainBatches:
             else np.zeros(self.batch, np.int32)
         )
         images = self._threads.fill(
-            self.indices(number),
-            lambda index: self._augmenter.sample(load, epoch, index),
+            range(self.batch),
+            lambda slot: self._augmenter.sample(load, int(epochs[slot]), int(indices[slot])),
             self.config.image_size,
             labels,
         )
         return Batch(images, labels, len(substituted))
 
-    def indices(self, number: int) -> np.ndarray:
-        """The images of batch ``number``, (B,) int."""
+    def samples(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The images of batch ``number``, and how often each was in the epoch before, (B,) int."""
         step, part = divmod(number, self.config.accumulation_steps)
         epoch, place = divmod(step, self.steps_per_epoch)
         first = place * self.global_batch_size
-        of_step = self._epoch_order(epoch)[first : first + self.global_batch_size]
-        mine = shard(of_step, self.rank, self.size)
-        return mine[part * self.batch : (part + 1) * self.batch]
+        places = shard(np.arange(first, first + self.global_batch_size), self.rank, self.size)
+        places = places[part * self.batch : (part + 1) * self.batch]
+        order, repeats = self._epoch_order(epoch)
+        return order[places], repeats[places]
 
     def _load(self, index: int) -> tuple[int, np.ndarray]:
         """(index of the image used, image) for image ``index``."""
@@ -212,15 +225,15 @@ class TrainBatches:
             "is this the right data?"
         )
 
-    def _epoch_order(self, epoch: int) -> np.ndarray:
+    def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         if self._order[0] != epoch:
             seed = self.config.seed
             if self.config.sampling == "balanced":
                 order = balanced_order(seed, epoch, self.images.labels)
             else:
                 order = epoch_order(seed, epoch, len(self.images))
-            self._order = (epoch, order)
-        return self._order[1]
+            self._order = epoch, order, _repeats(order)
+        return self._order[1:]
 
 
 class EvalBatches:

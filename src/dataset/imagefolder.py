@@ -6,7 +6,7 @@ way round, ``as_dataset`` makes this program's own batches a ``mindspore.dataset
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from mindspore.dataset import vision
 
 from src.cli.config import Config
 from src.dataset.batches import PADDING_LABEL, Batch, EvalBatches, TrainBatches
+from src.dataset.class_folders import is_litter
 from src.dataset.image_set import ImageSet
 from src.utils.errors import UserError
 from src.utils.machine import available_cores
@@ -23,11 +24,18 @@ from src.utils.machine import available_cores
 _INTERPOLATIONS = {"bilinear": vision.Inter.LINEAR, "bicubic": vision.Inter.BICUBIC}
 # What ImageFolderDataset takes by default.
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
+# It does not decode those of the last kind.
+_DECODED = _EXTENSIONS[:-1]
 _COMPARED_FILES = 8
 
 
 def create_dataset(
-    path: str, config: Config, training: bool, num_shards: int = 1, shard_id: int = 0
+    path: str,
+    config: Config,
+    training: bool,
+    num_shards: int = 1,
+    shard_id: int = 0,
+    class_to_index: dict[str, int] | None = None,
 ) -> ds.Dataset:
     """Batches of class folders: image (B, 3, S, S) float32, normalised, and label (B,) int32.
 
@@ -38,15 +46,22 @@ def create_dataset(
         path: folder with a folder of images for each class.
         config: its keys of augmentation, preprocessing, per_batch_size and num_parallel_workers.
         num_shards, shard_id: number of ranks, and which one this is.
+        class_to_index: labels of the classes; by default their places among the folders' names.
 
     Raises:
         UserError: for augmentations that MindSpore does not have in this form.
     """
-    check_pipeline(config)
+    check_pipeline(config, training)
     workers = config.num_parallel_workers or available_cores()
+    names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+    classes = [name for name in names if not is_litter(name)]
     shards = {} if num_shards == 1 else {"num_shards": num_shards, "shard_id": shard_id}
     dataset = ds.ImageFolderDataset(
-        path, num_parallel_workers=workers, shuffle=training, decode=False, **shards
+        path,
+        num_parallel_workers=workers,
+        shuffle=training,
+        class_indexing=class_to_index or {name: label for label, name in enumerate(classes)},
+        **shards,
     )
     operations = train_operations(config) if training else eval_operations(config)
     operations += [vision.Normalize(*_pixel_statistics(config)), vision.HWC2CHW()]
@@ -57,7 +72,7 @@ def create_dataset(
 def as_dataset(batches: TrainBatches) -> ds.Dataset:
     """One epoch of this program's own batches, as (image, label) like those of ``create_dataset``.
 
-    The first pass over it yields epoch 0, the next one epoch 1, and so on.
+    Each pass over it yields the next epoch, beginning with 0; so does asking it for its shapes.
     """
     return ds.GeneratorDataset(_Epochs(batches), ["image", "label"], shuffle=False)
 
@@ -82,8 +97,12 @@ class _Epochs:
             yield (images - self._mean) / self._std, batch.labels
 
 
-def check_pipeline(config: Config) -> None:
+def check_pipeline(config: Config, training: bool) -> None:
     """Raise UserError for keys that this pipeline does not have."""
+    if config.antialias:
+        raise UserError("input_pipeline=mindspore cannot antialias: --antialias=0")
+    if not training:
+        return
     others = [name for name in config.augmentations if name not in ("crop", "flip", "color_jitter")]
     if others:
         raise UserError(
@@ -95,12 +114,10 @@ def check_pipeline(config: Config) -> None:
             f"input_pipeline=mindspore stops at an image that cannot be decoded: "
             f"bad_samples={config.bad_samples} needs --input_pipeline=own"
         )
-    if config.antialias:
-        raise UserError("input_pipeline=mindspore cannot antialias: --antialias=0")
 
 
 def train_operations(config: Config) -> list[Any]:
-    """From an encoded image to (S, S, 3) uint8, in the order of ``augmentations``."""
+    """From an encoded image to (S, S, 3) uint8: crop, then the others of ``augmentations``."""
     size, inter = config.image_size, _INTERPOLATIONS[config.interpolation]
     crops = {
         "random_resized": [
@@ -143,7 +160,7 @@ class MindSporeTrainBatches(TrainBatches):
 
     def __init__(self, images: ImageSet, config: Config, rank: int, size: int) -> None:
         super().__init__(images, config, rank, size)
-        check_pipeline(config)
+        check_pipeline(config, training=True)
         self._folder = _Folder(images, config)
         self._batches: Iterator[tuple[np.ndarray, np.ndarray]] = iter(())
         self._following = -1
@@ -151,7 +168,7 @@ class MindSporeTrainBatches(TrainBatches):
     def __getitem__(self, number: int) -> Batch:
         epoch, place = divmod(number, self.per_epoch)
         if place == 0 or number != self._following:
-            parts = [self.indices(n) for n in range(number, (epoch + 1) * self.per_epoch)]
+            parts = [self.samples(n)[0] for n in range(number, (epoch + 1) * self.per_epoch)]
             seed = (self.config.seed * 1_000_003 + number * self.size + self.rank) % 2**31
             self._batches = self._folder.batches(
                 np.concatenate(parts), self.batch, train_operations(self.config), seed
@@ -167,7 +184,7 @@ class MindSporeEvalBatches(EvalBatches):
 
     def __init__(self, images: ImageSet, config: Config, rank: int, size: int, batch: int) -> None:
         super().__init__(images, config, rank, size, batch)
-        check_pipeline(config)
+        check_pipeline(config, training=False)
         self._folder = _Folder(images, config)
         self._batches: Iterator[tuple[np.ndarray, np.ndarray]] = iter(())
         self._following = -1
@@ -201,13 +218,19 @@ class _Folder:
         self._root, self._classes = _root(images), _present(images)
         files = _files(self._root, self._classes)
         places = {file: place for place, file in enumerate(files)}
-        try:
-            self._places = np.array([places[os.path.abspath(path)] for path in images.paths])
-        except KeyError as missing:
-            raise UserError(
-                f"input_pipeline=mindspore reads {', '.join(_EXTENSIONS)} directly in class "
-                f"folders, not {missing}; use --input_pipeline=own"
-            ) from None
+        paths = [os.path.abspath(path) for path in images.paths]
+        for path, label in zip(paths, self._labels.tolist()):
+            if path not in places or not path.lower().endswith(_DECODED):
+                raise UserError(
+                    f"input_pipeline=mindspore reads {', '.join(_DECODED)} directly in class "
+                    f"folders, not {path}; use --input_pipeline=own"
+                )
+            if self._classes.get(os.path.basename(os.path.dirname(path))) != label:
+                raise UserError(
+                    f"input_pipeline=mindspore takes labels from folders, and {path} has another; "
+                    "use --input_pipeline=own"
+                )
+        self._places = np.array([places[path] for path in paths])
         self._check_order(files)
 
     def batches(
@@ -218,13 +241,9 @@ class _Folder:
         dataset = self._open(self._places[indices].tolist())
         dataset = dataset.map(list(operations), "image", num_parallel_workers=self._workers)
         dataset = dataset.batch(batch, num_parallel_workers=self._workers)
-        expected = iter(np.split(self._labels[indices], range(batch, len(indices), batch)))
-        try:
-            for images, labels in dataset.create_tuple_iterator(num_epochs=1, output_numpy=True):
-                assert np.array_equal(labels, next(expected)), "MindSpore reads in another order"
-                yield images, labels.astype(np.int32)
-        except RuntimeError as failure:
-            raise UserError(f"input_pipeline=mindspore: {_reason(failure)}") from None
+        rows = dataset.create_tuple_iterator(num_epochs=1, output_numpy=True)
+        for pixels, labels in _reported(rows):
+            yield pixels, labels.astype(np.int32)
 
     def _open(self, places: list[int]) -> ds.Dataset:
         return ds.ImageFolderDataset(
@@ -236,14 +255,23 @@ class _Folder:
 
     def _check_order(self, files: Sequence[str]) -> None:
         """Compare some files: MindSpore gives no names, only places in its own order."""
-        places = np.unique(np.linspace(0, len(files) - 1, _COMPARED_FILES).astype(int)).tolist()
-        found = self._open(places).create_dict_iterator(num_epochs=1, output_numpy=True)
-        for place, row in zip(places, found, strict=True):
+        chosen = np.linspace(0, len(self._places) - 1, _COMPARED_FILES).astype(int)
+        places = np.unique(self._places[chosen]).tolist()
+        rows = self._open(places).create_dict_iterator(num_epochs=1, output_numpy=True)
+        for place, row in zip(places, _reported(rows), strict=True):
             if row["image"].tobytes() != Path(files[place]).read_bytes():
                 raise UserError(
                     f"input_pipeline=mindspore finds other files in {self._root} than this "
                     "program; use --input_pipeline=own"
                 )
+
+
+def _reported(rows: Iterable[Any]) -> Iterator[Any]:
+    """The rows of MindSpore's pipeline; its errors become UserErrors."""
+    try:
+        yield from rows
+    except RuntimeError as failure:
+        raise UserError(f"input_pipeline=mindspore: {_reason(failure)}") from None
 
 
 def _pixel_statistics(config: Config) -> tuple[list[float], list[float]]:

@@ -181,21 +181,18 @@ def nested_classes_message(images: ImageSet, what: str) -> str | None:
     folders: dict[int, set[str]] = {}
     for path, label in zip(images.paths or (), images.labels.tolist()):
         folders.setdefault(label, set()).add(os.path.dirname(path))
+    whole = {os.path.abspath(folder) for found in folders.values() for folder in found}
+    root = os.path.commonpath(whole) if whole else ""
     for name, label in images.class_to_index.items():
-        found = folders.get(label, set())
-        inner = sorted(part for folder in found if (part := _below(folder, name)))
-        if len(inner) > 1 and len(inner) == len(found):
+        places = [os.path.relpath(folder, root) for folder in folders.get(label, ())]
+        inner = sorted(p.removeprefix(name + os.sep) for p in places if p.startswith(name + os.sep))
+        if len(inner) > 1 and len(inner) == len(places):
             shown = ", ".join(inner[:_NAMED]) + (" ..." if len(inner) > _NAMED else "")
             return (
                 f"{WARNING}the class folder '{name}' has no {what} images of its own: those in its "
                 f"{len(inner)} folders ({shown}) count as one class"
             )
     return None
-
-
-def _below(folder: str, name: str) -> str:
-    """The path from a folder called ``name`` down to ``folder``; "" if it is in none."""
-    return folder.partition(f"{os.sep}{name}{os.sep}")[2]
 
 
 def _kind(path: str) -> str:

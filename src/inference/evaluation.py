@@ -209,6 +209,7 @@ class _EvalData:
             "class_top1": dict(zip(names, result.class_top1)),
             "classes": result.by_class(names),
             "confusion": result.confusion,
+            "other_predictions": sum(result.class_images) - sum(result.class_predicted),
         }
         if result.undecodable:
             values["undecodable"] = len(result.undecodable)
@@ -254,7 +255,7 @@ def undecodable_message(result: EvalResult) -> str:
     more = " ..." if len(result.undecodable) > _NAMED else ""
     return (
         f"{WARNING}{len(result.undecodable)} of {result.images} images cannot be decoded and count "
-        f"as wrong: {shown}{more}"
+        f"as wrong: {shown}{more} (the figures of each class leave them out)"
     )
 
 

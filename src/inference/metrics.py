@@ -211,14 +211,15 @@ def interval(correct: int, images: int) -> tuple[float, float]:
 
 
 def summary_lines(result: Mapping[str, Any]) -> list[str]:
-    """What a result says besides its accuracy: how sure it is, and of which classes."""
+    """The lines after the accuracy: its interval, and the figures of each class."""
     low, high = result["top1_interval"]
-    names = list(result["classes"])
+    names, others = list(result["classes"]), result["other_predictions"]
     return [
         f"{result['correct']} of {result['images']} images are right (95 % interval {low:.1f} to "
         f"{high:.1f} %); mean over classes {result['balanced_top1']:.2f} %",
         *class_table(result["classes"]),
         *confusion_table(result["confusion"], names),
+        *([f"  {others} images were taken for classes that the data lacks"] if others else []),
     ]
 
 
@@ -231,7 +232,7 @@ def class_table(classes: Mapping[str, Mapping[str, Any]]) -> list[str]:
     rows = [(values, escaped(name)) for name, values in classes.items() if values["images"]]
     rows.sort(key=lambda row: (row[0]["recall"], row[1]))
     shown = rows if len(rows) <= _CLASSES_SHOWN else rows[: _CLASSES_SHOWN // 2]
-    width = max(len("class"), *(len(name) for _, name in shown))
+    width = max(len(name) for name in ("class", *(name for _, name in shown)))
     lines = [f"  {'class':<{width}}  images  {'precision':>9}  {'recall':>7}  {'F1':>7}"]
     for values, name in shown:
         precision, recall, f1 = (
@@ -242,9 +243,8 @@ def class_table(classes: Mapping[str, Mapping[str, Any]]) -> list[str]:
             f"  {name:<{width}}  {values['images']:>6}  {precision:>9}  {recall:>7}  {f1:>7}"
         )
     if len(rows) > len(shown):
-        lines.append(
-            f"  and {len(rows) - len(shown)} classes with a recall above {shown[-1][0]['recall']} %"
-        )
+        highest = shown[-1][0]["recall"]
+        lines.append(f"  and {len(rows) - len(shown)} classes with a recall of {highest} % or more")
     return lines
 
 

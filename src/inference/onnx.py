@@ -125,6 +125,8 @@ def model_properties(metadata: Mapping[str, Any]) -> dict[str, str]:
             "image_size": config.image_size,
             "resize": config.resized_side,
             "resize_mode": config.eval_resize_mode,
+            "interpolation": config.interpolation,
+            "antialias": config.antialias,
             "mean": config.mean,
             "std": config.std,
         }

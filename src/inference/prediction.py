@@ -56,7 +56,8 @@ def predict(command: Command) -> None:
         log(as_table(predictions))
     if config.unsure:
         count = sum(bool(prediction.unsure) for prediction in predictions)
-        log(f"{count} of {len(predictions)} images are unsure, below {100 * config.unsure:g} %")
+        limit = f"less probable than {100 * config.unsure:g} %"
+        log(f"{count} of {len(predictions)} predictions are unsure: {limit}")
     if config.save_figure:
         contact_sheet(predictions, config.save_figure, config.max_pixels)
         some = f", of the first {_SHEET_IMAGES} images" if len(predictions) > _SHEET_IMAGES else ""

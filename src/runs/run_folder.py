@@ -172,4 +172,5 @@ def has_top5(line: Mapping[str, Any]) -> bool:
 
     Of five classes or fewer it is always 100 %.
     """
-    return "top5" in line and len(line.get("class_top1", "unknown")) > 5
+    classes = line.get("class_top1")
+    return "top5" in line and (classes is None or len(classes) > 5)

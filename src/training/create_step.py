@@ -59,7 +59,7 @@ def create_train_step(
         compile_graph = partial(graph_cache.compile, config=config, layers=repr(network.layers))
     return TrainStep(
         ForwardBackward(network_with_loss, [*parameters, *statistics]),
-        HostOptimizer(parameters, rule, config),
+        HostOptimizer(parameters, rule, config, communicator.broadcast_object),
         HostReducer.of(config, communicator, network.layers.ready_gradients()),
         running_statistics(network),
         masks,

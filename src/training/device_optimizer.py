@@ -116,7 +116,7 @@ class FlatUpdate(nn.Cell):
         self, groups: Sequence["_GroupUpdate"], collective: nn.Cell | None, clip_norm: float
     ) -> None:
         super().__init__(auto_prefix=False)
-        self.clip_norm = clip_norm
+        self.clip_norm, self.one = clip_norm, Tensor(1.0, mindspore.float32)
         self.groups, self.collective = nn.CellList(groups, auto_prefix=False), collective
         self.map = ops.Map()
         # Per group: learning rate, whether it is trained, and the rule's numbers.
@@ -133,20 +133,23 @@ class FlatUpdate(nn.Cell):
         finite = ops.stack(self.map(_is_finite, gradients)).all()
         inverse_scale = numbers[0]
         if self.clip_norm > 0:
-            inverse_scale = inverse_scale * self._clip_factor(numbers, gradients)
+            norm = self._norm(numbers, gradients)
+            finite = ops.logical_and(finite, ops.isfinite(norm))
+            factor = ops.minimum(self.clip_norm / (norm + CLIP_EPSILON), self.one)
+            inverse_scale = inverse_scale * factor
         for index in range(len(gradients)):
             start = 1 + index * self.count
             group = self.groups[index]
             group(finite, inverse_scale, numbers[start : start + self.count], gradients[index])
         return finite
 
-    def _clip_factor(self, numbers: tuple, gradients: tuple) -> Tensor:
+    def _norm(self, numbers: tuple, gradients: tuple) -> Tensor:
+        """The norm of the gradient of all groups that are trained."""
         total = 0.0
         for index in range(len(gradients)):
             # The second setting of a group: whether it is trained.
             total = total + numbers[2 + index * self.count] * _square_sum(gradients[index])
-        norm = ops.sqrt(total) * numbers[0]
-        return ops.minimum(self.clip_norm / (norm + CLIP_EPSILON), Tensor(1.0, mindspore.float32))
+        return ops.sqrt(total) * numbers[0]
 
 
 class _GroupUpdate(nn.Cell):

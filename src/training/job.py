@@ -65,6 +65,8 @@ def train(command: Command, data: PreparedData) -> None:
     if config.deploy and images.validation is not None:
         deploy(network, config, communicator, images.validation, recorder, command.kernels)
     recorder.log_results()
+    if message := trainer.loss_of_accuracy():
+        recorder.log(message)
 
 
 def create_recorder(config: Config, command: Command, folder: RunFolder) -> Recorder:
@@ -164,8 +166,8 @@ def imbalance_hint(config: Config, images: ImageSet) -> str | None:
     if config.sampling == "balanced" or counts.max() < _IMBALANCED * counts.min():
         return None
     return (
-        f"the classes have {counts.min()} to {counts.max()} images; --sampling=balanced shows each "
-        "equally often"
+        f"the classes have {counts.min()} to {counts.max()} images; --sampling=balanced shows "
+        "every class equally often"
     )
 
 

@@ -1,7 +1,7 @@
 """Optimizers: an update rule applied to parameters, here on the host."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,7 +102,20 @@ class HostOptimizer(OptimizerBase):
 
     A graph of element-wise operations costs about 10 ms per parameter there (benchmarks/README.md).
     Gradients are arrays.
+
+    Args:
+        of_rank_0: a number -> that of rank 0, on every rank.
     """
+
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        rule: UpdateRule,
+        config: Config,
+        of_rank_0: Callable[[float], float] = lambda number: number,
+    ) -> None:
+        super().__init__(parameters, rule, config)
+        self._of_rank_0 = of_rank_0
 
     def __call__(
         self, lr: float, gradients: Sequence[np.ndarray], arrivals: Iterable[int] | None = None
@@ -122,7 +135,8 @@ class HostOptimizer(OptimizerBase):
         factor = np.float32(1)
         if self._clip_norm:
             arrivals = list(arrivals)
-            factor = self._clip_factor(gradients)
+            # Ranks on other processors may round the norm differently.
+            factor = np.float32(self._of_rank_0(self._clip_factor(gradients)))
         scalars = [tuple(map(np.float32, part)) for part in self._next_scalars()]
         self.count_update()
         # Fetch the buffers at every update: loading a parameter replaces its buffer.
@@ -151,16 +165,16 @@ class HostOptimizer(OptimizerBase):
                 nonfinite_indices.append(index)
         return min(nonfinite_indices, default=None)
 
-    def _clip_factor(self, gradients: Sequence[np.ndarray]) -> np.float32:
+    def _clip_factor(self, gradients: Sequence[np.ndarray]) -> float:
         """Factor that shortens the gradient of what is trained to ``clip_norm``, at most 1.
 
         As in PyTorch's clip_grad_norm_. 1 if a gradient is not finite, which is reported later.
         """
         trained = (g for index, g in enumerate(gradients) if not self._is_frozen(index))
-        norm = math.sqrt(sum(float(np.linalg.norm(gradient)) ** 2 for gradient in trained))
+        norm = math.sqrt(sum(map(_square_sum, trained)))
         if not math.isfinite(norm):
-            return np.float32(1)
-        return np.float32(min(self._clip_norm / (norm + CLIP_EPSILON), 1))
+            return 1.0
+        return min(self._clip_norm / (norm + CLIP_EPSILON), 1.0)
 
     def _update(
         self,
@@ -185,6 +199,13 @@ class HostOptimizer(OptimizerBase):
             for state, new in zip(state_parts, new_states):
                 state[...] = new
         return finite
+
+
+def _square_sum(array: np.ndarray) -> float:
+    """In float64, whose range the squares of float32 numbers do not leave."""
+    flat = array.reshape(-1)
+    chunks = (flat[start : start + _CHUNK] for start in range(0, flat.size, _CHUNK))
+    return sum(float(np.square(chunk, dtype=np.float64).sum()) for chunk in chunks)
 
 
 def is_bias(name: str) -> bool:

@@ -124,6 +124,11 @@ class ResumePoint:
         # A run can be killed after it wrote best.ckpt and before it wrote the epoch's checkpoint.
         is_best = self.path.name == "best.ckpt"
         trainer.restore(state, self.arrays, self.path, is_unsaved=is_best)
+        if trainer.config.input_pipeline == "mindspore" and not state.finished_epoch:
+            lines.append(
+                f"{WARNING}input_pipeline=mindspore: the rest of the epoch is augmented otherwise "
+                "than without the interruption"
+            )
         message = resume_message(
             self, trainer.communicator.size, trainer.threads, trainer.kernels.name
         )

@@ -137,7 +137,7 @@ class Trainer:
         # Whether the epoch of the last step was evaluated and recorded, and whether its checkpoint
         # is still missing.
         self._epoch_is_finished, self._is_unsaved = True, False
-        self._last_top1 = 0.0
+        self._first_top1 = self._last_top1 = 0.0
         self._rates, self._times = StepRates(self.batches.global_batch_size), RankTimes()
 
     def restore(self, state: TrainingState, arrays: Arrays, path: Path, is_unsaved: bool) -> None:
@@ -165,11 +165,13 @@ class Trainer:
             TrainingInterrupted: after a signal on any rank, once the step is done and saved.
             UserError: if the loss or a gradient is no longer finite.
         """
-        self.step.broadcast(list(self.network.get_parameters()))
+        averages = self.average.parameters if self.average is not None else []
+        self.step.broadcast([*self.network.get_parameters(), *averages])
         if self.average is not None and self.first_step == 0:
             self.average.start()
         before = self._evaluate() if self.starts_trained else None
         if before is not None:
+            self._first_top1 = before.top1
             self.recorder.log(f"before training: {before.text}")
         self._finish_interrupted_epoch()
         micro_steps = self.config.accumulation_steps
@@ -218,14 +220,19 @@ class Trainer:
                 elif self._saves_at(step + 1):
                     self.recorder.save(*self._state(step + 1))
         self.recorder.finish()
-        if before is not None and self._last_top1 < before.top1:
-            self.recorder.log(
-                f"{WARNING}training ended with {self._last_top1:.2f} % top-1, below the "
-                f"{before.top1:.2f} % that it began with; try a lower --lr"
-            )
         if self.average is not None:
             self.average.move_to_network()
         return self._rates.total()
+
+    def loss_of_accuracy(self) -> str | None:
+        """A warning if training ended below the accuracy of the weights that it began with."""
+        ended = self.best.top1 if self.config.deploy == "best" else self._last_top1
+        if ended >= self._first_top1:
+            return None
+        return (
+            f"{WARNING}training ended with {ended:.2f} % top-1, below the {self._first_top1:.2f} % "
+            "that it began with; try a lower --lr"
+        )
 
     def _progress(self) -> TrainingProgress:
         return TrainingProgress(

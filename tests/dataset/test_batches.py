@@ -60,6 +60,24 @@ def test_balanced_epochs_have_each_class_equally_often():
     assert np.bincount(firsts).min() > 90
 
 
+def test_a_repeated_image_is_augmented_otherwise():
+    """A class of one image and one of five: the one is cropped six times in two epochs."""
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (6, 16, 16, 3), np.uint8)
+    labels = np.array([0] * 5 + [1], np.int32)
+    images = ImageSet({"a": 0, "b": 1}, labels, pixels=pixels)
+    keys = {"image_size": 8, "per_batch_size": 6, "max_epoch": 2, "sampling": "balanced"}
+    source = TrainBatches(images, make_config(**keys), 0, 1)
+    batches = [source[0], source[1]]
+    seen = [i for b in batches for i, label in zip(b.images, b.labels) if label == 1]
+    assert len(seen) == 6 and len({image.tobytes() for image in seen}) == 6
+    # The first time it is augmented as without repetition.
+    uniform = TrainBatches(images, make_config(**{**keys, "sampling": "uniform"}), 0, 1)
+    place = source.samples(0)[0].tolist().index(5)
+    (other,) = np.flatnonzero(uniform.samples(0)[0] == 5)
+    assert np.array_equal(batches[0].images[place], uniform[0].images[other])
+
+
 def test_balanced_training_is_the_same_on_any_number_of_ranks(numbered):
     config = plain(global_batch_size=12, max_epoch=2, sampling="balanced")
     alone = served(numbered, config, 1)

@@ -91,7 +91,7 @@ def test_the_table_of_classes_has_the_worst_first():
     many = EvalResult(0, 0, 4, 1, 0, tuple(range(100)), (100,) * 100, (100,) * 100)
     lines = class_table(many.by_class([str(label) for label in range(100)]))
     assert len(lines) == 14 and lines[1].endswith("0.0 %    0.0 %")
-    assert lines[-1] == "  and 88 classes with a recall above 11.0 %"
+    assert lines[-1] == "  and 88 classes with a recall of 11.0 % or more"
 
 
 def test_the_confusion_matrix_is_printed_if_it_fits():
@@ -180,6 +180,7 @@ def test_67_images_are_counted_once_on_any_number_of_ranks(
         "class_top1",
         "classes",
         "confusion",
+        "other_predictions",
     }
     lines = run.out.splitlines()
     assert (

@@ -98,7 +98,7 @@ def test_the_documents_example_needs_no_mindspore(trained_run, image_root, tmp_p
     pytest.importorskip("onnxruntime", reason="ONNX is an optional extra")
     words = (ROOT / "docs" / "using.md").read_text()
     (example,) = re.findall(r"```python\n(# classify.py\n.*?)```", words, re.S)
-    assert not re.search(r"import (?!json|sys|numpy|onnxruntime|Image)", example)
+    assert not re.search(r"import (?!json|sys|numpy|onnxruntime|Image, ImageOps)", example)
     (tmp_path / "classify.py").write_text(example)
     run = export(
         f"--checkpoint_file_path={trained_run}/best.ckpt",

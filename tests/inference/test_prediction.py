@@ -122,7 +122,7 @@ def test_what_is_less_probable_than_asked_for_is_marked(predict, image_root, tmp
     assert 0 < sum(expected) < 67
     run = predict(folder, f"--unsure={limit}", f"--result_path={tmp_path}/p.json")
     marks = [entry["unsure"] for entry in json.loads((tmp_path / "p.json").read_text())]
-    assert marks == expected and f"{sum(expected)} of 67 images are unsure" in run.out, run
+    assert marks == expected and f"{sum(expected)} of 67 predictions are unsure" in run.out, run
     run = predict(folder, f"--unsure={limit}", f"--result_path={tmp_path}/p.csv")
     rows = [row for row in csv.DictReader((tmp_path / "p.csv").open()) if row["place"] == "1"]
     assert run.status == 0 and [row["unsure"] == "1" for row in rows] == expected
