@@ -5,7 +5,8 @@
 500x375 JPEGs of about 50 kB, written to a temporary folder. Training: random resized crop to 224,
 flip, colour jitter 0.4; evaluation: resize to 256x256, centre crop. PyTorch's batches are
 normalised float32, as its networks take them; ours are uint8, normalised in the network's graph (so
-the time of that, `normalise_s` a batch, is printed too). In turn, best of the rounds. Then reading
+the time of that, `normalise_s` a batch, is printed too). "mindspore" is --input_pipeline=mindspore.
+In turn, best of the rounds. Then reading
 alone, in random order, of a packed set, of MindSpore's MindRecord and of files, the median of the
 rounds. `--pytorch=0` leaves PyTorch out, for which `bash scripts/setup.sh --parity` is needed.
 """
@@ -76,6 +77,7 @@ def print_rates(part, images, packed, options):
     sides = {
         "folder": lambda: our_rate(part, images, options),
         "packed_256": lambda: our_rate(part, packed, options),
+        "mindspore": lambda: our_rate(part, images, options, "mindspore"),
     }
     if options.pytorch:
         sides["pytorch"] = lambda: pytorch_rate(part, images.paths, options)
@@ -85,7 +87,7 @@ def print_rates(part, images, packed, options):
             rates[side] = max(rates[side], measure())
     ratios = "".join(
         f" {side}_over_pytorch={rates[side] / rates['pytorch']:.2f}"
-        for side in ("folder", "packed_256")
+        for side in ("folder", "packed_256", "mindspore")
         if options.pytorch
     )
     print(
@@ -96,9 +98,10 @@ def print_rates(part, images, packed, options):
     )
 
 
-def our_rate(part, images, options):
+def our_rate(part, images, options, pipeline="own"):
     from src.cli.recipes import load_config
     from src.dataset.batches import EvalBatches, TrainBatches, prefetch
+    from src.dataset.imagefolder import MindSporeEvalBatches, MindSporeTrainBatches
 
     config = load_config(
         {
@@ -108,11 +111,12 @@ def our_rate(part, images, options):
             "num_parallel_workers": str(options.workers),
         }
     )
-    batches = (
-        TrainBatches(images, config, 0, 1)
-        if part == "train"
-        else EvalBatches(images, config, 0, 1, options.batch)
-    )
+    if part == "train":
+        kind = TrainBatches if pipeline == "own" else MindSporeTrainBatches
+        batches = kind(images, config, 0, 1)
+    else:
+        kind = EvalBatches if pipeline == "own" else MindSporeEvalBatches
+        batches = kind(images, config, 0, 1, options.batch)
     return timed(prefetch(batches), options.batch)
 
 

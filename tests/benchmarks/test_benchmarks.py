@@ -171,7 +171,7 @@ def test_input_pipeline_prints_its_lines():
     for line, part in ((train, "train"), (evaluation, "eval")):
         assert re.fullmatch(
             rf"input_pipeline part={part} workers=2 batch=8 folder_images_per_second=\d+ "
-            r"packed_256_images_per_second=\d+",
+            r"packed_256_images_per_second=\d+ mindspore_images_per_second=\d+",
             line,
         ), run
     assert "decode=" in operations and "normalise_s=" in operations
