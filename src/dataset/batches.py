@@ -227,12 +227,13 @@ class TrainBatches:
 
     def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         if self._order[0] != epoch:
-            seed = self.config.seed
             if self.config.sampling == "balanced":
-                order = balanced_order(seed, epoch, self.images.labels)
+                order = balanced_order(self.config.seed, epoch, self.images.labels)
+                repeats = _repeats(order)
             else:
-                order = epoch_order(seed, epoch, len(self.images))
-            self._order = epoch, order, _repeats(order)
+                order = epoch_order(self.config.seed, epoch, len(self.images))
+                repeats = np.zeros_like(order)
+            self._order = epoch, order, repeats
         return self._order[1:]
 
 

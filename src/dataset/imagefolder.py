@@ -6,7 +6,7 @@ way round, ``as_dataset`` makes this program's own batches a ``mindspore.dataset
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from src.cli.config import Config
 from src.dataset.batches import PADDING_LABEL, Batch, EvalBatches, TrainBatches
 from src.dataset.class_folders import is_litter
 from src.dataset.image_set import ImageSet
+from src.models.layers import scale_and_offset
 from src.utils.errors import UserError
 from src.utils.machine import available_cores
 
@@ -27,6 +28,8 @@ _EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
 # It does not decode those of the last kind.
 _DECODED = _EXTENSIONS[:-1]
 _COMPARED_FILES = 8
+
+_Batches = Iterator[tuple[np.ndarray, np.ndarray]]
 
 
 def create_dataset(
@@ -64,7 +67,8 @@ def create_dataset(
         **shards,
     )
     operations = train_operations(config) if training else eval_operations(config)
-    operations += [vision.Normalize(*_pixel_statistics(config)), vision.HWC2CHW()]
+    mean, std = ([255 * value for value in values] for values in (config.mean, config.std))
+    operations += [vision.Normalize(mean, std), vision.HWC2CHW()]
     dataset = dataset.map(operations, "image", num_parallel_workers=workers)
     return dataset.batch(config.per_batch_size, drop_remainder=training)
 
@@ -82,8 +86,7 @@ class _Epochs:
 
     def __init__(self, batches: TrainBatches) -> None:
         self._batches, self._epoch = batches, 0
-        statistics = np.array(_pixel_statistics(batches.config), np.float32)
-        self._mean, self._std = statistics.reshape(2, 3, 1, 1)
+        self._scale, self._offset = scale_and_offset(batches.config.mean, batches.config.std)
 
     def __len__(self) -> int:
         return self._batches.per_epoch
@@ -93,8 +96,7 @@ class _Epochs:
         self._epoch += 1
         for number in range(first, first + len(self)):
             batch = self._batches[number]
-            images = batch.images.transpose(0, 3, 1, 2).astype(np.float32)
-            yield (images - self._mean) / self._std, batch.labels
+            yield (batch.images * self._scale + self._offset).transpose(0, 3, 1, 2), batch.labels
 
 
 def check_pipeline(config: Config, training: bool) -> None:
@@ -162,19 +164,16 @@ class MindSporeTrainBatches(TrainBatches):
         super().__init__(images, config, rank, size)
         check_pipeline(config, training=True)
         self._folder = _Folder(images, config)
-        self._batches: Iterator[tuple[np.ndarray, np.ndarray]] = iter(())
-        self._following = -1
 
     def __getitem__(self, number: int) -> Batch:
-        epoch, place = divmod(number, self.per_epoch)
-        if place == 0 or number != self._following:
-            parts = [self.samples(n)[0] for n in range(number, (epoch + 1) * self.per_epoch)]
-            seed = (self.config.seed * 1_000_003 + number * self.size + self.rank) % 2**31
-            self._batches = self._folder.batches(
-                np.concatenate(parts), self.batch, train_operations(self.config), seed
-            )
-        self._following = number + 1
-        return Batch(*next(self._batches))
+        return Batch(*self._folder.batch(number, self._rest_of_epoch))
+
+    def _rest_of_epoch(self, number: int) -> _Batches:
+        epoch = number // self.per_epoch
+        parts = [self.samples(n)[0] for n in range(number, (epoch + 1) * self.per_epoch)]
+        seed = (self.config.seed * 1_000_003 + number * self.size + self.rank) % 2**31
+        operations = train_operations(self.config)
+        return self._folder.read(np.concatenate(parts), self.batch, operations, seed)
 
 
 class MindSporeEvalBatches(EvalBatches):
@@ -186,21 +185,19 @@ class MindSporeEvalBatches(EvalBatches):
         super().__init__(images, config, rank, size, batch)
         check_pipeline(config, training=False)
         self._folder = _Folder(images, config)
-        self._batches: Iterator[tuple[np.ndarray, np.ndarray]] = iter(())
-        self._following = -1
 
     def __getitem__(self, number: int) -> Batch:
-        if number != self._following:
-            rest = self.indices[number * self.batch :]
-            self._batches = self._folder.batches(rest, self.batch, eval_operations(self.config), 0)
-        self._following = number + 1
-        images, labels = next(self._batches)
+        images, labels = self._folder.batch(number, self._rest)
         missing = self.batch - len(labels)
         padding = np.zeros((missing, *images.shape[1:]), np.uint8)
         return Batch(
             np.concatenate([images, padding]),
             np.concatenate([labels, np.full(missing, PADDING_LABEL, np.int32)]),
         )
+
+    def _rest(self, number: int) -> _Batches:
+        indices, operations = self.indices[number * self.batch :], eval_operations(self.config)
+        return self._folder.read(indices, self.batch, operations, seed=0)
 
 
 class _Folder:
@@ -215,10 +212,15 @@ class _Folder:
         self._workers = config.num_parallel_workers or available_cores()
         if images.paths is None:
             raise UserError("input_pipeline=mindspore reads class folders of image files")
-        self._root, self._classes = _root(images), _present(images)
+        paths = [os.path.abspath(path) for path in images.paths]
+        self._root = os.path.dirname(os.path.dirname(paths[0]))
+        self._classes = {
+            name: label
+            for name, label in images.class_to_index.items()
+            if os.path.isdir(os.path.join(self._root, name))
+        }
         files = _files(self._root, self._classes)
         places = {file: place for place, file in enumerate(files)}
-        paths = [os.path.abspath(path) for path in images.paths]
         for path, label in zip(paths, self._labels.tolist()):
             if path not in places or not path.lower().endswith(_DECODED):
                 raise UserError(
@@ -232,10 +234,21 @@ class _Folder:
                 )
         self._places = np.array([places[path] for path in paths])
         self._check_order(files)
+        self._batches: _Batches = iter(())
+        self._following = -1
 
-    def batches(
+    def batch(self, number: int, begin: Callable[[int], _Batches]) -> tuple[np.ndarray, np.ndarray]:
+        """Batch ``number``: the next one, or the first that ``begin(number)`` yields."""
+        found = next(self._batches, None) if number == self._following else None
+        if found is None:
+            self._batches = begin(number)
+            found = next(self._batches)
+        self._following = number + 1
+        return found
+
+    def read(
         self, indices: np.ndarray, batch: int, operations: Sequence[Any], seed: int
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    ) -> _Batches:
         """(images (B, S, S, 3) uint8, labels (B,) int32) of ``indices``, in their order."""
         ds.config.set_seed(seed)
         dataset = self._open(self._places[indices].tolist())
@@ -274,30 +287,7 @@ def _reported(rows: Iterable[Any]) -> Iterator[Any]:
         raise UserError(f"input_pipeline=mindspore: {_reason(failure)}") from None
 
 
-def _pixel_statistics(config: Config) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of pixels from 0 to 255."""
-    return [255 * value for value in config.mean], [255 * value for value in config.std]
-
-
-def _root(images: ImageSet) -> str:
-    """The folder that has the class folders."""
-    assert images.paths is not None
-    names = {label: name for name, label in images.class_to_index.items()}
-    first = Path(os.path.abspath(images.paths[0]))
-    for folder in first.parents:
-        if folder.name == names[int(images.labels[0])]:
-            return str(folder.parent)
-    raise UserError(f"input_pipeline=mindspore reads class folders; {first} is in none")
-
-
-def _present(images: ImageSet) -> dict[str, int]:
-    """The class map, without classes that have no folder here."""
-    root = _root(images)
-    found = images.class_to_index.items()
-    return {name: label for name, label in found if os.path.isdir(os.path.join(root, name))}
-
-
-def _files(root: str, classes: Sequence[str] | dict[str, int]) -> list[str]:
+def _files(root: str, classes: Iterable[str]) -> list[str]:
     """The image files of class folders in MindSpore's order: by class, then by path."""
     return [
         str(path)

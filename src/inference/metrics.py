@@ -187,10 +187,14 @@ def count_by_class(logits: np.ndarray, labels: np.ndarray, classes: int) -> np.n
 
 def count_confusion(logits: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
     """Images by label and predicted class, (classes, classes), without those that have a NaN."""
-    valid = (labels >= 0) & ~np.isnan(logits).any(axis=1)
-    predicted = logits.argmax(axis=1)
-    valid &= (labels < classes) & (predicted < classes)
-    pairs = labels[valid] * classes + predicted[valid]
+    valid, predicted = ~np.isnan(logits).any(axis=1), logits.argmax(axis=1)
+    return confusion_matrix(labels[valid], predicted[valid], classes)
+
+
+def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """Images by label and predicted class, (classes, classes), without others than these."""
+    rows = (labels >= 0) & (labels < classes) & (predicted < classes)
+    pairs = labels[rows] * classes + predicted[rows]
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 

@@ -14,7 +14,6 @@ import numpy as np
 from scipy.special import softmax
 
 from src.cli.command import Command
-from src.cli.config import Config
 from src.dataset.batches import EvalBatches, prefetch
 from src.dataset.class_folders import list_images
 from src.dataset.decoding import MOST_PIXELS, read_image
@@ -81,11 +80,27 @@ class Prediction:
     probabilities: list[float]
     unsure: bool | None = None
 
-    def as_dict(self) -> dict[str, Any]:
+    @classmethod
+    def of(cls, path: str, probabilities: np.ndarray, model: CheckpointModel) -> "Prediction":
+        """The prediction that probabilities (C,) make, as the keys top_k and unsure say."""
+        config, names = model.config, {i: name for name, i in (model.class_to_index or {}).items()}
+        best = np.argsort(-probabilities, kind="stable")[: config.top_k].tolist()
+        return cls(
+            path,
+            [names.get(label, str(label)) for label in best],
+            [round(float(probabilities[label]), 6) for label in best],
+            bool(probabilities[best[0]] < config.unsure) if config.unsure else None,
+        )
+
+    def answer(self) -> dict[str, Any]:
+        """The prediction without the image's name, as the server answers."""
         pairs = zip(self.classes, self.probabilities)
         predictions = [{"class": name, "probability": value} for name, value in pairs]
         unsure = {} if self.unsure is None else {"unsure": self.unsure}
-        return {"image": self.path, "predictions": predictions, **unsure}
+        return {"predictions": predictions, **unsure}
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"image": self.path, **self.answer()}
 
 
 def find_images(
@@ -131,7 +146,6 @@ def predict_files(
     Raises:
         UserError: if no image can be decoded.
     """
-    names = {label: name for name, label in (model.class_to_index or {}).items()}
     if model.config.test_flip:
         backend = with_flip(backend)
     predictions: list[Prediction] = []
@@ -142,25 +156,12 @@ def predict_files(
             if message:
                 failures.append(message)
                 continue
-            best = np.argsort(-probabilities, kind="stable")[: model.config.top_k]
-            predictions.append(
-                Prediction(
-                    path,
-                    [names.get(int(label), str(label)) for label in best],
-                    [round(float(probabilities[label]), 6) for label in best],
-                    is_unsure(probabilities, model.config),
-                )
-            )
+            predictions.append(Prediction.of(path, probabilities, model))
     if not predictions:
         if len(failures) == 1:
             raise UserError(failures[0])
         raise UserError(f"none of the {len(failures)} images can be decoded: {failures[0]}")
     return predictions, failures
-
-
-def is_unsure(probabilities: np.ndarray, config: Config) -> bool | None:
-    """Whether the largest of ``probabilities`` is below the key ``unsure``; None without it."""
-    return bool(probabilities.max() < config.unsure) if config.unsure else None
 
 
 def write_predictions(path: str, predictions: Sequence[Prediction]) -> None:

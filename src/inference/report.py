@@ -18,6 +18,7 @@ from src.dataset.batches import UNDECODABLE_LABEL, EvalBatches, prefetch
 from src.dataset.image_set import ImageSet, class_names
 from src.dataset.splits import validation_path
 from src.inference.backends import Backend, open_backend
+from src.inference.metrics import confusion_matrix
 from src.kernels.library import KernelChoice
 from src.runs.report import Picture, RunReport, render
 from src.runs.run_folder import RunFolder
@@ -136,8 +137,7 @@ class SetPredictions:
 
     def confusion(self, classes: int) -> np.ndarray:
         """(classes, classes): images by label and likeliest class."""
-        pairs = self.labels * classes + self.predicted
-        return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+        return confusion_matrix(self.labels, self.predicted, classes)
 
     def worst(self, count: int) -> np.ndarray:
         """Rows of up to ``count`` mistakes, the most confident ones first."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from src.dataset.transforms import eval_transform
 from src.distributed.shutdown import Signals
 from src.inference.backends import Backend, open_backends, with_flip
 from src.inference.checkpoint_model import CheckpointModel
-from src.inference.prediction import is_unsure
+from src.inference.prediction import Prediction
 from src.runs.checkpoint import choose_checkpoint
 from src.utils.errors import UserError
 from src.utils.log import create_log
@@ -151,10 +152,9 @@ def create_app(model: CheckpointModel, backends: Sequence[Backend]) -> Any:
     """
     _, starlette = import_server()
     # Names may have bytes that are no text.
-    names = {
-        label: name.encode("utf-8", "backslashreplace").decode()
-        for name, label in (model.class_to_index or {}).items()
-    }
+    classes = (model.class_to_index or {}).items()
+    sendable = {name.encode("utf-8", "backslashreplace").decode(): i for name, i in classes}
+    model = replace(model, class_to_index=sendable)
     batcher = Batcher(
         [with_flip(backend) for backend in backends] if model.config.test_flip else backends,
         model.config.image_size,
@@ -198,20 +198,7 @@ def create_app(model: CheckpointModel, backends: Sequence[Backend]) -> Any:
             return _error(503, "there is too little memory for this image now; try again")
         except Busy:
             return _error(503, "too many requests are waiting; try again")
-        best = np.argsort(-probabilities, kind="stable")[: model.config.top_k]
-        unsure = is_unsure(probabilities, model.config)
-        return starlette.responses.JSONResponse(
-            {
-                "predictions": [
-                    {
-                        "class": names.get(int(label), str(label)),
-                        "probability": round(float(probabilities[label]), 6),
-                    }
-                    for label in best
-                ],
-                **({} if unsure is None else {"unsure": unsure}),
-            }
-        )
+        return starlette.responses.JSONResponse(Prediction.of("", probabilities, model).answer())
 
     async def health(request: Any) -> Any:
         return starlette.responses.JSONResponse(

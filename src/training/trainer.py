@@ -165,8 +165,7 @@ class Trainer:
             TrainingInterrupted: after a signal on any rank, once the step is done and saved.
             UserError: if the loss or a gradient is no longer finite.
         """
-        averages = self.average.parameters if self.average is not None else []
-        self.step.broadcast([*self.network.get_parameters(), *averages])
+        self.step.broadcast([*self.network.get_parameters(), *self._averages])
         if self.average is not None and self.first_step == 0:
             self.average.start()
         before = self._evaluate() if self.starts_trained else None
@@ -385,8 +384,11 @@ class Trainer:
     @property
     def _state_parameters(self) -> list[Parameter]:
         """What a resumed run needs besides the network: optimizer state and averaged weights."""
-        averages = self.average.parameters if self.average is not None else []
-        return [*self.step.optimizer.state_parameters, *averages]
+        return [*self.step.optimizer.state_parameters, *self._averages]
+
+    @property
+    def _averages(self) -> list[Parameter]:
+        return self.average.parameters if self.average is not None else []
 
     @property
     def _stops_early(self) -> bool:

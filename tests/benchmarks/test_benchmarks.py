@@ -271,7 +271,7 @@ def test_scaling_model_reproduces_the_ring_that_alexnets_rows_imply():
 
 @pytest.mark.extended
 def test_acnet_table_keeps_its_results(tmp_path):
-    """The digits in place of CIFAR-10; started again it trains nothing."""
+    """With the digits instead of CIFAR-10. A second start trains nothing."""
     for part, name in (("train", "train"), ("val", "test")):
         (tmp_path / name).symlink_to(ROOT / "data" / "digits" / part)
     words = ["python3", "benchmarks/acnet_table.py", f"--data_path={tmp_path}", "--epochs=1"]

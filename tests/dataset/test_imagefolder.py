@@ -72,7 +72,7 @@ def test_training_steps_have_the_images_of_the_own_pipeline(photographs):
         assert np.array_equal(next(prefetch(other, 4)).images, other[4].images)
 
 
-def test_augmentations_draw_anew_in_each_epoch(photographs):
+def test_augmentations_differ_between_epochs(photographs):
     images = open_images(photographs, "train")
     config = make_config(per_batch_size=40, flip_probability=0.5, **KEYS)
     source = MindSporeTrainBatches(images, config, 0, 1)
