@@ -151,7 +151,7 @@ def test_quickstart(tmp_path):
 
 
 @pytest.fixture
-def home(tmp_path):
+def home(tmp_path, monkeypatch):
     """A folder as the documents presume it: the program, photos, and weights."""
     from safetensors.numpy import save_file
 
@@ -180,12 +180,16 @@ def home(tmp_path):
             ):
                 (tmp_path / folder).mkdir(parents=True, exist_ok=True)
                 cv2.imwrite(str(tmp_path / folder / f"{name}{number}.jpg"), image)
+    # Where docs/weights.md says to put the file on a machine without a network.
+    weights = tmp_path / "cache/acnet-mindspore/weights/resnet18.tv_in1k/model.safetensors"
+    weights.parent.mkdir(parents=True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     save_file(
         {
             torch_name(p.name, "resnet18"): p.asnumpy()
             for p in create_model("resnet18", 1000).get_parameters()
         },
-        tmp_path / "resnet18.safetensors",
+        weights,
     )
     return tmp_path
 

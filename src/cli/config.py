@@ -530,7 +530,8 @@ class _Output(_Keys):
     checkpoint_file_path: str = key(
         "",
         Affects.PROCESS,
-        "checkpoint, or folder of checkpoints; train: weights to start from",
+        "checkpoint, or folder of checkpoints; train: weights to start from; also the name or "
+        "address of published weights (--list), which are downloaded",
         _USES_MODEL,
     )
     class_names: str = key(

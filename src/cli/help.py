@@ -13,6 +13,7 @@ from src.cli.config import COMMANDS, GROUPS, RECIPES, Config, default_text, key_
 from src.cli.flags import ALIASES, FORMER_KEYS, suggest_key
 from src.models.blocks import BLOCKS
 from src.models.networks import NETWORKS
+from src.models.published_weights import published_weights
 from src.utils.errors import UserError
 
 _WIDTH = 100
@@ -83,7 +84,7 @@ def key_help_text(key: str) -> str:
 
 
 def list_text() -> str:
-    """The text of ``--list``: networks, blocks and recipes."""
+    """The text of ``--list``: networks, blocks, published weights and recipes."""
     lines = [
         "Networks (--network=NAME): image size, million parameters, million multiply-adds per "
         "image, other names"
@@ -96,6 +97,12 @@ def list_text() -> str:
         others = ", ".join(network.aliases)
         lines.append(f"  {name:18} {network.image_size:4} {size}  {others}".rstrip())
     lines += ["", "Blocks (--block=NAME), instead of square convolutions", f"  {', '.join(BLOCKS)}"]
+    lines += ["", "Published weights (--pretrained=NAME): MB, ImageNet top-1, licence, address"]
+    for weights in published_weights().values():
+        lines.append(
+            f"  {weights.name:28} {weights.megabytes:4} {weights.top1:.2f} {weights.licence:12} "
+            f"{weights.url}"
+        )
     lines += ["", "Recipes (--config_path=NAME)"]
     for file in sorted(RECIPES.glob("*.yaml")):
         first = re.match(r"# (.*?)([.;:] |\.?$)", file.read_text(encoding="utf-8"), re.M)

@@ -20,6 +20,7 @@ from src.inference.formats import check_format
 from src.kernels.library import choose_kernels, last_error
 from src.models.blocks import find_block
 from src.models.networks import check_network
+from src.models.published_weights import fetch_weights
 from src.training.losses import check_loss
 from src.training.schedules import create_schedule
 from src.training.update_rules import create_update_rule
@@ -49,6 +50,7 @@ def start(
     check_default_config()
     config = load_config(flags)
     _check_names(config)
+    fetch_weights(config.checkpoint_file_path)
     if distributed and config.ranks and not started_by_mpirun():
         _launch_ranks(config)
     communicator = connect(config.run_distribute) if distributed else Communicator()
@@ -153,8 +155,6 @@ def _launch_ranks(config: Config) -> None:
             or if run_distribute=0.
     """
     # Check these before launching: mpirun buries the error of a rank in its own output.
-    if config.checkpoint_file_path and not os.path.exists(config.checkpoint_file_path):
-        raise UserError(f"checkpoint '{config.checkpoint_file_path}' does not exist")
     if config.data_path not in ("", "digits") and not os.path.exists(config.data_path):
         raise UserError(
             f"data_path '{config.data_path}' does not exist; pass --data_path=DIR, or link your "

@@ -28,6 +28,7 @@ from src.models.blocks import find_block
 from src.models.create import create_network
 from src.models.layers import ImageClassifier, InputNormalizer
 from src.models.networks import NetworkSize, torch_name
+from src.models.published_weights import place_for_output
 from src.models.reparam import fuse
 from src.models.weight_files import METADATA, Arrays, read_weights
 from src.models.weights import assign_weights
@@ -85,7 +86,8 @@ def export_checkpoint(
     MINDIR and ONNX take (N, 3, S, S) float32 normalised images, any N.
 
     Args:
-        target: the file to write; by default next to the checkpoint and named after it.
+        target: the file to write; by default next to the checkpoint and named after it, or for
+            downloaded weights in the current folder.
         fuses: fuse the blocks, if the network has any.
 
     Raises:
@@ -275,6 +277,7 @@ def _write_fused(checkpoint: Path) -> tuple[Path, float, Arrays]:
 def _default_file(path: Path, file_format: str, suffix: str) -> Path:
     if not suffix and file_format == "CKPT":
         suffix = "_exported"
+    path = place_for_output(path)
     return path.with_name(f"{path.stem}{suffix}.{file_format.lower()}")
 
 

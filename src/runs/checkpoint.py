@@ -12,6 +12,7 @@ import mindspore
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
+from src.models.published_weights import local_weights
 from src.models.weight_files import (
     AVERAGE_PREFIX,
     CHECKSUM,
@@ -170,7 +171,7 @@ def find_checkpoints(path: str) -> list[Path]:
     """
     if not path:
         raise UserError("no checkpoint given: pass --checkpoint_file_path=FILE_OR_FOLDER")
-    location = Path(path)
+    location = Path(local_weights(path))
     if location.is_dir():
         files = sorted(f for f in location.glob("*.ckpt") if not f.name.startswith("."))
         if not files:

@@ -20,6 +20,7 @@ import mindspore
 from mindspore import Tensor, nn
 
 from src.cli.config import PROJECT_ROOT, Affects, Config, keys_affecting
+from src.utils.files import user_cache
 
 _CHECKSUMS = "checksums.json"
 _PARTIAL = ".partial."
@@ -87,14 +88,14 @@ class GraphCache:
 
 
 def user_graph_cache(config: Config) -> GraphCache | None:
-    """The GraphCache under $XDG_CACHE_HOME or ~/.cache.
+    """The GraphCache in the user's cache.
 
-    None if compile_cache is off or the device is not a CPU.
+    None if compile_cache is off, the device is not a CPU, or the user has no home.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if not config.compile_cache or config.device_target != "CPU" or not os.path.isabs(home):
+    cache = user_cache()
+    if not config.compile_cache or config.device_target != "CPU" or cache is None:
         return None
-    return GraphCache(Path(home) / "acnet-mindspore" / "graphs")
+    return GraphCache(cache / "graphs")
 
 
 def _digest(cell: nn.Cell, inputs: Sequence[Tensor], config: Config, layers: str) -> str:

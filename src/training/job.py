@@ -33,8 +33,8 @@ def train(command: Command, data: PreparedData) -> None:
 
     # Pretrained weights bring their network and preprocessing, so they come before the final
     # configuration.
-    path = command.config.checkpoint_file_path
-    pretrained = read_pretrained(path) if path else None
+    weights = command.config.checkpoint_file_path
+    pretrained = read_pretrained(weights) if weights else None
     settings = pretrained.settings if pretrained else None
     check_ranks_agree(communicator, settings or {}, "use the same weights file on every host")
 

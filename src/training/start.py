@@ -10,6 +10,7 @@ from src.cli.config import Affects, Config, default_values, keys_affecting
 from src.cli.flags import current_keys
 from src.distributed.communicator import Communicator
 from src.inference.checkpoint_model import infer_model_settings
+from src.models.published_weights import local_weights
 from src.models.weight_files import Arrays, read_weights
 from src.models.weights import assign_weights, count_classes
 from src.runs.checkpoint import TrainingState, checkpoint_place, read_training_state
@@ -138,13 +139,14 @@ class ResumePoint:
 Start = RandomWeights | PretrainedWeights | ResumePoint
 
 
-def read_pretrained(path: str) -> PretrainedWeights:
-    """Read weights to start from.
+def read_pretrained(name: str) -> PretrainedWeights:
+    """Read weights to start from: a file, or published weights that were fetched.
 
     Raises:
         UserError: if the file cannot be read, or holds a fused network, which has no batch norms to
             train with.
     """
+    path = local_weights(name)
     arrays, metadata = read_weights(path)
     if metadata.get("fused"):
         raise UserError(

@@ -12,6 +12,12 @@ from src.utils.errors import UserError
 _PARTIAL = ".partial."
 
 
+def user_cache() -> Path | None:
+    """The project's folder under $XDG_CACHE_HOME or ~/.cache; None if the user has no home."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "acnet-mindspore" if os.path.isabs(home) else None
+
+
 def write_whole(target: str | Path, write: Callable[[Path], Any]) -> None:
     """Write ``target`` through another name in its folder, flush it to disk, and rename it.
 

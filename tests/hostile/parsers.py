@@ -79,9 +79,8 @@ def make_files(folder):
         folder / "a.mindir",
         "MINDIR",
     )
-    write_onnx(
-        create_model("cifar_quick", 10).set_train(False), folder / "a.onnx", {"config": {}}, 32
-    )
+    metadata = {"config": config.model_dump(mode="json"), "class_to_index": None}
+    write_onnx(create_model("cifar_quick", 10).set_train(False), folder / "a.onnx", metadata, 32)
     with h5py.File(folder / "a.hdf5", "w") as file:
         for parameter in create_model("cifar_quick", 10).get_parameters():
             file.create_dataset(parameter.name, data=parameter.asnumpy())

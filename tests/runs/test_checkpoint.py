@@ -32,7 +32,7 @@ def test_missing_files_are_named(tmp_path):
         ("", "no checkpoint given"),
     ):
         with pytest.raises(UserError, match=message):
-            find_checkpoints(path)
+            find_checkpoints(str(path))
 
 
 def test_unwritable_folder_is_said(tmp_path):

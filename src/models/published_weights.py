@@ -1,0 +1,172 @@
+"""Weights that others publish: what there is, and how a name or an address becomes a file."""
+
+import importlib.util
+import json
+import os
+import urllib.parse
+import zlib
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from src.models.networks import NETWORKS, aliases
+from src.utils.download import NotFound, download, sha256_in_name
+from src.utils.errors import UserError, suggestion
+from src.utils.files import user_cache, write_whole
+
+_TABLE = Path(__file__).with_suffix(".yaml")
+_HUB = "https://huggingface.co"
+# A value that somebody who knows torchvision or timm types for --pretrained.
+_YES = ("1", "true", "yes", "on")
+_PYTORCH_ENDINGS = (".pth", ".pt", ".bin")
+
+
+@dataclass(frozen=True)
+class PublishedWeights:
+    """An entry of published_weights.yaml, whose head explains the attributes."""
+
+    name: str
+    network: str
+    url: str
+    licence: str
+    megabytes: int
+    top1: float
+    crop_pct: float = 0.875
+    interpolation: str = "bilinear"
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.megabytes} MB, {self.licence})"
+
+    @property
+    def timm_config(self) -> dict[str, object]:
+        """The network and preprocessing as timm's config.json states them."""
+        return {
+            "architecture": self.network,
+            "crop_pct": self.crop_pct,
+            "interpolation": self.interpolation,
+        }
+
+
+def published_weights() -> dict[str, PublishedWeights]:
+    """{name: PublishedWeights}, the preferred ones of each network first."""
+    table = yaml.safe_load(_TABLE.read_text(encoding="utf-8"))
+    return {name: PublishedWeights(name, **entry) for name, entry in table.items()}
+
+
+def find_published(name: str) -> PublishedWeights | None:
+    """The weights of this name, or the preferred ones of the network of this name; or None."""
+    published = published_weights()
+    network = aliases().get(name, name)
+    return published.get(name) or next(
+        (w for w in published.values() if w.network == network), None
+    )
+
+
+def local_weights(name: str) -> str:
+    """The file that ``name`` stands for, whether or not it is there yet.
+
+    Args:
+        name: a file or folder; an address, or the name of published weights or their network.
+
+    Returns:
+        For an address or published weights their file in the user's cache, otherwise ``name``.
+    """
+    if os.path.exists(name):
+        return name
+    published = find_published(name)
+    if published is None and not _is_address(name):
+        return name
+    cache = user_cache()
+    if cache is None:
+        raise UserError("there is no folder to download to: set HOME or XDG_CACHE_HOME")
+    url = published.url if published else name
+    # Files at different addresses may have the same name.
+    folder = published.name if published else f"{zlib.crc32(url.encode()):08x}"
+    return str(cache / "weights" / folder / os.path.basename(urllib.parse.urlsplit(url).path))
+
+
+def fetch_weights(name: str) -> None:
+    """Download what ``name`` stands for in ``local_weights``, unless it is there.
+
+    $HF_ENDPOINT replaces https://huggingface.co, as in Hugging Face's own programs.
+
+    Raises:
+        UserError: if it cannot be downloaded, or ``name`` is none of those.
+    """
+    if not name or os.path.exists(name):
+        return
+    published = find_published(name)
+    if published is None and not _is_address(name):
+        raise UserError(_unknown(name))
+    target = Path(local_weights(name))
+    _check_readable(name, target)
+    if published is None:
+        _fetch_address(name, target)
+    else:
+        _fetch_published(published, target)
+
+
+def place_for_output(path: Path) -> Path:
+    """``path`` with the folder and name for files that are made from it.
+
+    They are next to it, but those of downloaded weights in the current folder, named after them.
+    """
+    cache = user_cache()
+    if cache is None or not path.is_relative_to(cache):
+        return path
+    name = path.parent.name
+    return Path(f"{name}{path.suffix}" if name in published_weights() else path.name)
+
+
+def _fetch_published(weights: PublishedWeights, target: Path) -> None:
+    config, text = target.with_name("config.json"), json.dumps(weights.timm_config)
+    if not config.exists() or config.read_text(encoding="utf-8") != text:
+        write_whole(config, lambda partial: partial.write_text(text, encoding="utf-8"))
+    download(_mirrored(weights.url), target, sha256_in_name(weights.url), str(weights))
+
+
+def _fetch_address(url: str, target: Path) -> None:
+    url = _mirrored(url)
+    if "/resolve/" in url and not target.exists():
+        # On Hugging Face the network and preprocessing are in a file next to the weights.
+        with suppress(NotFound):
+            beside = url.partition("?")[0].rpartition("/")[0]
+            download(f"{beside}/config.json", target.with_name("config.json"))
+    download(url, target, sha256_in_name(url))
+
+
+def _mirrored(url: str) -> str:
+    mirror = os.environ.get("HF_ENDPOINT") or _HUB
+    return mirror.rstrip("/") + url.removeprefix(_HUB) if url.startswith(_HUB) else url
+
+
+def _is_address(name: str) -> bool:
+    return "://" in name
+
+
+def _check_readable(name: str, target: Path) -> None:
+    """Raise UserError for what could not be used once it is there."""
+    scheme = urllib.parse.urlsplit(name).scheme if _is_address(name) else "https"
+    if scheme not in ("http", "https"):
+        raise UserError(
+            f"'{name}' cannot be downloaded: its address begins with neither https:// nor http://"
+        )
+    if not target.suffix:
+        raise UserError(f"'{name}' is not the address of a file")
+    if target.suffix in _PYTORCH_ENDINGS and importlib.util.find_spec("torch") is None:
+        raise UserError(
+            f"'{target.name}' is a PyTorch file and PyTorch is not installed: 'pip install torch', "
+            "or take .safetensors"
+        )
+
+
+def _unknown(name: str) -> str:
+    if name.lower() in _YES:
+        return "say which weights, as in --pretrained=resnet18; --list names them"
+    network = aliases().get(name, name)
+    if network in NETWORKS:
+        return f"nobody is known to publish weights of {network}; pass --checkpoint_file_path=FILE"
+    near = "" if "/" in name else suggestion(name, (*NETWORKS, *published_weights()))
+    return f"checkpoint '{name}' does not exist{near}"
