@@ -30,6 +30,21 @@ PHOTOGRAPHS = (
 _TRAIN, _VAL = (0.0, 0.7), (0.7, 1.0)
 
 
+def find_photograph(name):
+    """The file of a photograph.
+
+    Raises:
+        UserError: where scikit-image, which is not imported, is not installed.
+    """
+    package = find_spec("skimage")
+    if package is None:
+        raise UserError(
+            "the photographs are scikit-image's: python3 -m pip install --no-deps scikit-image"
+        )
+    (file,) = (Path(package.origin).parent / "data").glob(f"{name}.*")
+    return file
+
+
 def write_crops(folder, names=PHOTOGRAPHS, train=60, val=20):
     """Write square crops: train/NAME/*.jpg from a photograph's left, val/NAME/*.jpg from its right.
 
@@ -41,15 +56,9 @@ def write_crops(folder, names=PHOTOGRAPHS, train=60, val=20):
     import cv2
     import numpy as np
 
-    package = find_spec("skimage")
-    if package is None:
-        raise UserError(
-            "the photographs are scikit-image's: python3 -m pip install --no-deps scikit-image"
-        )
     random = np.random.default_rng(0)
     for name in names:
-        (file,) = (Path(package.origin).parent / "data").glob(f"{name}.*")
-        image = cv2.imread(str(file))
+        image = cv2.imread(str(find_photograph(name)))
         for part, (first, last), count in (("train", _TRAIN, train), ("val", _VAL, val)):
             region = image[:, int(first * image.shape[1]) : int(last * image.shape[1])]
             target = Path(folder) / part / name

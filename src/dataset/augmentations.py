@@ -18,7 +18,13 @@ import pydantic
 from PIL import Image, ImageEnhance, ImageOps
 
 from src.cli.config import Config
-from src.dataset.transforms import Resizing, color_jitter, padded_crop, random_resized_crop
+from src.dataset.transforms import (
+    REDUCED_MARGIN,
+    Resizing,
+    color_jitter,
+    padded_crop,
+    random_resized_crop,
+)
 from src.utils.specs import FORBID_EXTRA, create_from_spec
 
 Probability = Annotated[float, pydantic.Field(ge=0, le=1)]
@@ -76,6 +82,14 @@ class Crop(Augmentation):
             Resizing.of(config),
             **arguments,
         )
+
+    @property
+    def least_side(self) -> float:
+        """The shorter side, in pixels, of images whose smallest part need not be enlarged."""
+        if self.kind != "random_resized":
+            return self.size
+        narrowest = max(self.ratio[1], 1 / self.ratio[0])
+        return self.size / math.sqrt(self.scale[0] / narrowest)
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         if self.kind == "random_resized":
@@ -308,6 +322,8 @@ class Augmenter:
 
     Attributes:
         mixes: whether samples have class probabilities as targets instead of a label.
+        least_side: how many pixels the shorter side of a loaded image must keep if a smaller one
+            may be loaded; 0: only the whole image.
     """
 
     def __init__(self, config: Config, count: int, num_classes: int) -> None:
@@ -315,6 +331,7 @@ class Augmenter:
         self._seed, self._size, self._resize = config.seed, config.image_size, Resizing.of(config)
         self._stages = _stages(config)
         self.mixes = any(stage.augmentation.mixes for stage in self._stages)
+        self.least_side = self._least_side(config)
 
     def sample(self, load: Load, epoch: int, index: int) -> tuple[np.ndarray, Any]:
         """Sample ``index`` in ``epoch``.
@@ -333,6 +350,15 @@ class Augmenter:
                 image, sample_generator(self._seed, epoch, index, stage.stream)
             )
         return self._resize(image, self._size, self._size), label
+
+    def _least_side(self, config: Config) -> int:
+        # Without antialiasing, samples are made of single pixels of the whole image.
+        if config.reduced_decoding == "off" or not config.antialias:
+            return 0
+        first = self._stages[0].augmentation if self._stages else None
+        if not isinstance(first, Crop):
+            return 0
+        return math.ceil(REDUCED_MARGIN * first.least_side)
 
     def _mixed(
         self, load: Load, epoch: int, index: int, stages: int

@@ -18,7 +18,7 @@ from src.cli.config import Config
 from src.dataset.augmentations import Augmenter
 from src.dataset.decoding import BadImage
 from src.dataset.image_set import ImageSet
-from src.dataset.transforms import eval_transform
+from src.dataset.transforms import eval_least_side, eval_transform
 from src.utils.errors import UserError
 from src.utils.machine import available_cores
 
@@ -216,7 +216,7 @@ class TrainBatches:
         for attempt in range(_SUBSTITUTES):
             candidate = (index + attempt) % len(self.images)
             try:
-                return candidate, self.images.load(candidate)
+                return candidate, self.images.load(candidate, self._augmenter.least_side)
             except BadImage as failure:
                 if self.config.bad_samples == "error":
                     raise UserError(f"{failure}; {HOW_TO_GO_ON}") from None
@@ -249,6 +249,7 @@ class EvalBatches:
     def __init__(self, images: ImageSet, config: Config, rank: int, size: int, batch: int) -> None:
         self.images, self.config, self.batch = images, config, batch
         self.indices = shard(np.arange(len(images)), rank, size)
+        self._least_side = eval_least_side(config)
         self._threads = _Threads(config.num_parallel_workers or available_cores())
 
     def __len__(self) -> int:
@@ -260,9 +261,8 @@ class EvalBatches:
 
         def make(index: int) -> tuple[Any, int]:
             try:
-                return eval_transform(self.images.load(index), self.config), int(
-                    self.images.labels[index]
-                )
+                image = self.images.load(index, self._least_side)
+                return eval_transform(image, self.config), int(self.images.labels[index])
             except BadImage as failure:
                 undecodable[index] = str(failure)
                 return 0, UNDECODABLE_LABEL

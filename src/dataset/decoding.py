@@ -47,6 +47,12 @@ _GREY, _RGB = 0, 2
 _PLAIN_MODES = ("RGB", "L")
 # OpenCV takes the numbers in netpbm, TIFF and BMP files for bytes, whatever their range.
 _OPENCV_FORMATS = ("JPEG", "PNG", "WEBP")
+# By what the sides of a JPEG can be divided while it is decoded, and OpenCV's flags for that.
+_REDUCED = {
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+}
 # Formats whose Pillow mode "I" holds 16-bit values. In others it holds 32-bit ones, of any range.
 _SIXTEEN_BIT_FORMATS = ("PNG", "PPM")
 
@@ -55,7 +61,7 @@ class BadImage(UserError):
     """An image file that cannot be read or decoded."""
 
 
-def read_image(path: str, max_pixels: int = MOST_PIXELS) -> np.ndarray:
+def read_image(path: str, max_pixels: int = MOST_PIXELS, least_side: int = 0) -> np.ndarray:
     """An image file as (H, W, 3) uint8 RGB; see ``decode_image``.
 
     Raises:
@@ -71,7 +77,7 @@ def read_image(path: str, max_pixels: int = MOST_PIXELS) -> np.ndarray:
         raise BadImage(
             f"cannot read the image {path}: {getattr(failure, 'strerror', failure)}"
         ) from None
-    return decode_image(encoded, path, max_pixels)
+    return decode_image(encoded, path, max_pixels, least_side)
 
 
 def open_regular(path: str) -> io.FileIO:
@@ -83,7 +89,9 @@ def open_regular(path: str) -> io.FileIO:
     return file
 
 
-def decode_image(encoded: np.ndarray, name: str, max_pixels: int = MOST_PIXELS) -> np.ndarray:
+def decode_image(
+    encoded: np.ndarray, name: str, max_pixels: int = MOST_PIXELS, least_side: int = 0
+) -> np.ndarray:
     """Decode the content of an image file, (N,) uint8, to (H, W, 3) uint8 RGB.
 
     Follows the EXIF orientation. Converts grey, CMYK and 16-bit pictures, and composites
@@ -92,6 +100,8 @@ def decode_image(encoded: np.ndarray, name: str, max_pixels: int = MOST_PIXELS) 
 
     Args:
         name: what to call it in a message.
+        least_side: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its sides if they keep as many
+            pixels; 0: never.
 
     Raises:
         BadImage: if it is not an image, or is too large.
@@ -117,8 +127,11 @@ def decode_image(encoded: np.ndarray, name: str, max_pixels: int = MOST_PIXELS) 
                 "sets the limit"
             )
         try:
+            reduction = _reduction(picture, least_side)
             if _is_plain(picture):
-                return _decoded_by_opencv(encoded, name)
+                return _decoded_by_opencv(encoded, name, reduction)
+            if reduction > 1:
+                picture.draft(None, (picture.width // reduction, picture.height // reduction))
             return _as_seen(picture, encoded, name)
         except (BadImage, MemoryError):
             raise
@@ -131,9 +144,20 @@ def open_picture(content: bytes | memoryview) -> Image.Image:
     return Image.open(io.BytesIO(content), formats=_FORMATS)
 
 
-def _decoded_by_opencv(encoded: np.ndarray, name: str) -> np.ndarray:
+def _reduction(picture: Image.Image, least_side: int) -> int:
+    """By what to divide the sides of a picture while it is decoded: 1, 2, 4 or 8."""
+    if picture.format != "JPEG" or not least_side:
+        return 1
+    fraction = min(picture.size) // least_side
+    return next((reduction for reduction in _REDUCED if reduction <= fraction), 1)
+
+
+def _decoded_by_opencv(encoded: np.ndarray, name: str, reduction: int) -> np.ndarray:
     """Faster than Pillow, and the same picture if it is upright, opaque and of 8 bits."""
     try:
+        if reduction > 1:
+            image = cv2.imdecode(encoded, _REDUCED[reduction] | cv2.IMREAD_IGNORE_ORIENTATION)
+            return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
         image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error as failure:
         if failure.code == cv2.Error.StsNoMem:

@@ -112,14 +112,21 @@ class ImageSet:
             checksum = zlib.crc32(np.ascontiguousarray(self.pixels).data, checksum)
         return checksum if self.rows is None else zlib.crc32(self.rows.tobytes(), checksum)
 
-    def load(self, index: int) -> np.ndarray:
-        """Image ``index`` as (H, W, 3) uint8 RGB. Raises BadImage for an undecodable file."""
+    def load(self, index: int, least_side: int = 0) -> np.ndarray:
+        """Image ``index`` as (H, W, 3) uint8 RGB.
+
+        Args:
+            least_side: see ``decode_image``.
+
+        Raises:
+            BadImage: if its file cannot be decoded.
+        """
         if self.pixels is not None:
             return self.pixels[self._row(index)]
         if self.packed is not None:
             encoded = self.packed.encoded(self._row(index))
-            return decode_image(encoded, self.name(index), self.max_pixels)
-        return read_image(self.name(index), self.max_pixels)
+            return decode_image(encoded, self.name(index), self.max_pixels, least_side)
+        return read_image(self.name(index), self.max_pixels, least_side)
 
     def split(self, fraction: float, seed: int) -> tuple["ImageSet", "ImageSet"]:
         """(the other images, images drawn by ``seed``): a random split, stratified by class.

@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from src.dataset.decoding import (
 )
 from src.dataset.image_set import ImageSet
 from src.dataset.splits import left_out_message
-from src.dataset.transforms import eval_transform, thumbnail
+from src.dataset.transforms import eval_least_side, eval_transform, thumbnail
 from src.utils.errors import UserError
 from src.utils.files import write_whole
 from src.utils.log import escaped
@@ -160,22 +161,21 @@ def draw(sets: Mapping[str, ImageSet], config: Config, path: str) -> None:
     names = {label: name for name, label in train.class_to_index.items()}
     augmenter = Augmenter(config, len(train), train.num_classes)
 
-    def drawn(index: int, epoch: int) -> np.ndarray:
-        return augmenter.sample(lambda at: (train.load(at), int(train.labels[at])), epoch, index)[0]
+    def augmented(index: int) -> list[np.ndarray]:
+        image = train.load(index, augmenter.least_side)
+
+        def load(at: int) -> tuple[np.ndarray, int]:
+            other = train.load(at, augmenter.least_side) if at != index else image
+            return other, int(train.labels[at])
+
+        samples = (augmenter.sample(load, epoch, index)[0] for epoch in range(_AUGMENTED))
+        return [thumbnail(image), *samples]
 
     def evaluated(index: int) -> list[np.ndarray]:
-        image = validation.load(index)
+        image = validation.load(index, eval_least_side(config))
         return [thumbnail(image), eval_transform(image, config)]
 
-    _grid(
-        left,
-        train,
-        names,
-        lambda index: [
-            thumbnail(train.load(index)),
-            *(drawn(index, epoch) for epoch in range(_AUGMENTED)),
-        ],
-    )
+    _grid(left, train, names, augmented)
     _grid(right, validation, names, evaluated)
     axes = histogram.subplots()
     counts = np.bincount(train.labels, minlength=train.num_classes)
@@ -198,13 +198,14 @@ def draw(sets: Mapping[str, ImageSet], config: Config, path: str) -> None:
 def _grid(
     figure: Any, images: ImageSet, names: Mapping[int, str], row: Callable[[int], list[np.ndarray]]
 ) -> None:
-    shown: list[tuple[int, list[np.ndarray]]] = []
-    for index in np.unique(np.linspace(0, len(images) - 1, 3 * _ROWS).astype(int)).tolist():
-        try:
-            shown.append((index, row(index)))
-        except BadImage:
-            continue
-    chosen = shown[:: max(len(shown) // _ROWS, 1)][:_ROWS]
+    spread = np.unique(np.linspace(0, len(images) - 1, 3 * _ROWS).astype(int)).tolist()
+    shown: dict[int, list[np.ndarray]] = {}
+    # The second and third thirds only stand in for images that cannot be decoded.
+    for index in (*spread[1::3], *spread[::3], *spread[2::3]):
+        if len(shown) < _ROWS:
+            with suppress(BadImage):
+                shown[index] = row(index)
+    chosen = sorted(shown.items())
     grid = np.atleast_2d(
         figure.subplots(max(len(chosen), 1), max((len(found) for _, found in chosen), default=1))
     )

@@ -10,9 +10,12 @@ from PIL import Image
 from src.cli.config import Config
 
 _CROP_ATTEMPTS = 10
-_THUMBNAIL_SIDE = 256
+THUMBNAIL_SIDE = 256
 # If the resized image has more pixels than this and than the original, only the crop is computed.
 _MOST_RESIZED_PIXELS = 1 << 22
+# An image that was decoded at a reduced scale keeps at least so many times the pixels, along each
+# side, that it is then resized to. See benchmarks/large_photographs.py for what it costs.
+REDUCED_MARGIN = 2
 _OPENCV = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 _PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -61,6 +64,13 @@ def eval_transform(image: np.ndarray, config: Config) -> np.ndarray:
     return image[top : top + side, left : left + side]
 
 
+def eval_least_side(config: Config) -> int:
+    """``least_side`` of ``decode_image`` for an image that evaluation takes."""
+    if config.reduced_decoding != "all" or not config.antialias:
+        return 0
+    return REDUCED_MARGIN * config.resized_side
+
+
 def eval_size(height: int, width: int, config: Config) -> tuple[int, int]:
     """(height, width) to which evaluation resizes an image of this size."""
     side = config.resized_side
@@ -72,7 +82,7 @@ def eval_size(height: int, width: int, config: Config) -> tuple[int, int]:
 
 def thumbnail(image: np.ndarray) -> np.ndarray:
     """The image as a sheet shows it, (H, W, 3), so that many large ones fit into memory."""
-    scale = _THUMBNAIL_SIDE / max(image.shape[:2])
+    scale = THUMBNAIL_SIDE / max(image.shape[:2])
     if scale >= 1:
         return image
     height, width = (max(round(side * scale), 1) for side in image.shape[:2])

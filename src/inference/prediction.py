@@ -18,7 +18,7 @@ from src.dataset.batches import EvalBatches, prefetch
 from src.dataset.class_folders import list_images
 from src.dataset.decoding import MOST_PIXELS, read_image
 from src.dataset.image_set import ImageSet
-from src.dataset.transforms import thumbnail
+from src.dataset.transforms import THUMBNAIL_SIDE, thumbnail
 from src.inference.backends import Backend, open_backend, with_flip
 from src.inference.checkpoint_model import CheckpointModel
 from src.inference.evaluation import nonfinite_message, write_results
@@ -214,7 +214,7 @@ def contact_sheet(
     for axes in np.atleast_1d(figure.subplots(rows, columns)).flat:
         axes.axis("off")
     for axes, prediction in zip(figure.axes, shown):
-        axes.imshow(thumbnail(read_image(prediction.path, max_pixels)))
+        axes.imshow(thumbnail(read_image(prediction.path, max_pixels, THUMBNAIL_SIDE)))
         name = escaped(os.path.basename(prediction.path))[:24]
         title = "\n".join([name, *_percentages(prediction)[:2]])
         # parse_math: a dollar in a name is not a formula.

@@ -100,7 +100,7 @@ def _with_pictures(
     confusion = predictions.confusion(model.config.num_classes)
     mistakes = [
         Picture(
-            thumbnail(images.load(int(predictions.indices[row]))),
+            thumbnail(images.load(int(predictions.indices[row]), _THUMBNAIL)),
             f"{classes[predictions.labels[row]]}, predicted {classes[predictions.predicted[row]]} "
             f"({100 * predictions.probability[row]:.0f} %, true class "
             f"{100 * predictions.probability_of_label[row]:.0f} %)",
@@ -191,7 +191,9 @@ def augmented_samples(images: ImageSet, config: Config, count: int) -> list[tupl
     samples = []
     for index in np.unique(np.linspace(0, len(images) - 1, count).astype(int)).tolist():
         image, label = augmenter.sample(
-            lambda i: (images.load(i), int(images.labels[i])), epoch=0, index=index
+            lambda i: (images.load(i, augmenter.least_side), int(images.labels[i])),
+            epoch=0,
+            index=index,
         )
         samples.append((image, int(np.argmax(label)) if augmenter.mixes else int(label)))
     return samples

@@ -20,7 +20,7 @@ from scipy.special import softmax
 
 from src.cli.command import Command
 from src.dataset.decoding import BadImage, decode_image
-from src.dataset.transforms import eval_transform
+from src.dataset.transforms import eval_least_side, eval_transform
 from src.distributed.shutdown import Signals
 from src.inference.backends import Backend, open_backends, with_flip
 from src.inference.checkpoint_model import CheckpointModel
@@ -166,8 +166,9 @@ def create_app(model: CheckpointModel, backends: Sequence[Backend]) -> Any:
 
     def prepared(body: bytes) -> np.ndarray:
         encoded = np.frombuffer(body, np.uint8)
-        image = decode_image(encoded, "the body", model.config.max_pixels)
-        return eval_transform(image, model.config)
+        config = model.config
+        image = decode_image(encoded, "the body", config.max_pixels, eval_least_side(config))
+        return eval_transform(image, config)
 
     async def predict(request: Any) -> Any:
         try:

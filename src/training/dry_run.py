@@ -19,11 +19,14 @@ def estimate(trainer: Trainer, config: Config, communicator: Communicator) -> li
     Changes the weights; do not train the network afterwards.
 
     Returns:
-        Lines on memory, the time per step, and the time of the whole run.
+        Lines on the input, memory, the time per step, and the time of the whole run.
     """
     steps = range(min(_STEPS, trainer.last_step))
     seconds = [_step_seconds(trainer, step, config, communicator) for step in steps]
-    first, later = seconds[0], min(seconds[1:], default=seconds[0])
+    reading = min(read for read, _ in seconds)
+    first, later = seconds[0][1], min((step for _, step in seconds[1:]), default=seconds[0][1])
+    # A CPU computes and reads images on the same cores.
+    later = later + reading if config.device_target == "CPU" else max(later, reading)
     evaluation = 0.0
     if trainer.evaluator is not None:
         evaluation = _evaluation_seconds(trainer.evaluator, trainer, communicator)
@@ -35,6 +38,8 @@ def estimate(trainer: Trainer, config: Config, communicator: Communicator) -> li
     rate = trainer.batches.global_batch_size / later
     per_evaluation = f"; {evaluation:.1f} s per evaluation" if trainer.evaluator else ""
     return [
+        f"input: {trainer.batches.global_batch_size / reading:.1f} images/s if nothing else runs; "
+        f"it takes {100 * reading / later:.0f} % of a step",
         f"memory: {peak:.2f} GiB in the largest of {communicator.size} ranks, {free:.1f} GiB are "
         "still free",
         f"time: {first:.1f} s for the first step, which compiles, then {later:.3f} s per step, "
@@ -57,22 +62,26 @@ def duration_text(seconds: float) -> str:
     return " ".join(parts)
 
 
-def _step_seconds(trainer: Trainer, step: int, config: Config, communicator: Communicator) -> float:
+def _step_seconds(
+    trainer: Trainer, step: int, config: Config, communicator: Communicator
+) -> tuple[float, float]:
+    """Seconds for the images of a step, and for the step with them, in the slowest rank."""
     micro_steps = config.accumulation_steps
-    micro_batches = [trainer.batches[step * micro_steps + index] for index in range(micro_steps)]
     communicator.barrier()
     started = time.perf_counter()
+    micro_batches = [trainer.batches[step * micro_steps + index] for index in range(micro_steps)]
+    reading = max(communicator.all_gather(time.perf_counter() - started))
+    started = time.perf_counter()
     trainer.step(micro_batches, config.lr, step)
-    return max(communicator.all_gather(time.perf_counter() - started))
+    return reading, max(communicator.all_gather(time.perf_counter() - started))
 
 
 def _evaluation_seconds(
     evaluator: Evaluator, trainer: Trainer, communicator: Communicator
 ) -> float:
-    """Extrapolated from the second of two batches; the first compiles."""
-    batch = evaluator.batches[0]
+    """Extrapolated from the second reading of a batch; the first compiles."""
     for _ in range(2):
         started = time.perf_counter()
-        trainer.backend(batch.images)
+        trainer.backend(evaluator.batches[0].images)
         seconds = time.perf_counter() - started
     return max(communicator.all_gather(seconds * len(evaluator.batches)))

@@ -30,7 +30,7 @@ from src.training.create_step import create_train_step
 from src.training.graph_cache import user_graph_cache
 from src.training.schedules import create_schedule
 from src.training.step import StepResult
-from src.training.timing import RankTimes, StepRates, slowest_rank_message
+from src.training.timing import RankTimes, StepRates, slow_input_message, slowest_rank_message
 from src.training.weight_average import WeightAverage
 from src.utils.errors import TrainingInterrupted, UserError
 from src.utils.log import WARNING
@@ -328,8 +328,13 @@ class Trainer:
         metrics["rank_seconds"] = [[round(seconds, 3) for seconds in rank] for rank in times]
         self._times = RankTimes()
         self.recorder.add_epoch(metrics)
-        if message := slowest_rank_message(times, self.communicator.hosts):
-            self.recorder.log(message)
+        reads_files = self.data.train.paths is not None
+        for message in (
+            slowest_rank_message(times, self.communicator.hosts),
+            slow_input_message(times, reads_files),
+        ):
+            if message:
+                self.recorder.log(message)
         if result is not None:
             self._last_top1 = result.top1
             self.best = self.best.after(metrics["top1"], metrics["val_loss"])

@@ -7,10 +7,11 @@ import zlib
 
 import numpy as np
 import pytest
-from conftest import execute
+from conftest import execute, make_config
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
+from src.dataset.batches import EvalBatches, TrainBatches
 from src.dataset.decoding import BadImage, decode_image, read_image
 from src.dataset.packed import pack
 from src.dataset.sources import open_images
@@ -393,3 +394,91 @@ def test_drawn_pictures_are_as_pillow_shows_them_or_refused(count):
         assert np.abs(found.astype(int) - expected).max() <= (3 if lossy else 0), name
         seen.add(tuple(name.split()[1:3]))
     assert len(seen) > 40
+
+
+@pytest.fixture(scope="module")
+def large_photo():
+    """Shapes and textures of every size, as in a photograph, 2000 x 1400."""
+    random = np.random.default_rng(0)
+    pixels = np.zeros((1400, 2000, 3))
+    for side in (4, 16, 64, 256, 1024):
+        noise = Image.fromarray(random.integers(0, 256, (side, side, 3), np.uint8))
+        pixels += np.asarray(noise.resize((2000, 1400), Image.Resampling.BICUBIC), float) / 5
+    pixels[300:900, 700:1300] += 60
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    "least_side,divided_by", [(0, 1), (1401, 1), (701, 1), (700, 2), (350, 4), (175, 8), (10, 8)]
+)
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_jpeg_keeps_the_least_side(large_photo, tmp_path, least_side, divided_by, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    large_photo.save(tmp_path / "x.jpg", exif=exif)
+    sides = (1400 // divided_by, 2000 // divided_by)
+    seen = read_image(tmp_path / "x.jpg", least_side=least_side)
+    assert seen.shape[:2] == (sides if orientation == 1 else sides[::-1])
+    whole = Image.fromarray(read_image(tmp_path / "x.jpg"))
+    small = whole.resize(seen.shape[1::-1], Image.Resampling.BOX)
+    assert np.abs(seen.astype(float) - np.asarray(small)).mean() < 1.5
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "bmp"])
+def test_other_formats_are_decoded_whole(large_photo, tmp_path, suffix):
+    large_photo.crop((0, 0, 800, 600)).save(tmp_path / f"x.{suffix}")
+    assert read_image(tmp_path / f"x.{suffix}", least_side=50).shape == (600, 800, 3)
+
+
+def test_a_damaged_or_too_large_jpeg_is_refused_at_a_reduced_scale_too(large_photo, tmp_path):
+    large_photo.save(tmp_path / "x.jpg")
+    with pytest.raises(BadImage, match="2000 x 1400 pixels"):
+        read_image(tmp_path / "x.jpg", max_pixels=10**6, least_side=100)
+    (tmp_path / "x.jpg").write_bytes((tmp_path / "x.jpg").read_bytes()[:700])
+    with pytest.raises(BadImage):
+        read_image(tmp_path / "x.jpg", least_side=100)
+
+
+@pytest.mark.parametrize(
+    "what,reduced,exact",
+    [
+        ("training", "train", False),
+        ("training", "all", False),
+        ("training", "off", True),
+        ("evaluation", "train", True),
+        ("evaluation", "all", False),
+    ],
+)
+@pytest.mark.parametrize("changes", [{"crop_scale": (0.35, 1.0)}, {"train_crop": "resize"}])
+def test_the_network_sees_nearly_the_same(large_photo, tmp_path, what, reduced, exact, changes):
+    (tmp_path / "a").mkdir()
+    large_photo.save(tmp_path / "a" / "x.jpg", quality=95)
+    images = open_images(str(tmp_path), "train")
+
+    def seen(**more):
+        config = make_config(
+            image_size=64,
+            per_batch_size=1,
+            augmentations=["crop"],
+            max_epoch=20,
+            **{"antialias": True, **changes, **more},
+        )
+        if what == "evaluation":
+            return EvalBatches(images, config, 0, 1, 1)[0].images.astype(float)
+        batches = TrainBatches(images, config, 0, 1)
+        return np.stack([batches[number].images for number in range(20)]).astype(float)
+
+    difference = np.abs(seen(reduced_decoding=reduced) - seen(reduced_decoding="off"))
+    assert difference.max() == 0 if exact else 0 < difference.mean() < 1.5
+
+
+def test_without_antialiasing_images_are_decoded_whole(large_photo, tmp_path):
+    """The pixels that it picks are those of the whole image."""
+    (tmp_path / "a").mkdir()
+    large_photo.save(tmp_path / "a" / "x.jpg", quality=95)
+    images = open_images(str(tmp_path), "train")
+    seen = [
+        EvalBatches(images, make_config(image_size=64, reduced_decoding=reduced), 0, 1, 1)[0].images
+        for reduced in ("all", "off")
+    ]
+    assert (seen[0] == seen[1]).all()

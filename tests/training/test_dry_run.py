@@ -23,7 +23,11 @@ def test_dry_run_says_what_the_run_would_take_and_writes_nothing(image_root, tmp
         else mpirun(ranks, *words)
     )
     assert run.status == 0, run
-    memory, seconds, whole = run.out.splitlines()[-3:]
+    reading, memory, seconds, whole = run.out.splitlines()[-4:]
+    found = re.fullmatch(
+        r"input: ([\d.]+) images/s if nothing else runs; it takes (\d+) % of a step", reading
+    )
+    assert float(found[1]) > 0 and 0 <= int(found[2]) < 100, run
     assert re.fullmatch(
         rf"memory: 0\.\d+ GiB in the largest of {ranks} ranks, [\d.]+ GiB are still free", memory
     ), run

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import TINY, mpirun, only_run
 
-from src.training.timing import RankTimes, slowest_rank_message
+from src.training.timing import RankTimes, slow_input_message, slowest_rank_message
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,21 @@ from src.training.timing import RankTimes, slowest_rank_message
 )
 def test_a_rank_that_costs_a_tenth_and_a_second_is_named(times, line):
     assert slowest_rank_message([RankTimes(*of_rank) for of_rank in times], "abcd") == line
+
+
+@pytest.mark.parametrize(
+    "times,words",
+    [
+        ([(30, 30, 0), (20, 30, 10)], "waiting for images takes 42 % of the time"),
+        ([(2, 18, 0), (2, 18, 0)], None),
+        ([(0.5, 0.5, 0)], None),
+    ],
+)
+@pytest.mark.parametrize("reads_files", [True, False])
+def test_slow_input_is_said_with_what_to_do(times, words, reads_files):
+    line = slow_input_message([RankTimes(*of_rank) for of_rank in times], reads_files)
+    assert (line is None) if words is None else line.startswith(words)
+    assert ("pack_dataset.py" in (line or "")) == (reads_files and words is not None)
 
 
 @pytest.mark.extended
