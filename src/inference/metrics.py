@@ -72,18 +72,8 @@ class EvalResult:
 
     def by_class(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         """{name: its images, precision, recall and F1 (percent)}; None where nothing is counted."""
-        return {name: self._of_class(label) for label, name in enumerate(names)}
-
-    def _of_class(self, label: int) -> dict[str, Any]:
-        hits, images = self.class_hits[label], self.class_images[label]
-        predicted = self.class_predicted[label]
-        both = images + predicted
-        return {
-            "images": images,
-            "precision": round(100 * hits / predicted, 2) if predicted else None,
-            "recall": round(100 * hits / images, 2) if images else None,
-            "f1": round(200 * hits / both, 2) if images and both else None,
-        }
+        counts = zip(self.class_hits, self.class_images, self.class_predicted)
+        return {name: class_figures(*of_class) for name, of_class in zip(names, counts)}
 
 
 @dataclass
@@ -201,6 +191,22 @@ def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) ->
 def count_nonfinite(logits: np.ndarray) -> int:
     """Number of rows of logits (N, C) with an infinity or NaN."""
     return int(np.count_nonzero(~np.isfinite(logits).all(axis=1)))
+
+
+def class_figures(hits: int, images: int, predicted: int) -> dict[str, Any]:
+    """A class's images, precision, recall and F1 (percent); None where nothing is counted.
+
+    Args:
+        hits: images of the class that were predicted to be of it.
+        images, predicted: images of the class, and images that were predicted to be of it.
+    """
+    both = images + predicted
+    return {
+        "images": images,
+        "precision": round(100 * hits / predicted, 2) if predicted else None,
+        "recall": round(100 * hits / images, 2) if images else None,
+        "f1": round(200 * hits / both, 2) if images and both else None,
+    }
 
 
 def interval(correct: int, images: int) -> tuple[float, float]:

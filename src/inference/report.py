@@ -18,7 +18,7 @@ from src.dataset.batches import UNDECODABLE_LABEL, EvalBatches, prefetch
 from src.dataset.image_set import ImageSet, class_names
 from src.dataset.splits import validation_path
 from src.inference.backends import Backend, open_backend
-from src.inference.metrics import confusion_matrix
+from src.inference.metrics import class_figures, confusion_matrix, interval
 from src.kernels.library import KernelChoice
 from src.runs.report import Picture, RunReport, render
 from src.runs.run_folder import RunFolder
@@ -66,9 +66,11 @@ def _run_report(
             f"'{folder.path}' is not the folder of a run that has finished an epoch: metrics.jsonl "
             "has no lines"
         )
-    run = RunReport(
-        name, folder.read_config(), folder.read_environment(), metrics, defaults=default_values()
-    )
+    config = validated(current_keys(folder.read_config())).model_dump(mode="json")
+    run = RunReport(name, config, folder.read_environment(), metrics, defaults=default_values())
+    best = run.best
+    if best and "correct" in best:
+        run = replace(run, interval=interval(best["correct"], best["val_images"]))
     try:
         return _with_pictures(run, folder, _moved_data(folder, flags), kernels, log)
     except UserError as failure:
@@ -101,9 +103,10 @@ def _with_pictures(
     mistakes = [
         Picture(
             thumbnail(images.load(int(predictions.indices[row]), _THUMBNAIL)),
-            f"{classes[predictions.labels[row]]}, predicted {classes[predictions.predicted[row]]} "
-            f"({100 * predictions.probability[row]:.0f} %, true class "
-            f"{100 * predictions.probability_of_label[row]:.0f} %)",
+            f"predicted {classes[predictions.predicted[row]]} "
+            f"{100 * predictions.probability[row]:.0f} %, is {classes[predictions.labels[row]]} "
+            f"{100 * predictions.probability_of_label[row]:.0f} %",
+            images.name(int(predictions.indices[row])),
         )
         for row in predictions.worst(_PICTURES)
     ]
@@ -112,6 +115,10 @@ def _with_pictures(
     return replace(
         run,
         classes=classes,
+        class_figures=[
+            class_figures(*map(int, counts))
+            for counts in zip(np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0))
+        ],
         confusion=confusion.tolist(),
         confused=most_confused(confusion, 10),
         mistakes=mistakes,

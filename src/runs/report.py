@@ -16,12 +16,16 @@ Line = tuple[str, Sequence[tuple[float, float]]]
 
 
 def line_chart(
-    title: str, lines: Sequence[Line], x_title: str = "epoch", dashed: Sequence[str] = ()
+    title: str,
+    lines: Sequence[Line],
+    x_title: str = "epoch",
+    dashed: Sequence[str] = (),
+    mark: float | None = None,
 ) -> str:
     """An SVG of ``lines``, [(name, [(x, y)])], each with its own colour.
 
     Lines whose names are in ``dashed`` are dashed. Each point has its name and figures as a
-    tooltip. Points that are not finite are left out.
+    tooltip. Points that are not finite are left out. There is a vertical line at x = ``mark``.
     """
     lines = [(name, [(x, y) for x, y in points if math.isfinite(y)]) for name, points in lines]
     xs = [x for _, points in lines for x, _ in points]
@@ -49,6 +53,11 @@ def line_chart(
     parts.append(
         f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 4}" text-anchor="end">{escape(x_title)}</text>'
     )
+    if mark is not None:
+        parts.append(
+            f'<line class="mark" x1="{across(mark):.1f}" x2="{across(mark):.1f}" y1="{_TOP}" '
+            f'y2="{_HEIGHT - _BOTTOM}"/>'
+        )
     for number, (name, points) in enumerate(lines):
         style = f"c{number % COLOURS}" + (" dashed" if name in dashed else "")
         path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in points)
@@ -87,6 +96,7 @@ class _Scale:
 
 
 _CONFUSION_CLASSES = 25
+_NAME_LENGTH = 28
 # Keys about a machine or process, which do not affect the results.
 _PLACES = ("output_path", "resume", "log_interval", "device_id")
 
@@ -107,7 +117,14 @@ h1 { font-size: 1.5rem; margin: .5rem 0 0; } h2 { font-size: 1.15rem; margin: 2.
 p, figcaption, .dim { color: var(--dim); } p { margin: .3rem 0; }
 code { font: .9em ui-monospace, monospace; overflow-wrap: anywhere; }
 td:first-child code { white-space: nowrap; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.wide { overflow-x: auto;
+        /* A shadow on the side to which the table goes on. */
+        background: linear-gradient(to right, var(--back), transparent) left / 2rem 100% local,
+                    linear-gradient(to left, var(--back), transparent) right / 2rem 100% local,
+                    linear-gradient(to right, var(--line), transparent) left / .8rem 100% scroll,
+                    linear-gradient(to left, var(--line), transparent) right / .8rem 100% scroll;
+        background-repeat: no-repeat; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem .25rem 0; text-align: left; vertical-align: top;
          border-bottom: 1px solid var(--line); }
 td.number, th.number { text-align: right; }
@@ -120,6 +137,7 @@ figcaption { font-size: .82rem; line-height: 1.3; margin-top: .25rem; overflow-w
 .chart { width: 100%; height: auto; background: var(--panel); border-radius: 6px; }
 .chart text { fill: var(--dim); font-size: 12px; }
 .chart .title { fill: var(--text); font-size: 13px; }
+.chart .mark { stroke: var(--dim); stroke-dasharray: 2 3; }
 .chart .grid { stroke: var(--line); } .chart polyline { fill: none; stroke-width: 1.8; }
 .dashed { stroke-dasharray: 5 4; }
 .key::before { content: ""; display: inline-block; width: .8em; height: .8em;
@@ -132,7 +150,10 @@ figcaption { font-size: .82rem; line-height: 1.3; margin-top: .25rem; overflow-w
                       text-align: left; vertical-align: bottom; }
 .bar { display: flex; height: 1rem; min-width: 9rem; border-radius: 3px; overflow: hidden;
        background: var(--panel); }
+.side { display: flex; flex-wrap: wrap; gap: .5rem 3rem; align-items: flex-start; }
+.file { display: block; color: var(--text); }
 details { margin: .6rem 0; } summary { cursor: pointer; }
+details.part > summary { font-size: 1.15rem; font-weight: 600; margin: 1.4rem 0 .6rem; }
 """ + "".join(
     f".c{n} {{ stroke: var(--c{n}); }} circle.c{n} {{ fill: var(--c{n}); stroke: none; }} "
     f".k{n} {{ color: var(--c{n}); }} .b{n} {{ background: var(--c{n}); }}\n"
@@ -142,10 +163,11 @@ details { margin: .6rem 0; } summary { cursor: pointer; }
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as a data: URL, and the words below it."""
+    """An image as a data: URL, the words below it, and its file if that is shown."""
 
     source: str
     words: str
+    file: str = ""
 
 
 @dataclass(frozen=True)
@@ -155,7 +177,9 @@ class RunReport:
     Attributes:
         name: what to call it.
         config, environment, metrics: contents of config.yaml, environment.json, metrics.jsonl.
+        interval: 95 % interval of the best accuracy in percent, or None.
         classes: names in the order of labels.
+        class_figures: images, precision, recall and F1 of each class, of the best network.
         confusion: images by label and likeliest class, (classes, classes), or None.
         confused: (label, what it was taken for, how often), the most frequent first.
         mistakes, samples: the worst mistakes, and augmented training images.
@@ -166,7 +190,9 @@ class RunReport:
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
     metrics: Sequence[Mapping[str, Any]]
+    interval: tuple[float, float] | None = None
     classes: Sequence[str] = ()
+    class_figures: Sequence[Mapping[str, Any]] = ()
     confusion: Sequence[Sequence[int]] | None = None
     confused: Sequence[tuple[int, int, int]] = ()
     mistakes: Sequence[Picture] = ()
@@ -174,17 +200,28 @@ class RunReport:
     missing: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def best(self) -> Mapping[str, Any] | None:
+        """The line of the best epoch in the metrics; None if no epoch was evaluated."""
+        evaluated = [line for line in self.metrics if "top1" in line]
+        return max(evaluated, key=_goodness, default=None)
+
 
 def render(runs: Sequence[RunReport]) -> str:
     """The page."""
-    title = f"{runs[0].name}" + (f" and {len(runs) - 1} more" if len(runs) > 1 else "")
-    sections = [_summary(runs), _curves(runs), _configuration(runs), _time(runs)]
-    sections += [
-        section
-        for run in runs
-        for section in (_classes(run, _of(run, runs)), _pictures(run, _of(run, runs)))
-    ]
-    sections += [_epochs(run) for run in runs]
+    title = _headline(runs[0]) if len(runs) == 1 else f"{len(runs)} runs compared"
+    sections = [_subtitle(runs), _summary(runs)]
+    for run in runs:
+        of_run = _of(run, runs)
+        mistakes = _pictures(f"Most confident mistakes{of_run}", run.mistakes)
+        sections += [_classes(run, of_run), mistakes]
+    sections.append(_curves(runs))
+    for run in runs:
+        samples = _pictures("", run.samples)
+        sections.append(_folded(f"Augmented training images{_of(run, runs)}", samples))
+    sections.append(_folded("Configuration", _configuration(runs)))
+    sections.append(_folded("Where the time went", _time(runs)))
+    sections += [_folded(f"Every epoch{_of(run, runs)}", _epochs(run)) for run in runs]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f"<title>{escape(title)}</title>"
@@ -196,13 +233,39 @@ def render(runs: Sequence[RunReport]) -> str:
     )
 
 
+def _headline(run: RunReport) -> str:
+    best = run.best
+    if best is None:
+        return run.name
+    if "correct" not in best:
+        return f"{best['top1']:.2f} % of the validation images are right"
+    return f"{best['correct']} of {best['val_images']} validation images are right"
+
+
+def _subtitle(runs: Sequence[RunReport]) -> str:
+    if len(runs) > 1:
+        return ""
+    (run,) = runs
+    facts = []
+    if run.best is not None:
+        low, high = run.interval or (None, None)
+        between = f" (95 % interval {low:.1f} to {high:.1f} %)" if run.interval else ""
+        facts.append(f"{run.best['top1']:.2f} %{between}, in epoch {run.best['epoch']}.")
+    facts.append(f"{run.config['network']} on {run.config['data_path']}, run {run.name}.")
+    return f"<p>{escape(' '.join(facts))}</p>"
+
+
+def _folded(title: str, content: str) -> str:
+    if not content:
+        return ""
+    return f'<details class="part"><summary>{title}</summary>{content}</details>'
+
+
 def _summary(runs: Sequence[RunReport]) -> str:
     shows_top5 = any(has_top5(line) for run in runs for line in run.metrics)
     rows = []
     for number, run in enumerate(runs):
-        evaluated = [line for line in run.metrics if "top1" in line]
-        best = max(evaluated, key=_goodness, default=None)
-        last = run.metrics[-1]
+        best, last = run.best, run.metrics[-1]
         rows.append(
             [
                 f'<span class="key k{number % COLOURS}"></span>{escape(run.name)}',
@@ -247,9 +310,10 @@ def _curves(runs: Sequence[RunReport]) -> str:
         for pair in zip(lines("loss", " training"), lines("val_loss", " validation"))
         for line in pair
     ]
+    mark = runs[0].best["epoch"] if len(runs) == 1 and runs[0].best else None
     charts = [
         line_chart("training loss", lines("loss")),
-        line_chart("validation top-1 (%)", lines("top1")),
+        line_chart("validation top-1 (%)", lines("top1"), mark=mark),
         line_chart("validation loss", lines("val_loss")),
         line_chart("validation top-5 (%)", lines("top5")),
         line_chart("learning rate", lines("lr")),
@@ -257,14 +321,12 @@ def _curves(runs: Sequence[RunReport]) -> str:
     ]
     if len(runs) == 1:
         charts[0] = line_chart(
-            "loss in training and, dashed, validation", both, dashed=[both[1][0]]
+            "loss in training and, dashed, validation", both, dashed=[both[1][0]], mark=mark
         )
         charts[2] = ""
-    return (
-        '<h2>Curves</h2><div class="charts">'
-        + "".join(f"<div>{chart}</div>" for chart in charts if chart)
-        + "</div>"
-    )
+    about = "<p>The dotted line is the best epoch.</p>" if mark is not None else ""
+    shown = "".join(f"<div>{chart}</div>" for chart in charts if chart)
+    return f'<h2>Curves</h2>{about}<div class="charts">{shown}</div>'
 
 
 def _configuration(runs: Sequence[RunReport]) -> str:
@@ -277,7 +339,7 @@ def _configuration(runs: Sequence[RunReport]) -> str:
     keys = [key for key in runs[0].config if key not in left_out]
     values = {key: [_value(run.config.get(key)) for run in runs] for key in keys}
     differing = [key for key in keys if len(set(values[key])) > 1]
-    parts = ["<h2>Configuration</h2>"]
+    parts = []
     if len(runs) > 1:
         parts.append(
             "<p>Differences between the runs:</p>"
@@ -335,7 +397,7 @@ def _time(runs: Sequence[RunReport]) -> str:
                 ]
             )
     text = (
-        "<h2>Where the time went</h2><p>Seconds per rank over the steps of all epochs: waiting for "
+        "<p>Seconds per rank over the steps of all epochs: waiting for "
         "input, computing, and waiting for other ranks and the network.</p>"
     )
     keys = (
@@ -369,12 +431,14 @@ def _classes(run: RunReport, of_run: str) -> str:
     parts = [heading]
     if run.missing:
         parts.append(f"<p>{escape(run.missing)}</p>")
-    if run.confusion is not None and len(run.confusion) <= _CONFUSION_CLASSES:
-        parts.append(
-            "<p>Images by true class (rows) and by the best network's prediction (columns).</p>"
-            + _confusion(run)
-        )
-    if run.confused:
+    table, many = _class_table(run, evaluated), len(run.classes) > _CONFUSION_CLASSES
+    if run.confusion is None or many:
+        summary = "<summary>Every class, the worst first</summary>"
+        parts.append(f"<details>{summary}{table}</details>" if many else table)
+    else:
+        about = "<p>Rows: the true class. Columns: what was predicted.</p>"
+        parts.append(f'<div class="side">{table}<div>{about}{_confusion(run)}</div></div>')
+    if run.confused and many:
         rows = [
             [escape(run.classes[label]), escape(run.classes[other]), str(count)]
             for label, other, count in run.confused
@@ -383,26 +447,34 @@ def _classes(run: RunReport, of_run: str) -> str:
             "<p>Most confused:</p>"
             + _table(("class", "predicted as", "images"), rows, numbers=(2,), name="confused")
         )
-    if evaluated:
-        best = max(evaluated, key=_goodness)
-        rows = [
-            [escape(_name(run, label)), f"{accuracy:.2f} %"]
-            for accuracy, label in sorted(
-                (accuracy, label)
-                for label, accuracy in enumerate(best["class_top1"])
-                if accuracy is not None
-            )
-        ]
-        table = _table(
-            ("class", f"top-1 in epoch {best['epoch']}"), rows, numbers=(1,), name="classes"
-        )
-        many = len(rows) > _CONFUSION_CLASSES
-        parts.append(
-            f"<details><summary>Every class, the worst first</summary>{table}</details>"
-            if many
-            else table
-        )
     return "".join(parts)
+
+
+def _class_table(run: RunReport, evaluated: Sequence[Mapping[str, Any]]) -> str:
+    """The classes, the lowest accuracy first.
+
+    Without the images, only what metrics.jsonl says.
+    """
+    if run.class_figures:
+        keys = ("precision", "recall", "f1")
+        known = enumerate(run.class_figures)
+        order = sorted(known, key=lambda item: (item[1]["recall"] is None, item[1]["recall"]))
+        rows = [
+            [
+                escape(_name(run, label)),
+                str(figures["images"]) if figures["images"] else "no image",
+                *(f"{figures[key]:.1f} %" if figures[key] is not None else "" for key in keys),
+            ]
+            for label, figures in order
+        ]
+        head = ("class", "images", "precision", "recall", "F1")
+        return _table(head, rows, numbers=range(1, len(head)), name="classes")
+    if not evaluated:
+        return ""
+    best = max(evaluated, key=_goodness)
+    pairs = [(value, label) for label, value in enumerate(best["class_top1"]) if value is not None]
+    rows = [[escape(_name(run, label)), f"{accuracy:.2f} %"] for accuracy, label in sorted(pairs)]
+    return _table(("class", f"top-1 in epoch {best['epoch']}"), rows, numbers=(1,), name="classes")
 
 
 def _confusion(run: RunReport) -> str:
@@ -425,23 +497,26 @@ def _confusion(run: RunReport) -> str:
     )
 
 
-def _pictures(run: RunReport, of_run: str) -> str:
-    parts = []
-    for title, pictures in (
-        (f"Most confident mistakes{of_run}", run.mistakes),
-        (f"Augmented training images{of_run}", run.samples),
-    ):
-        if pictures:
-            parts.append(
-                f'<h2>{title}</h2><div class="sheet">'
-                + "".join(
-                    f'<figure><img src="{picture.source}" alt="">'
-                    f"<figcaption>{escape(picture.words)}</figcaption></figure>"
-                    for picture in pictures
-                )
-                + "</div>"
-            )
-    return "".join(parts)
+def _pictures(title: str, pictures: Sequence[Picture]) -> str:
+    if not pictures:
+        return ""
+    heading = f"<h2>{title}</h2>" if title else ""
+    return f'{heading}<div class="sheet">{"".join(map(_figure, pictures))}</div>'
+
+
+def _figure(picture: Picture) -> str:
+    file = ""
+    if picture.file:
+        name = _cut("/".join(picture.file.split("/")[-2:]))
+        file = f'<span class="file" title="{escape(picture.file)}">{escape(name)}</span>'
+    caption = f"<figcaption>{file}{escape(picture.words)}</figcaption>"
+    return f'<figure><img src="{picture.source}" alt="">{caption}</figure>'
+
+
+def _cut(name: str) -> str:
+    """``name`` without its middle if it is long: beginnings and endings tell files apart."""
+    half = _NAME_LENGTH // 2
+    return name if len(name) <= _NAME_LENGTH else f"{name[:half]}…{name[-half:]}"
 
 
 def _shows(line: Mapping[str, Any], key: str) -> bool:
@@ -452,8 +527,7 @@ def _epochs(run: RunReport) -> str:
     every = ("epoch", "loss", "val_loss", "top1", "top5", "lr", "images_per_second")
     keys = [key for key in every if any(_shows(line, key) for line in run.metrics)]
     rows = [[str(line.get(key, "")) for key in keys] for line in run.metrics]
-    table = _table(keys, rows, numbers=range(len(keys)), name="epochs")
-    return f"<details><summary>Every epoch of {escape(run.name)}</summary>{table}</details>"
+    return _table(keys, rows, numbers=range(len(keys)), name="epochs")
 
 
 def _table(

@@ -11,6 +11,8 @@ from browser import CHROMIUM, Browser
 from conftest import TINY, execute, only_run
 from PIL import Image
 
+from src.inference.metrics import interval
+
 
 @pytest.fixture(scope="module")
 def page(trained_run):
@@ -53,9 +55,11 @@ def test_figures_are_those_of_the_metrics(page, trained_run):
         [line[key] for key in ("epoch", "loss", "val_loss", "top1", "lr", "images_per_second")]
         for line in metrics
     ]
-    assert {name: float(share.rstrip(" %")) for name, share in rows_of(text, "classes")} == dict(
-        zip(("ant", "bee", "cat"), best["class_top1"])
-    )
+    figures = {name: figures for name, *figures in rows_of(text, "classes")}
+    recalls = {name: float(recall.rstrip(" %")) for name, (_, _, recall, _) in figures.items()}
+    assert recalls == pytest.approx(dict(zip(("ant", "bee", "cat"), best["class_top1"])), abs=0.051)
+    assert list(recalls.values()) == sorted(recalls.values())
+    assert sum(int(images) for images, *_ in figures.values()) == 67
     # The confusion matrix is of the same network on the same images.
     body = text.partition('class="confusion"')[2].partition("<tbody>")[2].partition("</tbody>")[0]
     counts = np.array(
@@ -67,10 +71,44 @@ def test_figures_are_those_of_the_metrics(page, trained_run):
     assert counts.sum() == 67 and 100 * np.trace(counts) / 67 == pytest.approx(
         best["top1"], abs=1e-3
     )
+    for label, name in enumerate(("ant", "bee", "cat")):
+        taken = counts[:, label].sum()
+        precision = f"{100 * counts[label, label] / taken:.1f} %" if taken else ""
+        assert figures[name][1] == precision
+    right = f"{np.trace(counts)} of 67 validation images are right"
+    low, high = interval(int(np.trace(counts)), 67)
+    assert f"<h1>{right}</h1>" in text and f"(95 % interval {low:.1f} to {high:.1f} %)" in text
     assert (
         f"program {json.loads((trained_run / 'environment.json').read_text())['program']}" in text
     )
     assert text.count("<img") == 24 + 67 - np.trace(counts) if 67 - np.trace(counts) < 24 else 48
+
+
+def test_the_configuration_shows_what_was_changed_and_nothing_else(page):
+    changed = page.read_text().partition("Values that differ")[2].partition("</table>")[0]
+    keys = re.findall(r"<tr><td><code>(\w+)</code>", changed)
+    assert {"network", "block", "train_crop", "max_epoch", "lr", "image_size"} <= set(keys)
+    assert not {"max_pixels", "crop_scale", "loss_scale", "seed", "stall_timeout_s"} & set(keys)
+
+
+def test_mistakes_are_shown_with_their_files(trained_run, image_root, tmp_path):
+    shutil.copytree(image_root, tmp_path / "images")
+    val = tmp_path / "images" / "val"
+    for old, new in (("ant", "x"), ("bee", "ant"), ("x", "bee")):
+        (val / old).rename(val / new)
+    command = ["python3", "report.py", trained_run, f"--data_path={tmp_path}/images/train"]
+    run = execute([*command, f"--result_path={tmp_path}/report.html"])
+    assert run.status == 0, run
+    text = (tmp_path / "report.html").read_text()
+    captions = re.findall(r'<span class="file" title="(.*?)">(.*?)</span>(.*?)</fig', text)
+    assert captions
+    for path, shown, words in captions:
+        label, name = path.split("/")[-2:]
+        assert path.startswith(str(val)) and shown == f"{label}/{name}"
+        predicted, of_predicted, of_label = re.fullmatch(
+            rf"predicted (\w+) (\d+) %, is {label} (\d+) %", words.removesuffix("</figcaption>")
+        ).groups()
+        assert predicted != label and int(of_predicted) >= int(of_label)
 
 
 def test_it_is_one_file_without_script_and_network(page):
