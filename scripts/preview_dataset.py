@@ -31,7 +31,7 @@ def main(command):
         from src.cli.recipes import load_config
         from src.training.start import read_pretrained
 
-        settings = read_pretrained(config.checkpoint_file_path).settings
+        settings = read_pretrained(config.checkpoint_file_path, command.flags).settings
         config = load_config(command.flags, pretrained_layer={**settings, "num_classes": 0})
     sets = open_all_parts(config)
     infos = {}

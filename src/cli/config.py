@@ -539,7 +539,7 @@ class _Output(_Keys):
         Affects.PROCESS,
         "checkpoint, or folder of checkpoints; train: weights to start from; also the name or "
         "address of published weights (--list), which are downloaded",
-        _USES_MODEL,
+        (*_USES_MODEL, "preview_dataset"),
     )
     class_names: str = key(
         "",

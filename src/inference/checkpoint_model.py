@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from src.models.networks import NETWORKS, aliases
 from src.models.weight_files import Arrays
 from src.models.weights import count_classes
 from src.utils.errors import UserError
+from src.utils.log import WARNING
 
 # Checkpoints of version 0.2 and before did not record these; there was only one value.
 _FORMER_SETTINGS: dict[str, Any] = {
@@ -37,6 +38,11 @@ _FOREIGN_SETTINGS = {
     "interpolation": "bilinear",
     "antialias": True,
 }
+# timm's key of preprocessing, ours, and {timm's value: ours}.
+_TIMM_WORDS: tuple[tuple[str, str, dict[str, str]], ...] = (
+    ("interpolation", "interpolation", {"bilinear": "bilinear", "bicubic": "bicubic"}),
+    ("crop_mode", "eval_resize_mode", {"center": "shorter_side", "squash": "square"}),
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class CheckpointModel:
         """
         recorded = {
             **_recorded_data(metadata, flags),
-            **infer_model_settings(arrays, metadata, path),
+            **infer_model_settings(arrays, metadata, path, flags),
         }
         fused = bool(metadata.get("fused", False))
         if not metadata.get("config"):
@@ -146,14 +152,15 @@ class CheckpointModel:
         which is right only if there is one for every class.
 
         Raises:
-            UserError: if there are fewer.
+            UserError: if there are fewer, or the numbers are 1, 2, 3 and so on.
         """
         path = Path(self.config.eval_data_path or self.config.data_path)
         names, classes = images.class_to_index, self.config.num_classes
         if is_list(path, "val") or str(path) == DIGITS:
             return images
-        are_numbers = all(name.isascii() and name.isdigit() for name in names)
-        if are_numbers and all(int(name) < classes for name in names):
+        are_numbers = _are_numbers(names)
+        counts_from_1 = are_numbers and sorted(map(int, names)) == [*range(1, len(names) + 1)]
+        if are_numbers and not counts_from_1 and all(int(name) < classes for name in names):
             numbers = np.zeros(images.num_classes, np.int32)
             for name, label in names.items():
                 numbers[label] = int(name)
@@ -171,8 +178,26 @@ class CheckpointModel:
         return images
 
 
+def first_label_message(model: CheckpointModel, images: ImageSet) -> str | None:
+    """A message if folders are taken as labels and may count from 1; None otherwise."""
+    names = images.class_to_index
+    if model.class_to_index or not _are_numbers(names) or 0 in map(int, names):
+        return None
+    return (
+        f"{WARNING}the class folders {', '.join([*names][:3])} ... are taken as labels that count "
+        "from 0; if they count from 1, pass --class_names=FILE"
+    )
+
+
+def _are_numbers(names: Iterable[str]) -> bool:
+    return all(name.isascii() and name.isdigit() for name in names)
+
+
 def infer_model_settings(
-    arrays: Arrays, metadata: Mapping[str, Any], path: Path | None
+    arrays: Arrays,
+    metadata: Mapping[str, Any],
+    path: Path | None,
+    flags: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """{key: value} of a file's network and preprocessing.
 
@@ -183,6 +208,11 @@ def infer_model_settings(
     Args:
         arrays, metadata: the result of ``read_weights``.
         path: the file; None for exported files, which record everything.
+        flags: {key: value as typed}, which win over the result.
+
+    Raises:
+        UserError: if config.json is damaged, is of another network, or asks for what does not exist
+            here and no flag replaces.
     """
     model_keys = keys_affecting(Affects.MODEL)
     recorded = current_keys(metadata.get("config", {}))
@@ -197,7 +227,16 @@ def infer_model_settings(
     if path is not None:
         if network := _network_in_name(path.stem):
             settings["network"] = network
-        settings |= _timm_settings(path.with_name("config.json"))
+        flags = flags or {}
+        file = path.with_name("config.json")
+        beside = _timm_settings(file, flags)
+        named = _network_in_name(str(flags.get("network", ""))) or settings.get("network")
+        if named and beside.get("network", named) != named:
+            raise UserError(
+                f"{file} is of {beside['network']} and '{path}' of {named}; move one of them to "
+                "another folder"
+            )
+        settings |= beside
     return settings
 
 
@@ -260,20 +299,33 @@ def _network_in_name(stem: str) -> str | None:
     return known[max(matches, key=len)] if matches else None
 
 
-def _timm_settings(file: Path) -> dict[str, Any]:
-    """{key: value} from timm's config.json: architecture and preprocessing that exist here too."""
+def _timm_settings(file: Path, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """{key: value} from timm's config.json: architecture and preprocessing.
+
+    Raises:
+        UserError: for preprocessing that does not exist here, unless a flag replaces it.
+    """
     timm = _read_timm_config(file)
     settings: dict[str, Any] = {
         key: timm[key] for key in ("mean", "std", "crop_pct") if key in timm
     }
     if network := _network_in_name(str(timm.get("architecture", ""))):
         settings["network"] = network
-    if timm.get("interpolation") in ("bilinear", "bicubic"):
-        settings["interpolation"] = timm["interpolation"]
-    if timm.get("crop_mode") == "squash":
-        settings["eval_resize_mode"] = "square"
+    for word, key, values in _TIMM_WORDS:
+        if word in timm and key not in flags:
+            if timm[word] not in values:
+                raise UserError(
+                    f"{file} has {word}={timm[word]}, which does not exist here; choose with "
+                    f"--{key}"
+                )
+            settings[key] = values[timm[word]]
     size = timm.get("input_size")
-    if isinstance(size, list) and len(size) == 3 and isinstance(size[-1], int):
+    if size is not None and "image_size" not in flags:
+        if not (isinstance(size, list) and len(size) == 3 and size[0] == 3 and size[1] == size[2]):
+            raise UserError(
+                f"{file} has input_size={size}; images are [3, SIDE, SIDE] here: choose with "
+                "--image_size"
+            )
         settings["image_size"] = size[-1]
     return settings
 

@@ -22,7 +22,7 @@ from src.inference.backends import (
     open_backend,
     with_flip,
 )
-from src.inference.checkpoint_model import CheckpointModel
+from src.inference.checkpoint_model import CheckpointModel, first_label_message
 from src.inference.metrics import (
     EvalResult,
     EvalSums,
@@ -178,6 +178,8 @@ class _EvalData:
         config = opened.model.config
         self.images = opened.model.open_images()
         check_ranks_agree(communicator, self.images.summary("validation"))
+        if line := first_label_message(opened.model, self.images):
+            log(line)
         for line in set_messages(self.images, "validation"):
             log(line)
         if message := split_message(opened.model, opened.metadata, self.images):

@@ -12,7 +12,8 @@ from pathlib import Path
 import yaml
 
 from src.models.networks import NETWORKS, aliases
-from src.utils.download import NotFound, download, sha256_in_name
+from src.models.weight_files import looks_like_weights
+from src.utils.download import NotFound, checked_address, download, sha256_in_name
 from src.utils.errors import UserError, suggestion
 from src.utils.files import user_cache, write_whole
 
@@ -100,6 +101,8 @@ def fetch_weights(name: str) -> None:
     published = find_published(name)
     if published is None and not _is_address(name):
         raise UserError(_unknown(name))
+    if published is None:
+        checked_address(name)
     target = Path(local_weights(name))
     _check_readable(name, target)
     if published is None:
@@ -124,7 +127,8 @@ def _fetch_published(weights: PublishedWeights, target: Path) -> None:
     config, text = target.with_name("config.json"), json.dumps(weights.timm_config)
     if not config.exists() or config.read_text(encoding="utf-8") != text:
         write_whole(config, lambda partial: partial.write_text(text, encoding="utf-8"))
-    download(_mirrored(weights.url), target, sha256_in_name(weights.url), str(weights))
+    sha256 = sha256_in_name(weights.url)
+    download(_mirrored(weights.url), target, sha256, str(weights), looks_like_weights)
 
 
 def _fetch_address(url: str, target: Path) -> None:
@@ -134,11 +138,13 @@ def _fetch_address(url: str, target: Path) -> None:
         with suppress(NotFound):
             beside = url.partition("?")[0].rpartition("/")[0]
             download(f"{beside}/config.json", target.with_name("config.json"))
-    download(url, target, sha256_in_name(url))
+    download(url, target, sha256_in_name(url), is_valid=looks_like_weights)
 
 
 def _mirrored(url: str) -> str:
-    mirror = os.environ.get("HF_ENDPOINT") or _HUB
+    mirror = os.environ.get("HF_ENDPOINT", "").strip() or _HUB
+    if not mirror.startswith(("https://", "http://")):
+        raise UserError(f"HF_ENDPOINT={mirror} must begin with https:// or http://")
     return mirror.rstrip("/") + url.removeprefix(_HUB) if url.startswith(_HUB) else url
 
 
@@ -148,11 +154,6 @@ def _is_address(name: str) -> bool:
 
 def _check_readable(name: str, target: Path) -> None:
     """Raise UserError for what could not be used once it is there."""
-    scheme = urllib.parse.urlsplit(name).scheme if _is_address(name) else "https"
-    if scheme not in ("http", "https"):
-        raise UserError(
-            f"'{name}' cannot be downloaded: its address begins with neither https:// nor http://"
-        )
     if not target.suffix:
         raise UserError(f"'{name}' is not the address of a file")
     if target.suffix in _PYTORCH_ENDINGS and importlib.util.find_spec("torch") is None:

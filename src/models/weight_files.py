@@ -82,6 +82,30 @@ def read_weights(path: Path) -> tuple[Arrays, dict[str, Any]]:
     return _read_mindspore(path)
 
 
+def looks_like_weights(path: Path) -> bool:
+    """Whether a file has the form of one of the formats, and is whole if the format tells."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    if head.startswith(_ZIP_MAGIC):
+        return zipfile.is_zipfile(path)
+    if head.startswith((_HDF5_MAGIC, _PICKLE_MAGIC)):
+        return True
+    if head[8:] == b"{":
+        return _is_whole_safetensors(path)
+    # The messages of a MindSpore checkpoint begin with the tag of their first field.
+    return head.startswith(b"\n")
+
+
+def _is_whole_safetensors(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="np"):
+            return True
+    except (SafetensorError, OSError):
+        return False
+
+
 class quiet_mindspore:
     """Silences MindSpore's own Python log: its errors are reported by ours, as one line."""
 

@@ -34,7 +34,7 @@ def train(command: Command, data: PreparedData) -> None:
     # Pretrained weights bring their network and preprocessing, so they come before the final
     # configuration.
     weights = command.config.checkpoint_file_path
-    pretrained = read_pretrained(weights) if weights else None
+    pretrained = read_pretrained(weights, command.flags) if weights else None
     settings = pretrained.settings if pretrained else None
     check_ranks_agree(communicator, settings or {}, "use the same weights file on every host")
 

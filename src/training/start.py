@@ -139,7 +139,7 @@ class ResumePoint:
 Start = RandomWeights | PretrainedWeights | ResumePoint
 
 
-def read_pretrained(name: str) -> PretrainedWeights:
+def read_pretrained(name: str, flags: Mapping[str, Any]) -> PretrainedWeights:
     """Read weights to start from: a file, or published weights that were fetched.
 
     Raises:
@@ -153,7 +153,7 @@ def read_pretrained(name: str) -> PretrainedWeights:
             f"'{path}' is a fused network, for deployment only; train the checkpoint that it was "
             "exported from"
         )
-    settings = infer_model_settings(arrays, metadata, Path(path))
+    settings = infer_model_settings(arrays, metadata, Path(path), flags)
     settings.pop("num_classes", None)
     return PretrainedWeights(path, arrays, settings, metadata.get("class_to_index"))
 

@@ -10,7 +10,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.message import Message
 from pathlib import Path
@@ -31,7 +31,13 @@ class NotFound(UserError):
     """The server has no such file."""
 
 
-def download(url: str, target: Path, sha256: str = "", what: str = "") -> None:
+def download(
+    url: str,
+    target: Path,
+    sha256: str = "",
+    what: str = "",
+    is_valid: Callable[[Path], bool] = lambda path: True,
+) -> None:
     """Download ``url`` to ``target``, unless that exists. Shows the progress.
 
     Proxies are those of the environment (https_proxy, no_proxy). An interrupted download continues
@@ -42,6 +48,7 @@ def download(url: str, target: Path, sha256: str = "", what: str = "") -> None:
         sha256: beginning of the file's SHA-256 in hexadecimal digits; "" if only the server may
             know it.
         what: what to call the file in the message that announces the download.
+        is_valid: whether a file, from its content, is of the right kind; another is not kept.
 
     Raises:
         NotFound: if the server has no such file.
@@ -53,7 +60,7 @@ def download(url: str, target: Path, sha256: str = "", what: str = "") -> None:
             with _locked(target.with_name(f".{target.name}.lock")):
                 if not target.exists():
                     print_status(f"downloading {what or target.name} from {url} to {target}")
-                    _download_whole(url, target, sha256)
+                    _download_whole(checked_address(url), target, sha256, is_valid)
         if sha256 and not _sha256(target).startswith(sha256):
             raise UserError(
                 f"'{target}' is not the file of {url}: its SHA-256 does not begin with {sha256}; "
@@ -64,9 +71,29 @@ def download(url: str, target: Path, sha256: str = "", what: str = "") -> None:
 
 
 def sha256_in_name(url: str) -> str:
-    """The beginning of the SHA-256 in a name of PyTorch's, as in resnet18-f37072fd.pth; or ""."""
-    found = re.search(r"-([0-9a-f]{8,64})\.\w+$", urllib.parse.urlsplit(url).path)
+    """The beginning of the SHA-256 in a name of PyTorch's, as in resnet18-f37072fd.pth; or "".
+
+    Digits without a letter may be a date.
+    """
+    found = re.search(r"-(?=\d*[a-f])([0-9a-f]{8,64})\.(pth|pt)$", url.partition("?")[0])
     return found[1] if found else ""
+
+
+def checked_address(url: str) -> str:
+    """The address in ASCII. Raises UserError if nothing can be downloaded from it."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address:
+        raise UserError(f"'{url}' is no address: it must be https://HOST/FILE or http://HOST/FILE")
+    if parts.username is not None:
+        raise UserError(
+            f"the address of {parts.hostname} has a user name or password, which would be shown in "
+            "messages; fetch the file yourself and pass its path"
+        )
+    return urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~")
 
 
 class _Interrupted(Exception):
@@ -92,7 +119,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _download_whole(url: str, target: Path, sha256: str) -> None:
+def _download_whole(url: str, target: Path, sha256: str, is_valid: Callable[[Path], bool]) -> None:
     partial = target.with_name(target.name + ".part")
     for attempt in range(_TRIES):
         time.sleep(attempt)
@@ -102,9 +129,11 @@ def _download_whole(url: str, target: Path, sha256: str) -> None:
         except _Interrupted as failure:
             reason = failure
     else:
+        proxy = f"{urllib.parse.urlsplit(url).scheme}_proxy"
+        through = f" ({proxy} is set)" if proxy[:-6] in urllib.request.getproxies() else ""
         raise UserError(
-            f"cannot download {url}: {reason}; run the command again, or fetch the file on another "
-            f"machine and save it as {target}"
+            f"cannot download {url}: {reason}{through}; run the command again, or fetch the file "
+            f"on another machine and save it as {target}"
         )
     found = _sha256(partial)
     if not found.startswith(expected):
@@ -112,6 +141,11 @@ def _download_whole(url: str, target: Path, sha256: str) -> None:
         raise UserError(
             f"{url} is not the expected file: its SHA-256 begins with {found[:8]} and not with "
             f"{expected[:8]}; nothing is kept"
+        )
+    if not is_valid(partial):
+        partial.unlink()
+        raise UserError(
+            f"{url} is not the expected file: it is damaged or of another format; nothing is kept"
         )
     os.replace(partial, target)
 
@@ -142,9 +176,13 @@ def _continue(url: str, partial: Path, sha256: str) -> str:
         if failure.code == 416 and done:
             # There is no more, or the part is of another file.
             return sha256 or redirects.sha256 or _sent_sha256(failure.headers) or "unknown"
+        answer_text = f"the server answers {failure.code} {failure.reason}"
+        if failure.code >= 500 or failure.code == 429:
+            raise _Interrupted(answer_text) from None
         kind = NotFound if failure.code in (404, 410) else UserError
         raise kind(
-            f"cannot download {url}: the server answers {failure.code} {failure.reason}"
+            f"cannot download {url}: {answer_text}; pass a file instead, or save it as "
+            f"{partial.with_suffix('')}"
         ) from None
     except (OSError, http.client.HTTPException) as failure:
         if getattr(failure, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):

@@ -124,4 +124,4 @@ def test_preprocessing_is_that_of_the_weights(trained_run, image_root, tmp_path)
             f"--result_path={tmp_path}/preview.png",
         ]
     )
-    assert run.status == 0 and "look:" not in run.out, run
+    assert run.status == 0 and "look:" not in run.out and "warning" not in run.out + run.err, run

@@ -8,7 +8,12 @@ import pytest
 from PIL import Image
 
 from src.cli.recipes import load_config
-from src.inference.checkpoint_model import CheckpointModel, infer_model_settings, read_class_names
+from src.inference.checkpoint_model import (
+    CheckpointModel,
+    first_label_message,
+    infer_model_settings,
+    read_class_names,
+)
 from src.utils.errors import UserError
 
 
@@ -134,6 +139,33 @@ def test_timms_config_names_the_classes(tmp_path):
             CheckpointModel.of(weights, {}, {}, tmp_path / "model.safetensors")
 
 
+@pytest.mark.parametrize(
+    "config,flags,words",
+    [
+        ({"interpolation": "lanczos"}, {}, "interpolation=lanczos.*--interpolation"),
+        ({"interpolation": "lanczos"}, {"interpolation": "bicubic"}, None),
+        ({"crop_mode": "border"}, {}, "crop_mode=border.*--eval_resize_mode"),
+        ({"input_size": [1, 224, 224]}, {}, "input_size=.*--image_size"),
+        ({"input_size": [3, 224, 320]}, {}, "input_size=.*--image_size"),
+        ({"architecture": "resnet50"}, {"network": "sres18"}, "is of resnet50.*of resnet18"),
+        ({"architecture": "resnet50"}, {"network": "resnet50"}, None),
+    ],
+)
+def test_a_config_that_cannot_be_followed_is_refused(tmp_path, config, flags, words):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if words is None:
+        infer_model_settings({}, {}, tmp_path / "model.safetensors", flags)
+        return
+    with pytest.raises(UserError, match=words):
+        infer_model_settings({}, {}, tmp_path / "model.safetensors", flags)
+
+
+def test_a_config_of_another_network_than_the_file_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet50"}))
+    with pytest.raises(UserError, match="is of resnet50 and '.*resnet18_mine.safetensors' of"):
+        infer_model_settings({}, {}, tmp_path / "resnet18_mine.safetensors")
+
+
 @pytest.mark.parametrize("text", ["[", '{"pretrained_cfg": 3}'])
 def test_a_damaged_config_is_named(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
@@ -212,6 +244,20 @@ def test_numbered_folders_that_fit_no_order_are_refused(tmp_path):
     """1 to 10 for ten classes: as text, 10 would be the second."""
     with pytest.raises(UserError, match="10 classes without names.*--class_names"):
         opened(tmp_path, map(str, range(1, 11)), 10)
+
+
+def test_numbered_folders_that_count_from_1_are_refused(tmp_path):
+    """Of a set that counts from 1, every label would be one too large."""
+    with pytest.raises(UserError, match="1000 classes without names.*--class_names"):
+        opened(tmp_path, ["1", "2", "3"], 1000)
+
+
+@pytest.mark.parametrize("names,warned", [(("1", "142"), True), (("0", "142"), False)])
+def test_numbers_that_may_count_from_1_are_said_to_count_from_0(tmp_path, names, warned):
+    images = opened(tmp_path, names, 1000)
+    model = CheckpointModel(load_config({"network": "resnet18", "data_path": "x"}), False, None)
+    line = first_label_message(model, images)
+    assert (line or "").startswith("warning: the class folders 1, 142") == warned
 
 
 def test_class_names_in_another_order_than_in_training_are_refused(tmp_path):

@@ -86,7 +86,9 @@ def test_a_file_of_the_same_name_comes_first(tmp_path, monkeypatch):
         ("missing/resnet18.ckpt", "'missing/resnet18.ckpt' does not exist$"),
         ("True", "say which weights, as in --pretrained=resnet18"),
         ("cifar_quick", "nobody is known to publish weights of cifar_quick"),
-        ("ftp://host/resnet18.safetensors", "neither https:// nor http://"),
+        ("ftp://host/resnet18.safetensors", "is no address: it must be https://HOST/FILE"),
+        ("https://[::1/resnet18.safetensors", "is no address: it must be https://HOST/FILE"),
+        ("http://me:secret@host/a.safetensors", "address of host has a user name or password"),
         ("https://host/weights/", "is not the address of a file"),
     ],
 )
@@ -110,6 +112,26 @@ def test_without_a_network_it_says_what_to_fetch_and_where_to_put_it(hub, monkey
     (hub / "model.safetensors").rename(file)
     fetch_weights("resnet18")
     assert local_weights("resnet18") == file
+
+
+@pytest.mark.parametrize("content", [b"<html>sign in</html>", b"truncated"])
+def test_a_file_of_another_kind_is_not_kept_although_its_sum_is_unknown(hub, content):
+    file = hub / "timm/resnet18.tv_in1k/resolve/main/model.safetensors"
+    write_weights(file)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-5] if content == b"truncated" else content)
+    with pytest.raises(UserError, match="damaged or of another format; nothing is kept"):
+        fetch_weights("resnet18")
+    file.write_bytes(whole)
+    fetch_weights("resnet18")
+    with open(local_weights("resnet18"), "rb") as kept:
+        assert kept.read() == whole
+
+
+def test_a_mirror_is_an_address(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "hf-mirror.example")
+    with pytest.raises(UserError, match="HF_ENDPOINT=hf-mirror.example must begin with https://"):
+        fetch_weights("resnet18")
 
 
 def test_an_address_brings_the_preprocessing_that_stands_next_to_it(hub, monkeypatch):
