@@ -21,6 +21,7 @@ from src.inference.checkpoint_model import CheckpointModel
 from src.inference.evaluation import Evaluator
 from src.inference.formats import create_format
 from src.inference.metrics import class_table, tops
+from src.inference.model_card import write_card
 from src.inference.onnx import export_quietly
 from src.inference.quantization import quantize
 from src.kernels.library import KernelChoice
@@ -52,12 +53,15 @@ class Exported:
         original, exported: the size of the network before and after fusion.
         difference: |logit - original| / largest |original|, the largest over random inputs and
             real images.
+        model, recorded: what the checkpoint holds, and its metadata.
     """
 
     path: Path
     original: NetworkSize
     exported: NetworkSize
     difference: float
+    model: CheckpointModel
+    recorded: Mapping[str, Any]
 
 
 def export(command: Command) -> None:
@@ -74,6 +78,8 @@ def export(command: Command) -> None:
         )
     log(f"file sizes: {_file_size(path)}, {_file_size(exported.path)}")
     log(f"exported to {exported.path}: largest relative difference {exported.difference:.1e}")
+    card = write_card(exported.path, path, exported.model, exported.recorded, exported.difference)
+    log(f"what it is, for whoever receives it: {card}")
     if config.quantize == "int8":
         _quantize(exported, command, log)
 
@@ -94,15 +100,15 @@ def export_checkpoint(
         UserError: if it cannot be written, or differs from the checkpoint by more than 1e-4; then
             it is removed.
     """
-    arrays, metadata = read_weights(path)
-    model = CheckpointModel.of(arrays, metadata, flags, path)
+    arrays, recorded = read_weights(path)
+    model = CheckpointModel.of(arrays, recorded, flags, path)
     network = _create_float32_network(model)
     assign_weights(network, arrays, path)
     network.set_train(False)
     fuses = fuses and model.has_branches
     written_network = fuse(network) if fuses else network
     metadata = {
-        **metadata,
+        **recorded,
         "config": model.config.model_dump(mode="json"),
         "class_to_index": model.class_to_index,
         "fused": fuses or model.fused,
@@ -127,7 +133,7 @@ def export_checkpoint(
             leftover.unlink(missing_ok=True)
         raise
     sizes = network_size(network, size), network_size(written_network, size)
-    return Exported(file, *sizes, difference)
+    return Exported(file, *sizes, difference, model, recorded)
 
 
 def deploy(

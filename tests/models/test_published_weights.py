@@ -163,6 +163,9 @@ def test_commands_use_published_weights_with_their_preprocessing(hub, image_root
     words = ["python3", ROOT / "export.py", "--checkpoint_file_path=resnet18.a1_in1k"]
     made = execute([*words, "--image_size=64", "--file_format=SAFETENSORS"], cwd=tmp_path)
     assert made.status == 0 and (tmp_path / "resnet18.a1_in1k.safetensors").is_file(), made
+    card = (tmp_path / "resnet18.a1_in1k.safetensors.md").read_text()
+    assert "These are the published weights resnet18.a1_in1k" in card and "Apache-2.0" in card
+    assert "Not recorded in the file of weights" in card and "bicubic" in card
 
 
 @pytest.mark.slow

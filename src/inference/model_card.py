@@ -1,0 +1,141 @@
+"""A model card, written beside an exported network: what it is for whoever receives only the file.
+
+Its parts follow Mitchell et al., "Model Cards for Model Reporting", 2019 (arXiv:1810.03993), as far
+as they are known here.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from src.cli.config import Config
+from src.dataset.image_set import class_names
+from src.dataset.splits import split_fraction
+from src.inference.checkpoint_model import CheckpointModel
+from src.inference.metrics import interval
+from src.models.published_weights import find_published
+from src.runs.run_folder import RunFolder
+from src.utils.errors import UserError
+from src.utils.files import write_whole
+
+_CLASSES_NAMED = 100
+
+
+def card_of(file: Path) -> Path:
+    """The file of the model card of an exported file."""
+    return file.with_name(f"{file.name}.md")
+
+
+def write_card(
+    file: Path,
+    checkpoint: Path,
+    model: CheckpointModel,
+    metadata: Mapping[str, Any],
+    difference: float,
+) -> Path:
+    """Write the card of ``file``, which was exported from ``checkpoint``. Returns its path.
+
+    Args:
+        metadata: what the checkpoint records.
+        difference: largest relative difference of the exported outputs from the checkpoint's.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    config = model.config
+    run = _run_of(checkpoint)
+    sections = [
+        f"# {file.name}",
+        f"{config.network} for {config.num_classes} classes, exported from {checkpoint.name}. Its "
+        f"outputs differ from the checkpoint's by at most {difference:.1e} of the largest.",
+        "## Figures",
+        _figures(run, metadata),
+        "## Data",
+        *(_data(config) if metadata.get("config") else ["Not recorded in the file of weights."]),
+        "## Preprocessing",
+        _preprocessing(config),
+        "## Classes",
+        _classes(model),
+        "## Weights and licence",
+        _origin(config, metadata),
+        "## How to repeat it",
+        _repetition(run, metadata),
+    ]
+    card = card_of(file)
+    text = "\n\n".join(sections) + "\n"
+    write_whole(card, lambda partial: partial.write_text(text, "utf-8", "backslashreplace"))
+    return card
+
+
+def _run_of(checkpoint: Path) -> RunFolder | None:
+    try:
+        return RunFolder.of_checkpoint(checkpoint)
+    except UserError:  # it was moved, or is of another program
+        return None
+
+
+def _figures(run: RunFolder | None, metadata: Mapping[str, Any]) -> str:
+    lines = run.read_metrics() if run is not None else []
+    line = next((one for one in lines if one["step"] == metadata.get("step")), {})
+    if "correct" not in line:
+        return "Not evaluated in training; `eval.py` does it."
+    low, high = interval(line["correct"], line["val_images"])
+    return (
+        f"{line['correct']} of {line['val_images']} validation images are right: "
+        f"{line['top1']:.2f} % (95 % interval {low:.1f} to {high:.1f} %), after epoch "
+        f"{line['epoch']}. If this epoch was chosen by these images, the figure is a little high. "
+        "Nothing is known of images of other kinds."
+    )
+
+
+def _data(config: Config) -> list[str]:
+    if split_fraction(config):
+        held_out = f"{100 * split_fraction(config):.0f} % of each class of them, held out"
+    else:
+        held_out = f"`{config.eval_data_path}`" if config.eval_data_path else "none recorded"
+    return [f"Trained on `{config.data_path}`.", f"Validation images: {held_out}."]
+
+
+def _preprocessing(config: Config) -> str:
+    resized = {"square": "both sides", "shorter_side": "the shorter side"}
+    how = f"{config.interpolation}, {'with' if config.antialias else 'without'} antialiasing"
+    return (
+        f"RGB; {resized[config.eval_resize_mode]} resized to {config.resized_side} ({how}); the "
+        f"central {config.image_size} x {config.image_size} pixels; values divided by 255; mean "
+        f"{list(config.mean)} subtracted; divided by {list(config.std)}."
+    )
+
+
+def _classes(model: CheckpointModel) -> str:
+    count = model.config.num_classes
+    if model.class_to_index is None:
+        return f"{count} without names."
+    names = class_names(model.class_to_index, count)
+    more = f" and {count - _CLASSES_NAMED} more" if count > _CLASSES_NAMED else ""
+    return ", ".join(names[:_CLASSES_NAMED]) + more
+
+
+def _origin(config: Config, metadata: Mapping[str, Any]) -> str:
+    recorded = metadata.get("config")
+    name = recorded.get("checkpoint_file_path", "") if recorded else config.checkpoint_file_path
+    what = "Trained from" if recorded else "These are"
+    if (weights := find_published(name)) and not os.path.exists(name):
+        return (
+            f"{what} the published weights {weights.name}, trained on ImageNet ({weights.url}, "
+            f"licence {weights.licence})."
+        )
+    if name:
+        return f"{what} the weights in `{name}`; see their licence."
+    return "Trained from random weights; the licence is for their owner to choose."
+
+
+def _repetition(run: RunFolder | None, metadata: Mapping[str, Any]) -> str:
+    if run is None:
+        return "The run's folder is not known."
+    environment = run.read_environment()
+    versions = ", ".join(f"{key} {value}" for key, value in environment.items() if key != "hosts")
+    return (
+        f"`python3 train.py --config_path={run.config}` up to step {metadata['step']}; "
+        f"{versions or 'versions not recorded'}."
+    )
