@@ -309,11 +309,11 @@ class _Preprocessing(_Keys):
         Affects.MODEL,
         "1: average over all covered pixels, as Pillow, torchvision and timm; in training too",
     )
-    reduced_decoding: Annotated[Literal["off", "train", "all"], Word] = key(
+    reduced_decoding: Annotated[Literal["never", "train", "all"], Word] = key(
         "train",
         Affects.MODEL,
         "large JPEG photographs are decoded at 1/2, 1/4 or 1/8 of their sides, which is faster and "
-        "nearly the same: off: never; train: in training; all: in evaluation too",
+        "nearly the same; train: in training; all: in evaluation too",
         needs="antialias",
     )
     mean: Rgb = key((0.485, 0.456, 0.406), Affects.MODEL, "RGB mean, for pixels in [0, 1]")

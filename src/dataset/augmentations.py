@@ -353,7 +353,7 @@ class Augmenter:
 
     def _least_side(self, config: Config) -> int:
         # Without antialiasing, samples are made of single pixels of the whole image.
-        if config.reduced_decoding == "off" or not config.antialias:
+        if config.reduced_decoding == "never" or not config.antialias:
             return 0
         first = self._stages[0].augmentation if self._stages else None
         if not isinstance(first, Crop):

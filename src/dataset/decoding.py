@@ -146,7 +146,8 @@ def open_picture(content: bytes | memoryview) -> Image.Image:
 
 def _reduction(picture: Image.Image, least_side: int) -> int:
     """By what to divide the sides of a picture while it is decoded: 1, 2, 4 or 8."""
-    if picture.format != "JPEG" or not least_side:
+    # Cameras append small versions of a picture, which makes it an MPO for Pillow.
+    if picture.format not in ("JPEG", "MPO") or not least_side:
         return 1
     fraction = min(picture.size) // least_side
     return next((reduction for reduction in _REDUCED if reduction <= fraction), 1)

@@ -20,6 +20,7 @@ from src.models.blocks import BLOCKS, find_block, recognise_block
 from src.models.create import create_network
 from src.models.layers import ImageClassifier
 from src.models.networks import NETWORKS, aliases
+from src.models.published_weights import published_at
 from src.models.weight_files import Arrays
 from src.models.weights import count_classes
 from src.utils.errors import UserError
@@ -156,7 +157,8 @@ class CheckpointModel:
         """
         path = Path(self.config.eval_data_path or self.config.data_path)
         names, classes = images.class_to_index, self.config.num_classes
-        if is_list(path, "val") or str(path) == DIGITS:
+        has_labels = images.packed is None and is_list(path, "val")
+        if has_labels or str(path) == DIGITS:
             return images
         are_numbers = _are_numbers(names)
         counts_from_1 = are_numbers and sorted(map(int, names)) == [*range(1, len(names) + 1)]
@@ -181,7 +183,9 @@ class CheckpointModel:
 def first_label_message(model: CheckpointModel, images: ImageSet) -> str | None:
     """A message if folders are taken as labels and may count from 1; None otherwise."""
     names = images.class_to_index
-    if model.class_to_index or not _are_numbers(names) or 0 in map(int, names):
+    if model.class_to_index or not _are_numbers(names):
+        return None
+    if "0" in names or any(label != int(name) for name, label in names.items()):
         return None
     return (
         f"{WARNING}the class folders {', '.join([*names][:3])} ... are taken as labels that count "
@@ -227,16 +231,7 @@ def infer_model_settings(
     if path is not None:
         if network := _network_in_name(path.stem):
             settings["network"] = network
-        flags = flags or {}
-        file = path.with_name("config.json")
-        beside = _timm_settings(file, flags)
-        named = _network_in_name(str(flags.get("network", ""))) or settings.get("network")
-        if named and beside.get("network", named) != named:
-            raise UserError(
-                f"{file} is of {beside['network']} and '{path}' of {named}; move one of them to "
-                "another folder"
-            )
-        settings |= beside
+        settings |= _timm_settings(path, flags or {}, settings.get("network"))
     return settings
 
 
@@ -299,18 +294,33 @@ def _network_in_name(stem: str) -> str | None:
     return known[max(matches, key=len)] if matches else None
 
 
-def _timm_settings(file: Path, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """{key: value} from timm's config.json: architecture and preprocessing.
+def _timm_settings(path: Path, flags: Mapping[str, Any], network: str | None) -> dict[str, Any]:
+    """{key: value} from timm's config.json next to ``path``: architecture and preprocessing.
+
+    Args:
+        network: what the name of the file says.
 
     Raises:
-        UserError: for preprocessing that does not exist here, unless a flag replaces it.
+        UserError: if the architecture contradicts the file's name or a flag, or for preprocessing
+            that does not exist here, unless a flag replaces it.
     """
-    timm = _read_timm_config(file)
+    file, timm = path.with_name("config.json"), _read_timm_config(path)
     settings: dict[str, Any] = {
         key: timm[key] for key in ("mean", "std", "crop_pct") if key in timm
     }
-    if network := _network_in_name(str(timm.get("architecture", ""))):
-        settings["network"] = network
+    if architecture := timm.get("architecture"):
+        settings["network"] = _known_network(str(architecture).partition(".")[0])
+        if "network" in flags and _known_network(str(flags["network"])) != settings["network"]:
+            raise UserError(
+                f"--network={flags['network']} contradicts {file}, which is of {architecture}"
+            )
+        if network not in (None, settings["network"]):
+            raise UserError(
+                f"{file} is of {architecture} and '{path}' of {network}; move one of them to "
+                "another folder"
+            )
+        if settings["network"] is None:
+            raise UserError(f"{file} is of {architecture}, a network that does not exist here")
     for word, key, values in _TIMM_WORDS:
         if word in timm and key not in flags:
             if timm[word] not in values:
@@ -330,16 +340,21 @@ def _timm_settings(file: Path, flags: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def _known_network(name: str) -> str | None:
+    """The network of this very name or alias."""
+    return name if name in NETWORKS else aliases().get(name)
+
+
 def _timm_class_map(path: Path | None, classes: int) -> dict[str, int] | None:
     """The class map in timm's config.json next to ``path``, or None.
 
     Raises:
         UserError: if it names a class twice, or does not have ``classes`` names.
     """
-    file = path.with_name("config.json") if path is not None else None
-    names = _read_timm_config(file).get("label_names") if file is not None else None
-    if not isinstance(names, list):
+    names = _read_timm_config(path).get("label_names") if path is not None else None
+    if path is None or not isinstance(names, list):
         return None
+    file = path.with_name("config.json")
     class_to_index = {str(name): label for label, name in enumerate(names)}
     if len(class_to_index) < len(names) or len(names) != classes:
         raise UserError(
@@ -349,8 +364,11 @@ def _timm_class_map(path: Path | None, classes: int) -> dict[str, int] | None:
     return class_to_index
 
 
-def _read_timm_config(file: Path) -> dict[str, Any]:
-    """The content of timm's config.json, with that of its pretrained_cfg; {} without a file."""
+def _read_timm_config(path: Path) -> dict[str, Any]:
+    """timm's config.json next to ``path``, with its pretrained_cfg; {} without a file."""
+    if published := published_at(path):
+        return published.timm_config
+    file = path.with_name("config.json")
     try:
         content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         if not isinstance(content, dict):

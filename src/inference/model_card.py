@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from src.cli.config import Config
+from src.cli.config import Affects, Config, keys_affecting
 from src.dataset.image_set import class_names
-from src.dataset.splits import split_fraction
+from src.dataset.splits import validation_path
 from src.inference.checkpoint_model import CheckpointModel
 from src.inference.metrics import interval
 from src.models.published_weights import find_published
@@ -43,22 +43,22 @@ def write_card(
     Raises:
         UserError: if it cannot be written.
     """
-    config = model.config
+    config, recorded = model.config, metadata.get("config") or {}
     run = _run_of(checkpoint)
     sections = [
         f"# {file.name}",
         f"{config.network} for {config.num_classes} classes, exported from {checkpoint.name}. Its "
         f"outputs differ from the checkpoint's by at most {difference:.1e} of the largest.",
         "## Figures",
-        _figures(run, metadata),
+        _figures(run, metadata, config),
         "## Data",
-        *(_data(config) if metadata.get("config") else ["Not recorded in the file of weights."]),
+        _data(recorded),
         "## Preprocessing",
         _preprocessing(config),
         "## Classes",
         _classes(model),
         "## Weights and licence",
-        _origin(config, metadata),
+        _origin(recorded, config.checkpoint_file_path),
         "## How to repeat it",
         _repetition(run, metadata),
     ]
@@ -75,26 +75,41 @@ def _run_of(checkpoint: Path) -> RunFolder | None:
         return None
 
 
-def _figures(run: RunFolder | None, metadata: Mapping[str, Any]) -> str:
+def _figures(run: RunFolder | None, metadata: Mapping[str, Any], config: Config) -> str:
     lines = run.read_metrics() if run is not None else []
     line = next((one for one in lines if one["step"] == metadata.get("step")), {})
-    if "correct" not in line:
+    if "top1" not in line:
         return "Not evaluated in training; `eval.py` does it."
-    low, high = interval(line["correct"], line["val_images"])
+    present = config.model_dump(mode="json")
+    changed = [key for key in keys_affecting(Affects.MODEL) if _differs(key, metadata, present)]
+    if changed:
+        return f"None: training evaluated with other values of {', '.join(sorted(changed))}."
+    how_many = f"{line['top1']:.2f} % of the validation images are right"
+    if "correct" in line:
+        low, high = interval(line["correct"], line["val_images"])
+        how_many = (
+            f"{line['correct']} of {line['val_images']} validation images are right: "
+            f"{line['top1']:.2f} % (95 % interval {low:.1f} to {high:.1f} %)"
+        )
     return (
-        f"{line['correct']} of {line['val_images']} validation images are right: "
-        f"{line['top1']:.2f} % (95 % interval {low:.1f} to {high:.1f} %), after epoch "
-        f"{line['epoch']}. If this epoch was chosen by these images, the figure is a little high. "
-        "Nothing is known of images of other kinds."
+        f"{how_many}, after epoch {line['epoch']}. If this epoch was chosen by these images, the "
+        "figure is a little high. Nothing is known of images of other kinds."
     )
 
 
-def _data(config: Config) -> list[str]:
-    if split_fraction(config):
-        held_out = f"{100 * split_fraction(config):.0f} % of each class of them, held out"
-    else:
-        held_out = f"`{config.eval_data_path}`" if config.eval_data_path else "none recorded"
-    return [f"Trained on `{config.data_path}`.", f"Validation images: {held_out}."]
+def _differs(key: str, metadata: Mapping[str, Any], present: Mapping[str, Any]) -> bool:
+    recorded = metadata["config"]
+    return key in recorded and recorded[key] != present[key]
+
+
+def _data(recorded: Mapping[str, Any]) -> str:
+    if not recorded.get("data_path"):
+        return "Not recorded in the file of weights."
+    held_out = f"held out of each class, val_split={recorded.get('val_split')}"
+    if recorded.get("eval_data_path") or not recorded.get("val_split"):
+        path = recorded.get("eval_data_path") or validation_path(recorded["data_path"])
+        held_out = f"`{path}`" if path else "none recorded"
+    return f"Trained on `{recorded['data_path']}`. Validation images: {held_out}."
 
 
 def _preprocessing(config: Config) -> str:
@@ -116,10 +131,10 @@ def _classes(model: CheckpointModel) -> str:
     return ", ".join(names[:_CLASSES_NAMED]) + more
 
 
-def _origin(config: Config, metadata: Mapping[str, Any]) -> str:
-    recorded = metadata.get("config")
-    name = recorded.get("checkpoint_file_path", "") if recorded else config.checkpoint_file_path
-    what = "Trained from" if recorded else "These are"
+def _origin(recorded: Mapping[str, Any], checkpoint: str) -> str:
+    is_trained_here = bool(recorded.get("data_path"))
+    name = recorded.get("checkpoint_file_path", "") if is_trained_here else checkpoint
+    what = "Trained from" if is_trained_here else "These are"
     if (weights := find_published(name)) and not os.path.exists(name):
         return (
             f"{what} the published weights {weights.name}, trained on ImageNet ({weights.url}, "

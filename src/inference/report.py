@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -20,6 +21,7 @@ from src.dataset.splits import validation_path
 from src.inference.backends import Backend, open_backend
 from src.inference.metrics import class_figures, confusion_matrix, interval
 from src.kernels.library import KernelChoice
+from src.models.weight_files import read_weights
 from src.runs.report import Picture, RunReport, render
 from src.runs.run_folder import RunFolder
 from src.utils.errors import UserError
@@ -66,8 +68,11 @@ def _run_report(
             f"'{folder.path}' is not the folder of a run that has finished an epoch: metrics.jsonl "
             "has no lines"
         )
-    config = validated(current_keys(folder.read_config())).model_dump(mode="json")
+    config = _comparable(folder.read_config())
     run = RunReport(name, config, folder.read_environment(), metrics, defaults=default_values())
+    if folder.best.exists():
+        # After a resume with other validation images, earlier epochs no longer count.
+        run = replace(run, best_step=read_weights(folder.best)[1].get("step"))
     best = run.best
     if best and "correct" in best:
         run = replace(run, interval=interval(best["correct"], best["val_images"]))
@@ -76,6 +81,14 @@ def _run_report(
     except UserError as failure:
         log(f"{WARNING}{name}: the report is incomplete: {failure}")
         return replace(run, missing=f"Not everything could be shown: {failure}.")
+
+
+def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+    """The recorded configuration in the types of the defaults, if this version knows every key."""
+    try:
+        return validated(current_keys(config)).model_dump(mode="json")
+    except UserError:
+        return config
 
 
 def _moved_data(folder: RunFolder, flags: Mapping[str, str]) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """Weights that others publish: what there is, and how a name or an address becomes a file."""
 
 import importlib.util
-import json
 import os
 import urllib.parse
 import zlib
@@ -15,7 +14,7 @@ from src.models.networks import NETWORKS, aliases
 from src.models.weight_files import looks_like_weights
 from src.utils.download import NotFound, checked_address, download, sha256_in_name
 from src.utils.errors import UserError, suggestion
-from src.utils.files import user_cache, write_whole
+from src.utils.files import user_cache
 
 _TABLE = Path(__file__).with_suffix(".yaml")
 _HUB = "https://huggingface.co"
@@ -119,14 +118,19 @@ def place_for_output(path: Path) -> Path:
     cache = user_cache()
     if cache is None or not path.is_relative_to(cache):
         return path
-    name = path.parent.name
-    return Path(f"{name}{path.suffix}" if name in published_weights() else path.name)
+    published = published_at(path)
+    return Path(f"{published.name}{path.suffix}" if published else path.name)
+
+
+def published_at(path: Path) -> PublishedWeights | None:
+    """The published weights that a file in the user's cache holds; None for another file."""
+    cache = user_cache()
+    if cache is None or path.parent.parent != cache / "weights":
+        return None
+    return published_weights().get(path.parent.name)
 
 
 def _fetch_published(weights: PublishedWeights, target: Path) -> None:
-    config, text = target.with_name("config.json"), json.dumps(weights.timm_config)
-    if not config.exists() or config.read_text(encoding="utf-8") != text:
-        write_whole(config, lambda partial: partial.write_text(text, encoding="utf-8"))
     sha256 = sha256_in_name(weights.url)
     download(_mirrored(weights.url), target, sha256, str(weights), looks_like_weights)
 

@@ -88,10 +88,10 @@ def looks_like_weights(path: Path) -> bool:
         head = file.read(9)
     if head.startswith(_ZIP_MAGIC):
         return zipfile.is_zipfile(path)
-    if head.startswith((_HDF5_MAGIC, _PICKLE_MAGIC)):
-        return True
     if head[8:] == b"{":
         return _is_whole_safetensors(path)
+    if head.startswith((_HDF5_MAGIC, _PICKLE_MAGIC)):
+        return True
     # The messages of a MindSpore checkpoint begin with the tag of their first field.
     return head.startswith(b"\n")
 

@@ -177,6 +177,7 @@ class RunReport:
     Attributes:
         name: what to call it.
         config, environment, metrics: contents of config.yaml, environment.json, metrics.jsonl.
+        best_step: the step that best.ckpt records, or None.
         interval: 95 % interval of the best accuracy in percent, or None.
         classes: names in the order of labels.
         class_figures: images, precision, recall and F1 of each class, of the best network.
@@ -190,6 +191,7 @@ class RunReport:
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
     metrics: Sequence[Mapping[str, Any]]
+    best_step: int | None = None
     interval: tuple[float, float] | None = None
     classes: Sequence[str] = ()
     class_figures: Sequence[Mapping[str, Any]] = ()
@@ -204,7 +206,8 @@ class RunReport:
     def best(self) -> Mapping[str, Any] | None:
         """The line of the best epoch in the metrics; None if no epoch was evaluated."""
         evaluated = [line for line in self.metrics if "top1" in line]
-        return max(evaluated, key=_goodness, default=None)
+        recorded = [line for line in evaluated if line["step"] == self.best_step]
+        return max(recorded or evaluated, key=_goodness, default=None)
 
 
 def render(runs: Sequence[RunReport]) -> str:
@@ -425,13 +428,21 @@ def _of(run: RunReport, runs: Sequence[RunReport]) -> str:
 
 def _classes(run: RunReport, of_run: str) -> str:
     heading = f"<h2>Classes{of_run}</h2>"
-    evaluated = [line for line in run.metrics if line.get("class_top1")]
-    if not evaluated and run.confusion is None:
+    best = run.best
+    if best is None and run.confusion is None:
         return heading + f"<p>{escape(run.missing or 'The run was not evaluated.')}</p>"
     parts = [heading]
     if run.missing:
         parts.append(f"<p>{escape(run.missing)}</p>")
-    table, many = _class_table(run, evaluated), len(run.classes) > _CONFUSION_CLASSES
+    counted = sum(figures["images"] for figures in run.class_figures)
+    if best and run.class_figures and counted != best.get("val_images", counted):
+        parts.append(
+            f"<p>{counted} images are counted here, of {best['val_images']} in training: others "
+            "cannot be decoded, or the data is not that of training.</p>"
+        )
+    table = _class_table(run)
+    known = run.class_figures or (best or {}).get("class_top1", ())
+    many = len(known) > _CONFUSION_CLASSES
     if run.confusion is None or many:
         summary = "<summary>Every class, the worst first</summary>"
         parts.append(f"<details>{summary}{table}</details>" if many else table)
@@ -450,7 +461,7 @@ def _classes(run: RunReport, of_run: str) -> str:
     return "".join(parts)
 
 
-def _class_table(run: RunReport, evaluated: Sequence[Mapping[str, Any]]) -> str:
+def _class_table(run: RunReport) -> str:
     """The classes, the lowest accuracy first.
 
     Without the images, only what metrics.jsonl says.
@@ -469,9 +480,9 @@ def _class_table(run: RunReport, evaluated: Sequence[Mapping[str, Any]]) -> str:
         ]
         head = ("class", "images", "precision", "recall", "F1")
         return _table(head, rows, numbers=range(1, len(head)), name="classes")
-    if not evaluated:
+    best = run.best
+    if best is None or not best.get("class_top1"):
         return ""
-    best = max(evaluated, key=_goodness)
     pairs = [(value, label) for label, value in enumerate(best["class_top1"]) if value is not None]
     rows = [[escape(_name(run, label)), f"{accuracy:.2f} %"] for accuracy, label in sorted(pairs)]
     return _table(("class", f"top-1 in epoch {best['epoch']}"), rows, numbers=(1,), name="classes")

@@ -296,6 +296,9 @@ def _check_same_training(path: str, state: TrainingState, config: Config) -> Non
     # A key that did not exist yet had the meaning of its default.
     stored = current_keys({**default_values(), **state.config})
     present = config.model_dump(mode="json")
+    if "reduced_decoding" not in state.config:
+        # Before this key images were decoded whole; without antialias they still are.
+        stored["reduced_decoding"] = "never" if stored["antialias"] else present["reduced_decoding"]
     differing = [
         key for key in Config.model_fields if key in fixed and stored.get(key) != present[key]
     ]

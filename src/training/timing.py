@@ -8,7 +8,6 @@ from typing import NamedTuple
 _FRACTION, _SECONDS = 0.10, 1.0
 # Waiting for images is reported if it takes this fraction of the time, and so many seconds.
 _SLOW_INPUT = 0.25
-_PACK = "; 'python3 scripts/pack_dataset.py --short_side=256' shrinks the images once and for all"
 
 
 class RankTimes(NamedTuple):
@@ -50,18 +49,19 @@ def slowest_rank_message(times: Sequence[RankTimes], hosts: Sequence[str]) -> st
     return f"rank {rank} on {hosts[rank]} is {percent:.0f} % slower than the median: {part}"
 
 
-def slow_input_message(times: Sequence[RankTimes], reads_files: bool) -> str | None:
+def slow_input_message(times: Sequence[RankTimes]) -> str | None:
     """A message if the ranks wait for images in a good part of their time.
 
     Args:
         times: one per rank.
-        reads_files: whether the images are files of their own, which can be packed.
     """
     waiting, total = sum(rank.input for rank in times), sum(sum(rank) for rank in times)
     if waiting <= _SLOW_INPUT * total or waiting <= _SECONDS * len(times):
         return None
-    message = f"waiting for images takes {100 * waiting / total:.0f} % of the time"
-    return message + (_PACK if reads_files else "")
+    return (
+        f"waiting for images takes {100 * waiting / total:.0f} % of the time; "
+        "scripts/pack_dataset.py --short_side shrinks large files once and for all"
+    )
 
 
 class StepRates:

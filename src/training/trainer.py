@@ -328,10 +328,9 @@ class Trainer:
         metrics["rank_seconds"] = [[round(seconds, 3) for seconds in rank] for rank in times]
         self._times = RankTimes()
         self.recorder.add_epoch(metrics)
-        reads_files = self.data.train.paths is not None
         for message in (
             slowest_rank_message(times, self.communicator.hosts),
-            slow_input_message(times, reads_files),
+            slow_input_message(times),
         ):
             if message:
                 self.recorder.log(message)

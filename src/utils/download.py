@@ -11,7 +11,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from email.message import Message
 from pathlib import Path
 from typing import IO
@@ -175,7 +175,10 @@ def _continue(url: str, partial: Path, sha256: str) -> str:
     except urllib.error.HTTPError as failure:
         if failure.code == 416 and done:
             # There is no more, or the part is of another file.
-            return sha256 or redirects.sha256 or _sent_sha256(failure.headers) or "unknown"
+            if expected := sha256 or redirects.sha256 or _sent_sha256(failure.headers):
+                return expected
+            partial.unlink()
+            return _continue(url, partial, sha256)
         answer_text = f"the server answers {failure.code} {failure.reason}"
         if failure.code >= 500 or failure.code == 429:
             raise _Interrupted(answer_text) from None
@@ -187,7 +190,7 @@ def _continue(url: str, partial: Path, sha256: str) -> str:
     except (OSError, http.client.HTTPException) as failure:
         if getattr(failure, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
             raise
-        raise _Interrupted(getattr(failure, "reason", None) or failure or "timed out") from None
+        raise _Interrupted(getattr(failure, "reason", None) or failure) from None
 
 
 def _receive(answer: http.client.HTTPResponse, partial: Path, done: int) -> None:
@@ -224,5 +227,6 @@ def _sha256(path: Path) -> str:
 def _locked(path: Path) -> Iterator[None]:
     """Hold the lock of a file; the system releases it when the process ends, however."""
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -444,7 +444,7 @@ def test_a_damaged_or_too_large_jpeg_is_refused_at_a_reduced_scale_too(large_pho
     [
         ("training", "train", False),
         ("training", "all", False),
-        ("training", "off", True),
+        ("training", "never", True),
         ("evaluation", "train", True),
         ("evaluation", "all", False),
     ],
@@ -468,7 +468,7 @@ def test_the_network_sees_nearly_the_same(large_photo, tmp_path, what, reduced, 
         batches = TrainBatches(images, config, 0, 1)
         return np.stack([batches[number].images for number in range(20)]).astype(float)
 
-    difference = np.abs(seen(reduced_decoding=reduced) - seen(reduced_decoding="off"))
+    difference = np.abs(seen(reduced_decoding=reduced) - seen(reduced_decoding="never"))
     assert difference.max() == 0 if exact else 0 < difference.mean() < 1.5
 
 
@@ -479,6 +479,6 @@ def test_without_antialiasing_images_are_decoded_whole(large_photo, tmp_path):
     images = open_images(str(tmp_path), "train")
     seen = [
         EvalBatches(images, make_config(image_size=64, reduced_decoding=reduced), 0, 1, 1)[0].images
-        for reduced in ("all", "off")
+        for reduced in ("all", "never")
     ]
     assert (seen[0] == seen[1]).all()

@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 
 from src.cli.recipes import load_config
+from src.dataset.packed import pack
+from src.dataset.sources import open_images
 from src.inference.checkpoint_model import (
     CheckpointModel,
     first_label_message,
@@ -147,8 +149,10 @@ def test_timms_config_names_the_classes(tmp_path):
         ({"crop_mode": "border"}, {}, "crop_mode=border.*--eval_resize_mode"),
         ({"input_size": [1, 224, 224]}, {}, "input_size=.*--image_size"),
         ({"input_size": [3, 224, 320]}, {}, "input_size=.*--image_size"),
-        ({"architecture": "resnet50"}, {"network": "sres18"}, "is of resnet50.*of resnet18"),
+        ({"architecture": "resnet50"}, {"network": "sres18"}, "contradicts .*is of resnet50"),
         ({"architecture": "resnet50"}, {"network": "resnet50"}, None),
+        ({"architecture": "resnet50.a1_in1k"}, {}, None),
+        ({"architecture": "resnet50d"}, {}, "resnet50d, a network that does not exist here"),
     ],
 )
 def test_a_config_that_cannot_be_followed_is_refused(tmp_path, config, flags, words):
@@ -161,9 +165,10 @@ def test_a_config_that_cannot_be_followed_is_refused(tmp_path, config, flags, wo
 
 
 def test_a_config_of_another_network_than_the_file_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet50"}))
-    with pytest.raises(UserError, match="is of resnet50 and '.*resnet18_mine.safetensors' of"):
-        infer_model_settings({}, {}, tmp_path / "resnet18_mine.safetensors")
+    for architecture in ("resnet50", "vit_base_patch16_224"):
+        (tmp_path / "config.json").write_text(json.dumps({"architecture": architecture}))
+        with pytest.raises(UserError, match=f"is of {architecture} and '.*resnet18_mine"):
+            infer_model_settings({}, {}, tmp_path / "resnet18_mine.safetensors")
 
 
 @pytest.mark.parametrize("text", ["[", '{"pretrained_cfg": 3}'])
@@ -258,6 +263,22 @@ def test_numbers_that_may_count_from_1_are_said_to_count_from_0(tmp_path, names,
     model = CheckpointModel(load_config({"network": "resnet18", "data_path": "x"}), False, None)
     line = first_label_message(model, images)
     assert (line or "").startswith("warning: the class folders 1, 142") == warned
+
+
+def test_numbers_that_are_no_labels_are_not_said_to_be(tmp_path):
+    """Nine folders 1 to 9 for nine classes are labelled in their order."""
+    images = opened(tmp_path, map(str, range(1, 10)), 9)
+    model = CheckpointModel(load_config({"network": "resnet18", "data_path": "x"}), False, None)
+    assert images.labels.tolist() == list(range(9)) and first_label_message(model, images) is None
+
+
+def test_a_packed_set_of_numbered_folders_has_their_labels(tmp_path):
+    opened(tmp_path, ["1", "142"], 1000)
+    folders = open_images(f"{tmp_path}/data", "train")
+    pack(folders, f"{tmp_path}/a.safetensors", 0, 95, 1, lambda count: None)
+    keys = {"network": "resnet18", "num_classes": "1000", "data_path": f"{tmp_path}/a.safetensors"}
+    images = CheckpointModel(load_config(keys), False, None).open_images()
+    assert images.labels.tolist() == [1, 142]
 
 
 def test_class_names_in_another_order_than_in_training_are_refused(tmp_path):

@@ -31,6 +31,12 @@ def test_it_says_what_the_run_recorded(trained_run, image_root, tmp_path):
     assert 0 <= float(re.search(r"by at most (\S+) of the largest", card)[1]) < 1e-4
 
 
+def test_flags_of_the_export_change_neither_the_data_nor_the_figures(trained_run, tmp_path):
+    card = exported(tmp_path, trained_run / "best.ckpt", "--data_path=digits", "--crop_pct=0.9")
+    assert "digits" not in card and "images0/train`" in card
+    assert "None: training evaluated with other values of crop_pct." in card
+
+
 def test_a_checkpoint_without_its_run_claims_no_figure(trained_run, tmp_path):
     (tmp_path / "a.ckpt").write_bytes((trained_run / "best.ckpt").read_bytes())
     card = exported(tmp_path, tmp_path / "a.ckpt")

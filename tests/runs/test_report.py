@@ -81,7 +81,7 @@ def test_figures_are_those_of_the_metrics(page, trained_run):
     assert (
         f"program {json.loads((trained_run / 'environment.json').read_text())['program']}" in text
     )
-    assert text.count("<img") == 24 + 67 - np.trace(counts) if 67 - np.trace(counts) < 24 else 48
+    assert text.count("<img") == 24 + min(67 - np.trace(counts), 24)
 
 
 def test_the_configuration_shows_what_was_changed_and_nothing_else(page):
@@ -109,6 +109,16 @@ def test_mistakes_are_shown_with_their_files(trained_run, image_root, tmp_path):
             rf"predicted (\w+) (\d+) %, is {label} (\d+) %", words.removesuffix("</figcaption>")
         ).groups()
         assert predicted != label and int(of_predicted) >= int(of_label)
+
+
+def test_images_that_cannot_be_decoded_are_said_to_be_missing(trained_run, image_root, tmp_path):
+    shutil.copytree(image_root, tmp_path / "images")
+    (tmp_path / "images/val/ant/005.jpg").write_text("no image")
+    command = ["python3", "report.py", trained_run, f"--data_path={tmp_path}/images/train"]
+    run = execute([*command, f"--result_path={tmp_path}/report.html"])
+    assert run.status == 0, run
+    text = (tmp_path / "report.html").read_text()
+    assert "66 images are counted here, of 67 in training" in text
 
 
 def test_it_is_one_file_without_script_and_network(page):

@@ -158,6 +158,25 @@ def test_keys_that_differ_are_named_unless_they_only_say_where_and_how(run_folde
             find_resume_point(make_config(**keys, **{key: value}), Communicator())
 
 
+@pytest.mark.parametrize(
+    "antialias,reduced,message",
+    [(True, "never", None), (True, "train", "reduced_decoding=never"), (False, "train", None)],
+)
+def test_a_run_from_before_reduced_decoding_goes_on_with_whole_images(
+    run_folder, network, antialias, reduced, message
+):
+    config = make_config(antialias=antialias).model_dump(mode="json")
+    del config["reduced_decoding"]
+    file = run_folder / "run" / "ckpt_0" / "n-1_16.ckpt"
+    state(16, config=config).write(file, network, [])
+    asked = make_config(resume=str(file), antialias=antialias, reduced_decoding=reduced)
+    if message is None:
+        assert find_resume_point(asked, Communicator()).state.step == 16
+        return
+    with pytest.raises(UserError, match=f"of another run: {message} there"):
+        find_resume_point(asked, Communicator())
+
+
 def test_the_newest_is_the_one_with_the_most_steps_whatever_the_files_times(run_folder):
     """As after a copy, which gives files new times."""
     files = sorted(
