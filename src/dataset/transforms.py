@@ -13,7 +13,7 @@ _CROP_ATTEMPTS = 10
 THUMBNAIL_SIDE = 256
 # If the resized image has more pixels than this and than the original, only the crop is computed.
 _MOST_RESIZED_PIXELS = 1 << 22
-# An image that was decoded at a reduced scale keeps at least so many times the pixels, along each
+# An image that was decoded at a reduced scale keeps at least this many times the pixels, along each
 # side, that it is then resized to. See benchmarks/large_photographs.py for what it costs.
 REDUCED_MARGIN = 2
 _OPENCV = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}

@@ -1,4 +1,4 @@
-"""A model card, written beside an exported network: what it is for whoever receives only the file.
+"""A model card, written next to an exported network for whoever receives only that file.
 
 Its parts follow Mitchell et al., "Model Cards for Model Reporting", 2019 (arXiv:1810.03993), as far
 as they are known here.

@@ -70,9 +70,7 @@ def _run_report(
         )
     config = _comparable(folder.read_config())
     run = RunReport(name, config, folder.read_environment(), metrics, defaults=default_values())
-    if folder.best.exists():
-        # After a resume with other validation images, earlier epochs no longer count.
-        run = replace(run, best_step=read_weights(folder.best)[1].get("step"))
+    run = replace(run, best_step=_best_step(folder))
     best = run.best
     if best and "correct" in best:
         run = replace(run, interval=interval(best["correct"], best["val_images"]))
@@ -81,6 +79,17 @@ def _run_report(
     except UserError as failure:
         log(f"{WARNING}{name}: the report is incomplete: {failure}")
         return replace(run, missing=f"Not everything could be shown: {failure}.")
+
+
+def _best_step(folder: RunFolder) -> int | None:
+    """The step of best.ckpt: after a resume with other validation images, earlier ones don't count.
+
+    None without a readable one, which the section on classes then says.
+    """
+    try:
+        return read_weights(folder.best)[1].get("step")
+    except UserError:
+        return None
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:

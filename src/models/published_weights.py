@@ -140,8 +140,8 @@ def _fetch_address(url: str, target: Path) -> None:
     if "/resolve/" in url and not target.exists():
         # On Hugging Face the network and preprocessing are in a file next to the weights.
         with suppress(NotFound):
-            beside = url.partition("?")[0].rpartition("/")[0]
-            download(f"{beside}/config.json", target.with_name("config.json"))
+            folder = url.partition("?")[0].rpartition("/")[0]
+            download(f"{folder}/config.json", target.with_name("config.json"))
     download(url, target, sha256_in_name(url), is_valid=looks_like_weights)
 
 

@@ -118,7 +118,7 @@ p, figcaption, .dim { color: var(--dim); } p { margin: .3rem 0; }
 code { font: .9em ui-monospace, monospace; overflow-wrap: anywhere; }
 td:first-child code { white-space: nowrap; }
 .wide { overflow-x: auto;
-        /* A shadow on the side to which the table goes on. */
+        /* A shadow on the side where more of the table is hidden. */
         background: linear-gradient(to right, var(--back), transparent) left / 2rem 100% local,
                     linear-gradient(to left, var(--back), transparent) right / 2rem 100% local,
                     linear-gradient(to right, var(--line), transparent) left / .8rem 100% scroll,

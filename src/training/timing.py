@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 # A slow rank is reported if it costs the others this fraction of their time, and so many seconds.
 _FRACTION, _SECONDS = 0.10, 1.0
-# Waiting for images is reported if it takes this fraction of the time, and so many seconds.
+# Waiting for images is reported if it takes this fraction of the time, and _SECONDS in each rank.
 _SLOW_INPUT = 0.25
 
 

@@ -55,17 +55,18 @@ def download(
         UserError: if the server or the disk fails, or the file is not the expected one.
     """
     try:
-        if not target.exists():
+        if target.exists():
+            if sha256 and not _sha256(target).startswith(sha256):
+                raise UserError(
+                    f"'{target}' is not the file of {url}: its SHA-256 does not begin with "
+                    f"{sha256}; delete it"
+                )
+        else:
             target.parent.mkdir(parents=True, exist_ok=True)
             with _locked(target.with_name(f".{target.name}.lock")):
                 if not target.exists():
                     print_status(f"downloading {what or target.name} from {url} to {target}")
                     _download_whole(checked_address(url), target, sha256, is_valid)
-        if sha256 and not _sha256(target).startswith(sha256):
-            raise UserError(
-                f"'{target}' is not the file of {url}: its SHA-256 does not begin with {sha256}; "
-                "delete it"
-            )
     except OSError as failure:
         raise UserError(f"cannot write '{target}': {failure.strerror or failure}") from None
 

@@ -143,8 +143,8 @@ def test_an_address_brings_the_preprocessing_that_stands_next_to_it(hub, monkeyp
     fetch_weights(address)
     file = local_weights(address)
     assert file.endswith("/model.safetensors")
-    with open(file.replace("model.safetensors", "config.json")) as beside:
-        assert json.load(beside) == config
+    with open(file.replace("model.safetensors", "config.json")) as kept:
+        assert json.load(kept) == config
     assert str(place_for_output(ROOT / "a.ckpt")) == str(ROOT / "a.ckpt")
 
 

@@ -121,6 +121,16 @@ def test_images_that_cannot_be_decoded_are_said_to_be_missing(trained_run, image
     assert "66 images are counted here, of 67 in training" in text
 
 
+def test_a_damaged_best_checkpoint_leaves_the_rest_of_the_report(trained_run, tmp_path):
+    shutil.copytree(trained_run, tmp_path / "run", symlinks=True)
+    (tmp_path / "run" / "best.ckpt").unlink()
+    (tmp_path / "run" / "best.ckpt").write_bytes(b"damaged")
+    run = execute(["python3", "report.py", tmp_path / "run"])
+    assert run.status == 0 and "the report is incomplete" in run.out, run
+    text = (tmp_path / "run" / "report.html").read_text()
+    assert "Not everything could be shown" in text and rows_of(text, "summary")
+
+
 def test_it_is_one_file_without_script_and_network(page):
     text = page.read_text()
     assert "<script" not in text and "url(" not in text
