@@ -28,6 +28,7 @@ from src.distributed.allreduce import (
     unflatten,
 )
 from src.distributed.launcher import launched_ranks, on_one_machine, started_by_mpirun
+from src.distributed.shutdown import PATIENCE_S
 from src.distributed.watchdog import StallWatchdog
 from src.utils.errors import UserError
 
@@ -252,6 +253,9 @@ def connect(run_distribute: bool | None) -> Communicator:
     if on_one_machine():
         # Shared memory is enough there, and no rank opens a port.
         os.environ.setdefault("OMPI_MCA_btl", "self,sm")
+    # When a rank ends with an error, Open MPI sees its connections close on other hosts and aborts
+    # there. The launcher then reports whichever it hears of first, so the abort has to wait.
+    os.environ.setdefault("OMPI_MCA_mpi_abort_delay", f"{PATIENCE_S:.0f}")
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as failure:

@@ -10,6 +10,7 @@ import shlex
 import signal
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -322,18 +323,35 @@ def test_a_link_that_is_cut_for_five_seconds_costs_five_seconds(own_rig, image_r
     started.kill()
 
 
-def test_no_room_for_a_checkpoint_ends_the_job_on_every_host(own_rig, image_root, tmp_path):
-    """Rank 0's host has a full disk."""
+@pytest.mark.parametrize("launcher", ["awake", "slow"])
+def test_no_room_for_a_checkpoint_ends_the_job_on_every_host(
+    own_rig, image_root, tmp_path, launcher
+):
+    """Rank 0's host has a full disk; its status counts, even if the launcher is slow to notice."""
     small = tmp_path / "out"
     small.mkdir()
     execute(
         own_rig.on("h1", "mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(small), cwd="/")
     )
-    run, _ = start_training(own_rig, image_root, tmp_path).finish(60)
+    started = start_training(own_rig, image_root, tmp_path)
+    if launcher == "slow":
+        (first_rank,) = started.ranks()
+        os.kill(started.process.pid, signal.SIGSTOP)
+        eventually(lambda: state_of(first_rank) == "Z")
+        time.sleep(2)
+        # Its connection is closed, and the rank on the other host has not ended the job for that.
+        assert any("train.py" in words for words in own_rig.processes("h2").values())
+        os.kill(started.process.pid, signal.SIGCONT)
+    run, _ = started.finish(60)
     assert run.status == 2 and len(run.error_lines) == 1 and "cannot write" in run.error_lines[0], (
         run
     )
     eventually(lambda: not own_rig.processes("h1") and not own_rig.processes("h2"))
+
+
+def state_of(process):
+    """The letter that proc(5) has for its state; Z if it has ended."""
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def start_restarting(rig, image_root, folder, hosts, *added, launcher=()):
