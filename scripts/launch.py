@@ -46,8 +46,13 @@ def main(arguments):
     # Where the ranks of all hosts may see it, if they share a folder at all.
     shared = os.getcwd() if options.hosts and os.access(os.getcwd(), os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix=".launch-", dir=shared) as folder:
-        environment[FACTS_FILE] = str(Path(folder) / "facts")
-        sys.exit(run_with_restarts(options, script, environment, Path(folder) / "signal"))
+        asked_for = environment.get(FACTS_FILE)
+        facts = Path(folder) / "facts"
+        environment[FACTS_FILE] = str(facts)
+        status = run_with_restarts(options, script, environment, Path(folder) / "signal")
+        if asked_for and facts.is_file():
+            shutil.copyfile(facts, asked_for)
+        sys.exit(status)
 
 
 def run_with_restarts(options, script, environment, sent_signal_file):
@@ -284,12 +289,13 @@ def parse(arguments):
 
 
 def find_script(script, mode):
-    """The script to run.
+    """The script to run. Those of this program are found from every folder.
 
     The AlexNet seed's test.py is eval.py here, without edits of the network.
     """
-    if os.path.isfile(script):
-        return script
+    for path in (script, ROOT / script):
+        if os.path.isfile(path):
+            return str(path)
     if mode == "test" and os.path.basename(script) == "test.py":
         return str(ROOT / "eval.py")
     return fail(f"script '{script}' does not exist")

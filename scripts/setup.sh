@@ -34,32 +34,8 @@ done
 [ -n "$python" ] || fail "Python 3.10, 3.11 or 3.12 is needed, python3 is $(python3 --version 2>&1 || echo missing);" \
     "install one, or name it: PYTHON=/path/to/python3.11 bash scripts/setup.sh"
 
-# The kernels of src/kernels, in $venv/kernels. Without them everything runs, but slower, and the
-# commands say so.
-build_kernels() {
-    [ "$(uname -m)" = x86_64 ] || return 0
-    "$venv/bin/python" -m src.kernels.build --check && return 0
-    local compiler=() candidate work requirement
-    for candidate in ${CXX:-} g++ c++ clang++; do
-        if command -v "$candidate" >/dev/null; then compiler=("$candidate"); break; fi
-    done
-    if [ ${#compiler[@]} -eq 0 ] && "$venv/bin/python" -c 'import ziglang' 2>/dev/null; then
-        compiler=("$venv/bin/python" -m ziglang c++)
-        echo "compiling the kernels for CPU takes a minute"
-    fi
-    if [ ${#compiler[@]} -eq 0 ]; then
-        echo "no C++ compiler for the fast CPU kernels: bash scripts/setup.sh --kernels installs" \
-            "one (100 MB)"
-        return 0
-    fi
-    work=$(mktemp -d)
-    "$venv/bin/python" scripts/dependencies.py pinned onednn-devel "$constraints" > "$work/headers.txt" \
-        && pip download -qq --no-deps ${UNCHECKED:+--no-cache-dir} -d "$work" -r "$work/headers.txt" 2>"$work/reason" \
-        && "$venv/bin/python" -m zipfile -e "$work"/onednn_devel-*.whl "$work/headers" \
-        && "$venv/bin/python" -m src.kernels.build "$work"/headers/onednn_devel-*.data/data/include "${compiler[@]}" \
-        || { tail -n 1 "$work/reason" 2>/dev/null; echo "the kernels for CPU could not be built, MindSpore's own are used; the reason is above"; }
-    rm -rf "$work"
-}
+# The kernels of src/kernels go into $venv/kernels.
+finish() { bash scripts/finish_setup.sh "$venv/bin/python"; }
 
 # Lets TAB complete keys and values after python3 train.py and the other commands.
 write_completion() { "$venv/bin/python" -m src.cli.help > "$venv/completion.bash"; }
@@ -75,9 +51,8 @@ done
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 constraints_of() { echo "constraints/python$("$venv/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt"; }
 if [ -e $state ] && [ ${#missing[@]} -eq 0 ] && [ -z "${UPDATE:-}" ]; then
-    constraints=$(constraints_of)
     write_completion
-    build_kernels
+    finish
     exit 0
 fi
 
@@ -115,21 +90,15 @@ else
 fi || fail "the dependencies could not be installed; the reason is above (behind a proxy or a" \
     "private index? set PIP_INDEX_URL; if the index has files with other hashes, set UNCHECKED=1)"
 
-# Allow more ranks than cores, and root in a container: Open MPI's defaults refuse both. Map by slot,
-# so that ranks fill every host's slots before they share any: ':oversubscribe' alone would put all
-# ranks on the first host.
-settings=$venv/etc/prte-mca-params.conf
-touch "$settings"
-sed -i '/^rmaps_default_mapping_policy/d' "$settings"
-echo 'rmaps_default_mapping_policy = slot:oversubscribe' >> "$settings"
 grep -q completion.bash "$venv/bin/activate" \
     || echo 'if [ -n "${BASH_VERSION:-}" ] && [ -e "$VIRTUAL_ENV/completion.bash" ]; then . "$VIRTUAL_ENV/completion.bash"; fi' \
         >> "$venv/bin/activate"
+# Open MPI's default refuses root, also in a container.
 grep -q OMPI_ALLOW_RUN_AS_ROOT "$venv/bin/activate" \
     || echo 'export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1' >> "$venv/bin/activate"
 { wanted; tail -n +2 $state 2>/dev/null || true
   [ ${#extras[@]} -eq 0 ] || printf '%s\n' "${extras[@]}"; } > $state.new
 mv $state.new $state
 write_completion
-build_kernels
+finish
 echo "set up; 'source $venv/bin/activate' puts python3 and mpirun on this shell's PATH"

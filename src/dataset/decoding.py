@@ -139,6 +139,25 @@ def decode_image(
             raise BadImage(f"{name} is not an image that can be decoded") from failure
 
 
+def picture_pixels(picture: Image.Image) -> np.ndarray:
+    """A Pillow image as (H, W, 3) uint8 RGB, with the pixels that its file would give.
+
+    Raises:
+        BadImage: if Pillow cannot load it, or for values of which it does not know the range.
+    """
+    name = f"the Pillow image of mode {picture.mode}"
+    _check_values(picture, name)
+    if "transparency" in picture.info and picture.mode != "P":
+        # Its range is that of the file, which may have had 2, 4 or 16 bits per sample.
+        raise BadImage(f"{name} has a transparent colour; convert it to RGBA")
+    try:
+        return _upright(picture)
+    except (BadImage, MemoryError):
+        raise
+    except Exception as failure:  # many kinds, one for each way of being damaged
+        raise BadImage(f"{name} cannot be loaded: {failure}") from failure
+
+
 def open_picture(content: bytes | memoryview) -> Image.Image:
     """A picture of which Pillow has read the header. Raises what Pillow does for a damaged one."""
     return Image.open(io.BytesIO(content), formats=_FORMATS)
@@ -195,11 +214,19 @@ def _orientation(picture: Image.Image) -> int:
 def _as_seen(picture: Image.Image, encoded: np.ndarray, name: str) -> np.ndarray:
     _check_values(picture, name)
     _scale_color_key(picture, encoded)
+    return _upright(picture, _sixteen_bit_transparency(picture, encoded))
+
+
+def _upright(picture: Image.Image, transparent: np.ndarray | None = None) -> np.ndarray:
+    """A picture as (H, W, 3) uint8 RGB, over white, turned as its metadata says.
+
+    Args:
+        transparent: where it is transparent besides, (H, W) bool, before it is turned.
+    """
     black = 65535 if _tiff_tag(picture, _PHOTOMETRIC) == 0 else 0
     # Pillow turns a TIFF upright when it loads it, and then has no orientation any more.
     picture.load()
     orientation = _orientation(picture)
-    transparent = _sixteen_bit_transparency(picture, encoded)
     pixels = np.empty((picture.height, picture.width, 3), np.uint8)
     # Strip by strip: a copy of the whole picture for each operation would take five times as much.
     for top in range(0, picture.height, _STRIP_ROWS):

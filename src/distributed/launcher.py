@@ -51,7 +51,7 @@ def _first_number(names: Sequence[str], default: int) -> int:
     )
 
 
-# Where a run writes facts for scripts/launch.py.
+# Where a run writes facts for who started it.
 FACTS_FILE = "ACNET_FACTS_FILE"
 STATE_SUFFIX = ".state"
 LAUNCHERS = ("prterun", "prted", "mpirun", "orted", "mpiexec")
@@ -129,6 +129,11 @@ def tell_launcher(**facts: Any) -> None:
             write_whole(
                 file, lambda partial: partial.write_text(json.dumps(facts), encoding="utf-8")
             )
+
+
+def read_facts(file: Path) -> dict[str, Any]:
+    """What a run has told with ``tell_launcher``; {} if nothing."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def tell_launcher_state(state: str) -> None:

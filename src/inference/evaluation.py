@@ -140,7 +140,7 @@ def evaluate_checkpoints(
     results: list[dict[str, Any]] = []
     failures: list[str] = []
     opened: OpenedModel | None = None
-    data: _EvalData | None = None
+    data: EvalData | None = None
 
     def leave_out(path: Path, failure: UserError) -> None:
         if len(paths) == 1:
@@ -156,7 +156,7 @@ def evaluate_checkpoints(
             leave_out(path, failure)
             continue
         if data is None or not data.fits(opened):
-            data = _EvalData(opened, communicator, log)
+            data = EvalData(opened, communicator, log)
         result = data.evaluate(opened)
         if result.nonfinite:
             leave_out(path, UserError(nonfinite_message(result.nonfinite, result.images)))
@@ -170,7 +170,7 @@ def evaluate_checkpoints(
     return results, failures
 
 
-class _EvalData:
+class EvalData:
     """The images that checkpoints of one model are evaluated on."""
 
     def __init__(self, opened: OpenedModel, communicator: Communicator, log: Log) -> None:

@@ -270,8 +270,8 @@ def _read_hdf5(path: Path) -> Arrays:
         import h5py
     except ImportError:
         raise UserError(
-            f"'{path}' is an HDF5 file and h5py is not installed: run 'bash scripts/setup.sh "
-            "--hdf5'"
+            f"'{path}' is an HDF5 file and h5py is not installed: run "
+            "'bash scripts/setup.sh --hdf5'"
         ) from None
     try:
         with h5py.File(path, "r") as file:

@@ -62,8 +62,8 @@ def prepare_gpu(packages: Path | None = None) -> None:
             ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         except OSError as failure:
             raise UserError(
-                f"device_target=GPU: {path.name} cannot be loaded ({failure}); run 'bash "
-                f"scripts/setup.sh --gpu' again, or {_CPU_WORKS}"
+                f"device_target=GPU: {path.name} cannot be loaded ({failure}); run "
+                f"'bash scripts/setup.sh --gpu' again, or {_CPU_WORKS}"
             ) from None
     if cuda_release(os.environ.get("CUDA_HOME")) not in _PLUGINS:
         os.environ["CUDA_HOME"] = str(_CUDA_HOME)
@@ -91,8 +91,8 @@ def _find(libraries: Mapping[str, str], packages: Path | None) -> list[Path]:
     for name, package in libraries.items():
         if name not in present:
             raise UserError(
-                f"device_target=GPU needs {name} (of the package {package}): run 'bash "
-                f"scripts/setup.sh --gpu'; {_CPU_WORKS}"
+                f"device_target=GPU needs {name} (of the package {package}): run "
+                f"'bash scripts/setup.sh --gpu'; {_CPU_WORKS}"
             )
     return [present[name] for name in libraries]
 

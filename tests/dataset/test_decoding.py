@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from src.dataset.batches import EvalBatches, TrainBatches
-from src.dataset.decoding import BadImage, decode_image, read_image
+from src.dataset.decoding import BadImage, decode_image, picture_pixels, read_image
 from src.dataset.packed import pack
 from src.dataset.sources import open_images
 from src.utils.errors import UserError
@@ -387,13 +387,22 @@ def test_drawn_pictures_are_as_pillow_shows_them_or_refused(count):
             found = decode_image(np.frombuffer(encoded, np.uint8), name)
         except BadImage as refusal:
             assert expected is None and "32-bit" in str(refusal), name
+            with pytest.raises(BadImage):
+                picture_pixels(Image.open(io.BytesIO(encoded)))
             continue
         assert expected is not None and found.shape == expected.shape, name
+        assert np.array_equal(picture_pixels(Image.open(io.BytesIO(encoded))), expected), name
         # Two JPEG and WebP decoders differ by rounding.
         lossy = name.split()[1] in ("JPEG", "WEBP")
         assert np.abs(found.astype(int) - expected).max() <= (3 if lossy else 0), name
         seen.add(tuple(name.split()[1:3]))
     assert len(seen) > 40
+
+
+def test_a_pillow_image_with_a_transparent_colour_of_unknown_range_is_refused(tmp_path):
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "x.png", transparency=0)
+    with pytest.raises(BadImage, match="RGBA"):
+        picture_pixels(Image.open(tmp_path / "x.png"))
 
 
 @pytest.fixture(scope="module")

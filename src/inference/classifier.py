@@ -1,0 +1,129 @@
+"""A trained network for use from Python: photos in, classes out."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from PIL import Image
+from scipy.special import softmax
+
+from src.dataset.decoding import picture_pixels, read_image
+from src.dataset.image_set import class_names
+from src.dataset.transforms import eval_least_side, eval_transform
+from src.distributed.communicator import Communicator
+from src.inference.backends import Backend, OpenedModel, open_backend, with_flip
+from src.inference.evaluation import EvalData, nonfinite_message, undecodable_message
+from src.inference.metrics import count_nonfinite
+from src.inference.prediction import Prediction, find_images
+from src.kernels.library import KernelChoice
+from src.utils.errors import UserError
+from src.utils.progress import print_status
+
+# A file, a Pillow image, or (H, W, 3) uint8 RGB.
+Photo: TypeAlias = str | Path | Image.Image | np.ndarray
+# One graph is compiled for this many images, and one for a single image.
+_BATCH = 16
+
+
+class Classifier:
+    """A checkpoint or an exported file that is ready to classify.
+
+    Args:
+        path: the file.
+        flags: {key: value as on the command line}; they win over what the file records.
+        kernels: what convolutions are computed with on CPU.
+
+    Attributes:
+        config: the configuration of its network and preprocessing.
+        class_names: names of its classes, in the order of the network's outputs.
+
+    Raises:
+        UserError: if the file cannot be read or does not fit.
+    """
+
+    def __init__(self, path: Path, flags: Mapping[str, str], kernels: KernelChoice) -> None:
+        self.path, self._flags, self._kernels = path, dict(flags), kernels
+        self._opened = open_backend(path, flags, kernels)
+        self.config = self._opened.model.config
+        classes = self._opened.model.class_to_index or {}
+        self.class_names = class_names(classes, self.config.num_classes)
+
+    def predict(self, photos: Photo | Sequence[Photo]) -> Any:
+        """Classify photos as predict.py does.
+
+        Args:
+            photos: a photo, for one ``Prediction``. A folder or a sequence of photos, for a list of
+                them; a folder's are in the order of their names.
+
+        Raises:
+            UserError: if a photo cannot be decoded, or the network's outputs are not finite.
+        """
+        if isinstance(photos, (str, Path)) and Path(photos).is_dir():
+            photos = find_images([str(photos)], print_status)
+        if isinstance(photos, (str, Path, Image.Image, np.ndarray)):
+            return self.predict([photos])[0]
+        probabilities = softmax(self.logits(photos), axis=1)
+        names = [str(photo) if isinstance(photo, (str, Path)) else "" for photo in photos]
+        return [Prediction.of(*pair, self._opened.model) for pair in zip(names, probabilities)]
+
+    def logits(self, photos: Sequence[Photo]) -> np.ndarray:
+        """The network's outputs for N photos: (N, num_classes) float32.
+
+        Raises:
+            UserError: if a photo cannot be decoded, or the outputs are not finite.
+        """
+        if not len(photos):
+            return np.empty((0, self.config.num_classes), np.float32)
+        backend = _backend(self._opened)
+        parts = []
+        for start in range(0, len(photos), _BATCH):
+            images = np.stack([self._prepared(photo) for photo in photos[start : start + _BATCH]])
+            count = len(images)
+            size = 1 if len(photos) == 1 else _BATCH
+            filled = np.concatenate([images, np.zeros((size - count, *images.shape[1:]), np.uint8)])
+            parts.append(backend(filled)[:count])
+        logits = np.concatenate(parts)
+        if nonfinite := count_nonfinite(logits):
+            raise UserError(nonfinite_message(nonfinite, len(logits)))
+        return logits
+
+    def evaluate(self, data_path: str | Path = "") -> dict[str, Any]:
+        """Evaluate as eval.py does; the result has the names and values of its result file.
+
+        Args:
+            data_path: images in class folders, or what else --data_path takes; "": the validation
+                images that the file records.
+
+        Raises:
+            UserError: if there are no images, or they do not fit the network.
+        """
+        flags = {**self._flags, **({"data_path": str(data_path)} if data_path else {})}
+        opened = open_backend(self.path, flags, self._kernels)
+        data = EvalData(opened, Communicator(), print_status)
+        result = data.evaluate(opened)
+        if result.nonfinite:
+            raise UserError(nonfinite_message(result.nonfinite, result.images))
+        if result.undecodable:
+            print_status(undecodable_message(result))
+        return data.values(self.path, opened, result)
+
+    def _prepared(self, photo: Photo) -> np.ndarray:
+        """The network's input for a photo: (image_size, image_size, 3) uint8."""
+        config = self.config
+        if isinstance(photo, (str, Path)):
+            pixels = read_image(str(photo), config.max_pixels, eval_least_side(config))
+        elif isinstance(photo, Image.Image):
+            pixels = picture_pixels(photo)
+        else:
+            pixels = np.ascontiguousarray(photo)
+            if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+                raise UserError(
+                    f"a photo is a file, a Pillow image, or an (H, W, 3) uint8 array, RGB; got "
+                    f"{type(photo).__name__} {pixels.dtype} {pixels.shape}"
+                )
+        return eval_transform(pixels, config)
+
+
+def _backend(opened: OpenedModel) -> Backend:
+    return with_flip(opened.backend) if opened.model.config.test_flip else opened.backend
