@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
 
 def main(command: "Command") -> None:
+    # Wrong names of files are reported before the seconds that loading takes.
+    from src.utils.files import check_ending
+
+    check_ending("result_path", command.config.result_path, (".json", ".jsonl", ".csv"))
+    check_ending("save_figure", command.config.save_figure, (".png",))
     command.start_mindspore()
     from src.inference.prediction import predict
 

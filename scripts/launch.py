@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -35,6 +36,9 @@ STATE_ENDING = ".state"
 USER_ERROR = 2
 RETURN_S = (3, 10, 20)
 LOOK_S = 0.05
+# The paragraph in which mpirun reports the status of a rank.
+RULE, BANNER_LINES = b"-" * 60, 20
+NONZERO_STATUS = b"exited with non-zero status"
 
 
 def main(arguments):
@@ -64,7 +68,8 @@ def run_with_restarts(options, script, environment, sent_signal_file):
     restarts_left = options.max_restarts
     while True:
         command = mpirun_command(options, script, len(os.sched_getaffinity(0)), environment)
-        print(" ".join(command), flush=True)
+        if not options.quiet:
+            print(" ".join(command), flush=True)
         state_file = Path(environment[FACTS_FILE] + STATE_ENDING)
         state_file.unlink(missing_ok=True)
         status, received = run(command, environment, sent_signal_file)
@@ -172,8 +177,11 @@ def run(command, environment, sent_signal_file):
         command,
         env={**environment, SENT_SIGNAL_FILE: str(sent_signal_file)},
         stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         start_new_session=True,
     )
+    errors = threading.Thread(target=pass_on, args=(process.stderr, sys.stderr.buffer), daemon=True)
+    errors.start()
     steps, deadline = iter(escalation(process, received, sent_signal_file)), 0.0
     while (status := process.poll()) is None:
         if received and (time.monotonic() > deadline or len(received) > 1):
@@ -184,10 +192,33 @@ def run(command, environment, sent_signal_file):
             deadline = min(deadline, time.monotonic() + EMPTY_S)
         time.sleep(LOOK_S)
     kill_session(process.pid)
+    errors.join(EMPTY_S)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     status = 128 - status if status < 0 else status
     return 128 + received[0] if received and status else status, received
+
+
+def pass_on(source, target):
+    """Copy what mpirun and the ranks write to standard error.
+
+    After a rank has ended with an error, mpirun adds a paragraph between two lines of dashes. It is
+    left out if the rank has said what is wrong.
+    """
+    has_error_line, held = False, []
+    for line in source:
+        has_error_line = has_error_line or line.startswith(b"error: ")
+        if not held and not line.startswith(RULE):
+            target.write(line)
+        else:
+            held.append(line)
+            if len(held) > 1 and (line.startswith(RULE) or len(held) > BANNER_LINES):
+                if not (has_error_line and NONZERO_STATUS in b"".join(held)):
+                    target.writelines(held)
+                held = []
+        target.flush()
+    target.writelines(held)
+    target.flush()
 
 
 def escalation(process, received, sent_signal_file):
@@ -255,6 +286,7 @@ def parse(arguments):
         default="",
         help="this machine's address; accepted for the seed's commands, but not used",
     )
+    parser.add_argument("--quiet", action="store_true", help="do not print the mpirun command")
     parser.add_argument("--mode", choices=("train", "test"), default="train")
     parser.add_argument("script")
     parser.add_argument("script_arguments", nargs=argparse.REMAINDER)

@@ -56,7 +56,25 @@ if [ -e $state ] && [ ${#missing[@]} -eq 0 ] && [ -z "${UPDATE:-}" ]; then
     exit 0
 fi
 
-echo "setting up $venv (about 1 GB to download; a few minutes the first time)"
+# What MindSpore and the rest take; the extras come on top.
+needed=3200
+if [ ! -x "$venv/bin/python" ]; then
+    free=$(df -Pm "$(dirname "$venv")" | awk 'NR == 2 { print $4 }')
+    [ "${free:-$needed}" -ge $needed ] || fail "$venv needs $needed MB and there are $free MB free;" \
+        "make room, or name a folder on another disk: VENV=FOLDER bash scripts/setup.sh"
+    echo "setting up $venv: about 1 GB to download, $needed MB on disk"
+else
+    echo "updating $venv"
+fi
+# pip is silent, for minutes where the network is slow.
+waited=0
+while sleep 1 && kill -0 $$ 2>/dev/null; do
+    [ $((++waited % 15)) -ne 0 ] || echo "  after $SECONDS s $venv has $(du -sm "$venv" | cut -f1) MB"
+done &
+watcher=$!
+work=
+trap 'kill "$watcher" 2>/dev/null; rm -rf "$work"' EXIT
+echo "1 of 3: an environment of Python"
 [ -x "$venv/bin/python" ] && fits "$venv/bin/python" || "$python" -m venv "$venv" 2>/dev/null \
     || { rm -rf "$venv"; "$python" -m pip --version >/dev/null 2>&1 \
          && "$python" -m pip install --quiet --user virtualenv && "$python" -m virtualenv --quiet "$venv"; } \
@@ -65,7 +83,6 @@ constraints=$(constraints_of)
 # Reports of what pip would install came with 22.2.
 "$venv/bin/python" -c 'import pip, sys; sys.exit(tuple(map(int, pip.__version__.split(".")[:2])) < (22, 2))' || pip install -qq --upgrade pip
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
 dependencies() { "$venv/bin/python" scripts/dependencies.py "$@"; }
 dependencies wanted ${extras[@]+"${extras[@]}"} > "$work/wanted"
 if [ -n "${UPDATE:-}" ]; then
@@ -77,6 +94,7 @@ if [ -n "${UPDATE:-}" ]; then
         && dependencies lock "$work/report" "$work/of_headers" > "$work/locked" \
         && mv "$work/locked" "$constraints" || fail "the newest versions could not be found; the reason is above"
 fi
+echo "2 of 3: packages: $(wc -l < "$work/wanted") and those that they need"
 if [ -s "$constraints" ] && [ -z "${UNCHECKED:-}" ]; then
     # First resolve what to install. Then install exactly that, with hash checks. Then PyTorch,
     # which has many builds and is not hashed.
@@ -100,5 +118,6 @@ grep -q OMPI_ALLOW_RUN_AS_ROOT "$venv/bin/activate" \
   [ ${#extras[@]} -eq 0 ] || printf '%s\n' "${extras[@]}"; } > $state.new
 mv $state.new $state
 write_completion
+echo "3 of 3: the kernels for CPU"
 finish
-echo "set up; 'source $venv/bin/activate' puts python3 and mpirun on this shell's PATH"
+echo "set up after $SECONDS s; 'source $venv/bin/activate' puts python3 and mpirun on this shell's PATH"

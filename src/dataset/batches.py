@@ -20,7 +20,7 @@ from src.dataset.decoding import BadImage
 from src.dataset.image_set import ImageSet
 from src.dataset.transforms import eval_least_side, eval_transform
 from src.utils.errors import UserError
-from src.utils.machine import available_cores
+from src.utils.machine import available_bytes, available_cores
 
 PADDING_LABEL = -1
 # Labels images that cannot be decoded, which count as wrong.
@@ -31,6 +31,9 @@ HOW_TO_GO_ON = (
     "replace or remove it, or train with --bad_samples=replace; scripts/check_dataset.py lists all "
     "such files"
 )
+# Decoded images of at most 128 x 128 pixels are kept: on each rank up to so many bytes, and up to an
+# eighth of what is free.
+_KEPT_IMAGE_BYTES, _KEPT_BYTES = 3 * 128 * 128, 1 << 29
 # How many images in a row to try instead of an undecodable one.
 _SUBSTITUTES = 100
 
@@ -149,7 +152,7 @@ class TrainBatches:
 
     The global batch of a step is the same for any number of ranks. The last incomplete global batch
     of an epoch is left out. With bad_samples=replace, the next image of the data set that can be
-    decoded, and its label, replace an image that cannot.
+    decoded, and its label, replace an image that cannot. Small images are decoded once.
 
     Raises:
         UserError: if the data has fewer images than one global batch.
@@ -166,6 +169,8 @@ class TrainBatches:
         self.steps_per_epoch = steps_per_epoch(len(images), config, size)
         self._threads = _Threads(config.num_parallel_workers or available_cores())
         self._augmenter = Augmenter(config, len(images), images.num_classes)
+        self._kept: dict[int, np.ndarray] = {}
+        self._keepable_bytes = min(_KEPT_BYTES, available_bytes() / 8)
         self._order = -1, np.empty(0), np.empty(0)
 
     @property
@@ -216,7 +221,7 @@ class TrainBatches:
         for attempt in range(_SUBSTITUTES):
             candidate = (index + attempt) % len(self.images)
             try:
-                return candidate, self.images.load(candidate, self._augmenter.least_side)
+                return candidate, self._decoded(candidate)
             except BadImage as failure:
                 if self.config.bad_samples == "error":
                     raise UserError(f"{failure}; {HOW_TO_GO_ON}") from None
@@ -224,6 +229,17 @@ class TrainBatches:
             f"{_SUBSTITUTES} images in a row from {self.images.name(index)} cannot be decoded; "
             "is this the right data?"
         )
+
+    def _decoded(self, index: int) -> np.ndarray:
+        image = self._kept.get(index)
+        if image is None:
+            image = self.images.load(index, self._augmenter.least_side)
+            # The next epoch gets the same array.
+            image.flags.writeable = False
+            if image.nbytes <= min(_KEPT_IMAGE_BYTES, self._keepable_bytes):
+                self._kept[index] = image
+                self._keepable_bytes -= image.nbytes
+        return image
 
     def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         if self._order[0] != epoch:

@@ -197,7 +197,10 @@ def hand_over(ranks: int, argv: Sequence[str]) -> NoReturn:
     sys.stdout.flush()
     # A new program inherits the blocked signals, and the launcher must receive them itself.
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    os.execv(sys.executable, [sys.executable, str(_LAUNCH), f"--nproc_per_node={ranks}", *argv])
+    os.execv(
+        sys.executable,
+        [sys.executable, str(_LAUNCH), "--quiet", f"--nproc_per_node={ranks}", *argv],
+    )
 
 
 def _argv_of(process: int) -> list[str]:

@@ -25,7 +25,7 @@ from src.inference.evaluation import nonfinite_message, write_results
 from src.inference.metrics import count_nonfinite
 from src.runs.checkpoint import choose_checkpoint
 from src.utils.errors import PartialFailure, UserError
-from src.utils.files import check_ending, write_whole
+from src.utils.files import write_whole
 from src.utils.log import WARNING, Log, create_log, escaped, no_log
 from src.utils.progress import ProgressBar, print_status
 
@@ -40,8 +40,6 @@ STANDARD_INPUT = "-"
 def predict(command: Command) -> None:
     """The command predict.py: classify the images that the command line names."""
     config, log = command.config, command.checked(create_log())
-    check_ending("result_path", config.result_path, (".json", ".jsonl", ".csv"))
-    check_ending("save_figure", config.save_figure, (".png",))
     paths = find_images(command.positional, command.checked(print_status))
     checkpoint = choose_checkpoint(config.checkpoint_file_path, print_status)
     opened = open_backend(checkpoint, command.flags, command.kernels)

@@ -1,10 +1,11 @@
 """Batches: the same global batch for every number of ranks, each image once in evaluation."""
 
+import shutil
 import time
 
 import numpy as np
 import pytest
-from conftest import make_config
+from conftest import make_config, write_image_folder
 
 from src.dataset.batches import (
     PADDING_LABEL,
@@ -58,6 +59,25 @@ def test_balanced_epochs_have_each_class_equally_often():
     # No class stands at the beginning.
     firsts = np.concatenate([labels[order[:12]] for order in orders])
     assert np.bincount(firsts).min() > 90
+
+
+@pytest.mark.parametrize("side,is_kept", [(128, True), (129, False)])
+def test_small_images_are_decoded_once(tmp_path, side, is_kept):
+    """The second epoch has the pixels of the files, which are gone by then."""
+    write_image_folder(tmp_path, "train", ("ant", "bee"), 4, size=(side, side))
+    images = open_images(str(tmp_path / "train"), "train")
+    mixed = "crop, flip, color_jitter, mixup(alpha=0.2)"
+    config = make_config(image_size=32, per_batch_size=8, max_epoch=2, augmentations=mixed)
+    expected = TrainBatches(images, config, 0, 1)[1]
+    source = TrainBatches(images, config, 0, 1)
+    source[0]
+    shutil.rmtree(tmp_path)
+    if is_kept:
+        assert np.array_equal(source[1].images, expected.images)
+        assert np.array_equal(source[1].labels, expected.labels)
+    else:
+        with pytest.raises(UserError):
+            source[1]
 
 
 def test_a_repeated_image_is_augmented_otherwise():

@@ -49,6 +49,22 @@ def test_wrong_arguments_are_one_line(arguments, message):
     ), run
 
 
+def test_an_error_of_the_ranks_is_one_line():
+    """mpirun's own paragraph about it, and the command that --ranks stands for, are not shown."""
+    run = execute(["python3", "train.py", "--ranks=2", "--output_path=/proc/nowhere"])
+    assert run.status == 2 and len(run.err.splitlines()) == 1, run
+    assert "cannot write to output_path" in run.error_lines[0] and "mpirun" not in run.out, run
+
+
+@pytest.mark.parametrize(
+    "ends,words", [("sys.exit(3)", "non-zero status"), ("os.kill(os.getpid(), 9)", "signal 9")]
+)
+def test_mpirun_reports_what_no_rank_does(tmp_path, ends, words):
+    (tmp_path / "silent.py").write_text(f"import os, sys\n{ends}\n")
+    run = execute(["python3", "scripts/launch.py", "--nproc_per_node=2", tmp_path / "silent.py"])
+    assert run.status != 0 and words in run.err, run
+
+
 def test_environment_file_reaches_the_ranks(tmp_path):
     (tmp_path / "env.sh").write_text("export OF_THE_SEED='a b'\n")
     (tmp_path / "show.py").write_text(
