@@ -5,7 +5,6 @@ come from it; `python3 -m src.cli.config > default_config.yaml` writes that file
 """
 
 import math
-import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -110,7 +109,13 @@ def _as_specs(value: Any) -> Any:
     """`crop, mixup(alpha=0.2, probability=0.5)` is a list of two."""
     if not isinstance(value, str):
         return value
-    specs = re.split(r",(?![^()]*\))", value.strip().strip("[]"))
+    specs, depth = [""], 0
+    for letter in value.strip().removeprefix("[").removesuffix("]"):
+        depth += {"(": 1, ")": -1}.get(letter, 0)
+        if letter == "," and depth <= 0:
+            specs.append("")
+        else:
+            specs[-1] += letter
     return [spec.strip() for spec in specs if spec.strip()]
 
 
@@ -193,6 +198,7 @@ class _Data(_Keys):
         Affects.IMAGES,
         "validation images; '': the validation part next to data_path",
         _READS_DATA,
+        needs="evaluates",
     )
     val_split: Annotated[Literal["auto"] | Fraction, Word] = key(
         0.0,
@@ -327,7 +333,10 @@ class _Device(_Keys):
         "CPU", Affects.RUN, "CPU, GPU, Ascend"
     )
     device_id: NonNegative | None = key(
-        None, Affects.PROCESS, "null: the rank's index on its machine"
+        None,
+        Affects.PROCESS,
+        "null: the rank's index on its machine",
+        needs="device_target=GPU|Ascend",
     )
     run_distribute: bool | None = key(
         None, Affects.RUN, "1: require mpirun; 0: one process; null: either", ("train", "eval")
@@ -445,7 +454,10 @@ class _Optimization(_Keys):
         "one_cycle, cosine_restarts; arguments as in 'one_cycle(rise=0.2)'",
     )
     lr_interval: Annotated[Literal["epoch", "step"], Word] = key(
-        "epoch", Affects.TRAINING, "when the learning rate changes: every epoch or every step"
+        "epoch",
+        Affects.TRAINING,
+        "when the learning rate changes: every epoch or every step",
+        needs="lr_scheduler=cosine_annealing|cosine_restarts|exponential_decay",
     )
     warmup_epochs: NonNegativeReal = key(
         1.0, Affects.TRAINING, "epochs over which the learning rate rises linearly from 0"
@@ -557,7 +569,9 @@ class _Output(_Keys):
     run_eval: bool = key(
         False, Affects.RUN, "1: evaluate during training, keep the best as best.ckpt", _TRAIN
     )
-    eval_interval: Positive = key(1, Affects.RUN, "epochs between evaluations", _TRAIN)
+    eval_interval: Positive = key(
+        1, Affects.RUN, "epochs between evaluations", _TRAIN, needs="evaluates"
+    )
     eval_engine: Annotated[Literal["auto", "mindspore", "onnx"], Word] = key(
         "auto",
         Affects.RUN,
@@ -637,6 +651,13 @@ class _Output(_Keys):
     calibration_images: Positive = key(
         128, Affects.RUN, "number of training images to calibrate quantize with", ("export",)
     )
+    temperature: Annotated[Literal["auto"] | PositiveReal, Word] = key(
+        1.0,
+        Affects.RUN,
+        "divide the network's outputs by this number, so that its probabilities fit its accuracy; "
+        "auto: find it on the validation images",
+        ("export",),
+    )
     fuse: bool = key(True, Affects.RUN, "fuse blocks into plain convolutions", ("export",))
     strict: bool = key(False, Affects.RUN, "1: treat warnings as errors")
     host: str = key(
@@ -710,6 +731,11 @@ class Config(_Output, _Optimization, _Device, _Preprocessing, _Augmentation, _Da
         if self.label_smooth_over == "others" and classes > 1:
             return fraction * classes / (classes - 1)
         return fraction
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether training evaluates on validation images."""
+        return bool(self.run_eval or self.val_split)
 
     @property
     def precision(self) -> str:

@@ -8,6 +8,7 @@ from typing import Any, get_args
 from src.cli.config import Config, key_info
 from src.utils.errors import UserError, suggestion
 from src.utils.log import WARNING
+from src.utils.specs import parse_spec
 
 # Other names of keys, from the systems that this program replaces.
 ALIASES = {
@@ -75,6 +76,11 @@ _SYNONYMS = {
 FORMER_KEYS = {"label_smooth": "label_smooth_factor"}
 # Flags that launchers add to a command; our launcher says the same through the environment.
 _IGNORED_FLAGS = ("local_rank",)
+# Keys, and the augmentations whose own arguments overrule them.
+_ARGUMENTS = (
+    ("flip_probability", "flip", {"probability"}),
+    ("color_jitter", "color_jitter", {"brightness", "contrast", "saturation"}),
+)
 # Values of bare flags. A bare boolean is true.
 _BARE_FLAGS = {"resume": "auto"}
 
@@ -181,13 +187,38 @@ def misplaced_flags(flags: Mapping[str, Any], command: str) -> list[str]:
 
 def flags_without_effect(flags: Mapping[str, Any], config: Config) -> list[str]:
     """A warning for each flag that changes nothing in a training run of ``config``."""
-    return [
-        f"{WARNING}--{name} changes nothing without --{needs.replace('precision', 'amp_level')}"
+    without = {
+        name: f"without --{_as_flag(needs)}"
         for name in flags
         if name in Config.model_fields
         and (needs := key_info(name).needs)
         and not _is_set(needs, config)
+    }
+    return [
+        f"{WARNING}--{name} changes nothing {reason}"
+        for name, reason in {**without, **_overruled(flags, config)}.items()
     ]
+
+
+def _overruled(flags: Mapping[str, Any], config: Config) -> dict[str, str]:
+    """{flag: why} of the flags that another flag or key overrules."""
+    reasons = {}
+    # With --ranks the launcher adds global_batch_size.
+    if "per_batch_size" in flags and "global_batch_size" in flags and not config.ranks:
+        reasons["per_batch_size"] = f"with --global_batch_size={config.global_batch_size}"
+    if "run_eval" in flags and config.val_split and not config.run_eval:
+        reasons["run_eval"] = "with --val_split, which evaluates"
+    for name, augmentation, arguments in _ARGUMENTS:
+        for spec in config.augmentations:
+            found, given = parse_spec("augmentations", spec)
+            if name in flags and found == augmentation and arguments <= given.keys():
+                reasons[name] = f"with --augmentations={spec}"
+    return reasons
+
+
+def _as_flag(needs: str) -> str:
+    """The flag of a KeyInfo's ``needs``, which may name a property."""
+    return {"evaluates": "run_eval=1"}.get(needs, needs.replace("precision", "amp_level"))
 
 
 def _is_set(needs: str, config: Config) -> bool:

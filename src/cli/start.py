@@ -176,5 +176,12 @@ def _launch_ranks(config: Config) -> None:
     if ranks == "auto":
         ranks = max(count for count in range(1, cores + 1) if micro_batch % count == 0)
     assert isinstance(ranks, int)
+    trains = _command_name() == "train"
+    if trains and micro_batch % ranks and not config.fit_batch:
+        raise UserError(
+            f"{batch} images per step cannot be shared out evenly to ranks={ranks}; pass "
+            f"--global_batch_size=N, a multiple of {ranks * config.accumulation_steps}"
+        )
     if ranks > 1:
-        hand_over(ranks, [*sys.argv, "--run_distribute=1", f"--global_batch_size={batch}"])
+        same_batch = [f"--global_batch_size={batch}"] if trains else []
+        hand_over(ranks, [*sys.argv, "--run_distribute=1", *same_batch])

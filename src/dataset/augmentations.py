@@ -57,6 +57,17 @@ class Augmentation:
         return image, target
 
 
+def _check_rising(interval: tuple[float, float]) -> tuple[float, float]:
+    if interval[0] > interval[1]:
+        raise ValueError("the first number must not be above the second")
+    return interval
+
+
+Alpha = Annotated[float, pydantic.Field(gt=0)]
+Share = Annotated[float, pydantic.Field(gt=0, le=1)]
+Rising = pydantic.AfterValidator(_check_rising)
+
+
 @pydantic.dataclasses.dataclass(frozen=True, config=FORBID_EXTRA)
 class Crop(Augmentation):
     """A crop in the network's image size.
@@ -215,8 +226,8 @@ class RandomErasing(Augmentation):
     """
 
     probability: Probability = 0.5
-    scale: tuple[Probability, Probability] = (0.02, 0.4)
-    ratio: tuple[float, float] = (0.3, 1 / 0.3)
+    scale: Annotated[tuple[Share, Share], Rising] = (0.02, 0.4)
+    ratio: Annotated[tuple[Alpha, Alpha], Rising] = (0.3, 1 / 0.3)
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         if rng.random() >= self.probability:
@@ -236,9 +247,6 @@ class RandomErasing(Augmentation):
                 )
                 break
         return image
-
-
-Alpha = Annotated[float, pydantic.Field(gt=0)]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=FORBID_EXTRA)

@@ -31,8 +31,8 @@ HOW_TO_GO_ON = (
     "replace or remove it, or train with --bad_samples=replace; scripts/check_dataset.py lists all "
     "such files"
 )
-# Decoded images of at most 128 x 128 pixels are kept: on each rank up to so many bytes, and up to an
-# eighth of what is free.
+# Decoded images of at most 128 x 128 pixels are kept: on each rank up to so many bytes, and up to
+# an eighth of what is free.
 _KEPT_IMAGE_BYTES, _KEPT_BYTES = 3 * 128 * 128, 1 << 29
 # How many images in a row to try instead of an undecodable one.
 _SUBSTITUTES = 100
@@ -185,12 +185,12 @@ class TrainBatches:
         indices, repeats = self.samples(number)
         # A repeated image draws as in another epoch, far behind the last one.
         epochs = number // self.per_epoch + repeats * _REPEATED
-        substituted: set[int] = set()
+        substituted: list[int] = []
 
         def load(index: int) -> tuple[np.ndarray, int]:
             used, image = self._load(index)
             if used != index:
-                substituted.add(index)
+                substituted.append(index)
             return image, int(self.images.labels[used])
 
         labels = (

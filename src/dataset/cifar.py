@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from src.dataset.image_set import ImageSet
+from src.dataset.image_set import ImageSet, follow_classes
 from src.utils.errors import UserError
 
 _PIXELS = 3 * 32 * 32
@@ -101,11 +101,9 @@ class Cifar:
             .transpose(0, 2, 3, 1)
         )
         names = self._class_names(folder / form.meta, form)
-        return ImageSet(
-            dict(class_to_index or {name: label for label, name in enumerate(names)}),
-            labels,
-            pixels=np.ascontiguousarray(pixels),
-        )
+        own = {name: label for label, name in enumerate(names)}
+        classes, labels = follow_classes(labels, own, class_to_index, folder)
+        return ImageSet(classes, labels, pixels=np.ascontiguousarray(pixels))
 
     def _read(self, file: Path, form: CifarForm) -> tuple[np.ndarray, np.ndarray]:
         """Labels (N,) and pixels (N, 3072) uint8 of a file."""

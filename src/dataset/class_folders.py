@@ -1,12 +1,13 @@
 """Data sets with one folder of images per class."""
 
 import os
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from src.dataset.image_set import ImageSet
+from src.dataset.image_set import ImageSet, find_class
 from src.utils.errors import UserError
 
 EXTENSIONS = (
@@ -48,32 +49,11 @@ _LITTER = (
     "system volume information",
     "lost+found",
 )
-# Pictures of formats that are not read.
-_OTHER_PICTURES = (
-    ".heic",
-    ".heif",
-    ".jxl",
-    ".jp2",
-    ".j2k",
-    ".jpx",
-    ".qoi",
-    ".sgi",
-    ".pcx",
-    ".exr",
-    ".hdr",
-    ".xcf",
-    ".svg",
-    ".psd",
-    ".tga",
-    ".ico",
-    ".dng",
-    ".cr2",
-    ".nef",
-    ".arw",
-    ".raw",
-    ".eps",
-    ".pdf",
-)
+# What people keep next to pictures. Any other file may be meant as a picture, so it is reported.
+_TEXTS = (
+    ".txt", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".md", ".rst", ".html", ".htm", ".yaml",
+    ".yml", ".toml", ".log", ".ini", ".cfg", ".db", ".py", ".sh",
+)  # fmt: skip
 
 
 def open_class_folders(
@@ -90,12 +70,8 @@ def open_class_folders(
             what = "has images but no class folders"
         raise UserError(f"data_path '{root}' {what}; it must hold one folder of images per class")
     _check_depth(root, folders)
+    _check_spellings(root, folders)
     known = class_to_index or {name: label for label, name in enumerate(folders)}
-    unknown = [name for name in folders if name not in known]
-    if unknown:
-        raise UserError(
-            f"class folder '{unknown[0]}' in {root} is none of the {len(known)} training classes"
-        )
     paths: list[str] = []
     labels: list[int] = []
     left_out = litter + _loose_pictures(root)
@@ -105,8 +81,19 @@ def open_class_folders(
         if not images:
             raise UserError(_no_images(root / name, others))
         paths += images
-        labels += [known[name]] * len(images)
+        labels += [find_class(name, known, f"the class folders of {root}")] * len(images)
     return ImageSet(dict(known), np.array(labels, np.int32), paths, left_out=tuple(left_out))
+
+
+def _check_spellings(root: Path, folders: list[str]) -> None:
+    """Raise UserError for two folders of one name, whose accents are written in two forms."""
+    first: dict[str, str] = {}
+    for name in folders:
+        if first.setdefault(unicodedata.normalize("NFC", name), name) != name:
+            raise UserError(
+                f"{root} has two folders '{name}': their names look the same, but the accents are "
+                "written in two forms of Unicode; move the images into one of them"
+            )
 
 
 def _check_depth(root: Path, folders: list[str]) -> None:
@@ -203,7 +190,7 @@ def list_images(folder: Path | str) -> tuple[list[str], list[str]]:
             folders.append(entry.path)
         elif name.endswith(EXTENSIONS) and entry.is_file():
             images.append(entry.path)
-        elif name.endswith((*EXTENSIONS, *_OTHER_PICTURES)) or entry.is_dir():
+        elif not name.endswith(_TEXTS) or entry.is_dir():
             left_out.append(entry.path)
     for inner in folders:
         more, also_left_out = list_images(inner)

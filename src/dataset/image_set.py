@@ -1,6 +1,7 @@
 """Labelled images, wherever they come from."""
 
 import os
+import unicodedata
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from src.dataset.decoding import MOST_PIXELS, decode_image, read_image
+from src.utils.errors import UserError
 
 # Ranks compare this many class names one by one, so that a message can name the first difference;
 # they compare the rest by a checksum.
@@ -43,7 +45,8 @@ class ImageSet:
         pixels: (N, H, W, 3) uint8 RGB, or None.
         packed: encoded images of a packed set, or None.
         rows: (N,) places of the images in ``pixels`` or ``packed``; None for all in order.
-        left_out: files and linked folders that look like images and are not read.
+        left_out: files and linked folders that are not read.
+        notes: other sentences that the user should read.
         max_pixels: larger images are refused.
     """
 
@@ -54,6 +57,7 @@ class ImageSet:
     packed: EncodedImages | None = None
     rows: np.ndarray | None = None
     left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     max_pixels: int = MOST_PIXELS
 
     def __len__(self) -> int:
@@ -165,6 +169,53 @@ def _size(path: str) -> int:
         return os.path.getsize(path)
     except OSError:
         return -1
+
+
+def follow_classes(
+    labels: np.ndarray, own: Mapping[str, int], known: Mapping[str, int] | None, where: object
+) -> tuple[dict[str, int], np.ndarray]:
+    """(class map, labels): ``labels`` of the class map ``own`` as the class map ``known`` has them.
+
+    Without ``known`` both stay as they are, and so do labels of classes that have no names on one
+    side, only numbers.
+
+    Args:
+        where: names the images in a message.
+
+    Raises:
+        UserError: if ``own`` has a class that ``known`` does not have.
+    """
+    if known is None:
+        return dict(own), labels
+    if _are_numbered(own) or _are_numbered(known):
+        largest = max(known.values())
+        outside = labels[labels > largest]
+        if outside.size:
+            raise UserError(f"{where} has label {outside[0]}, outside the {len(known)} classes")
+        return dict(known), labels
+    new_labels = np.zeros(max(own.values()) + 1, np.int32)
+    for name, label in own.items():
+        new_labels[label] = find_class(name, known, where)
+    return dict(known), new_labels[labels]
+
+
+def find_class(name: str, known: Mapping[str, int], where: object) -> int:
+    """The label of a class. Letters with accents may be written in any form of Unicode.
+
+    Raises:
+        UserError: if ``known`` does not have it.
+    """
+    if name in known:
+        return known[name]
+    written = unicodedata.normalize("NFC", name)
+    for other, label in known.items():
+        if unicodedata.normalize("NFC", other) == written:
+            return label
+    raise UserError(f"class '{name}' in {where} is none of the {len(known)} training classes")
+
+
+def _are_numbered(classes: Mapping[str, int]) -> bool:
+    return all(name == str(label) for name, label in classes.items())
 
 
 def class_names(class_to_index: Mapping[str, int] | None, classes: int) -> list[str]:

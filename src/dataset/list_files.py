@@ -13,6 +13,8 @@ from src.utils.errors import UserError
 
 _MAX_LABEL = 10**6
 _SHOWN_CHARACTERS = 80
+# From this label on, there must be a twentieth as many different ones.
+_LARGE_LABEL, _LABELS_PER_CLASS = 1000, 20
 
 
 def is_list(path: Path, split: str) -> bool:
@@ -43,6 +45,7 @@ def open_list(path: Path, split: str, class_to_index: Mapping[str, int] | None) 
         raise UserError(f"{list_file} names {paths[0]}, which does not exist")
     _check_repetitions(list_file, paths, listed)
     labels = np.array(listed, np.int32)
+    _check_gaps(list_file, labels)
     if class_to_index is None and labels.min() == 1:
         raise UserError(
             f"the labels in {list_file} begin at 1; they must begin at 0, or class 0 would have no "
@@ -56,7 +59,44 @@ def open_list(path: Path, split: str, class_to_index: Mapping[str, int] | None) 
         raise UserError(
             f"{list_file} has label {outside[0]}, outside the {len(known)} training classes"
         )
-    return ImageSet(dict(known), labels, paths)
+    notes = [*_repetition_note(list_file, paths), *_folder_note(list_file, paths, labels, known)]
+    return ImageSet(dict(known), labels, paths, notes=tuple(notes))
+
+
+def _check_gaps(list_file: Path, labels: np.ndarray) -> None:
+    """Raise UserError for labels that are probably no labels: few, and very large."""
+    different, largest = len(np.unique(labels)), int(labels.max())
+    if largest >= _LARGE_LABEL and largest >= _LABELS_PER_CLASS * different:
+        raise UserError(
+            f"{list_file} has the label {largest} and only {different} different ones; labels "
+            "count the classes: 0, 1, 2 and so on"
+        )
+
+
+def _repetition_note(list_file: Path, paths: Sequence[str]) -> list[str]:
+    repeated = len(paths) - len(set(paths))
+    if not repeated:
+        return []
+    return [
+        f"{repeated} of {len(paths)} lines in {list_file} name an image again; each line counts"
+    ]
+
+
+def _folder_note(
+    list_file: Path, paths: Sequence[str], labels: np.ndarray, known: Mapping[str, int]
+) -> list[str]:
+    """A note if each label has a folder of its own that is not called like its class."""
+    folders = _class_names(paths, labels)
+    unknown = [name for name in folders if name not in known]
+    are_numbers = any(name == str(label) for name, label in (*folders.items(), *known.items()))
+    if len(np.unique(labels)) < 2 or not unknown or are_numbers:
+        return []
+    name = unknown[0]
+    expected = next(other for other, label in known.items() if label == folders[name])
+    return [
+        f"{list_file} has images of the folder '{name}' labelled {folders[name]}, which is "
+        f"'{expected}' in training; the labels are believed"
+    ]
 
 
 def _check_repetitions(list_file: Path, paths: Sequence[str], labels: Sequence[int]) -> None:

@@ -4,11 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from src.dataset.cifar import CIFAR10, CIFAR100, Cifar
 from src.dataset.class_folders import open_class_folders
-from src.dataset.image_set import ImageSet
+from src.dataset.image_set import ImageSet, follow_classes
 from src.dataset.list_files import is_list, open_list
 from src.dataset.packed import PackedImages, is_packed
 from src.utils.errors import UserError, suggestion
@@ -90,16 +88,8 @@ def holds_cifar(path: Path) -> bool:
 
 def _open_packed(path: Path, split: str, class_to_index: Classes) -> ImageSet:
     packed = PackedImages(path)
-    known = class_to_index or packed.class_to_index
-    unknown = [name for name in packed.class_to_index if name not in known]
-    if unknown:
-        raise UserError(
-            f"class '{unknown[0]}' in {path} is none of the {len(known)} training classes"
-        )
-    new_labels = np.zeros(max(packed.class_to_index.values()) + 1, np.int32)
-    for name, label in packed.class_to_index.items():
-        new_labels[label] = known[name]
-    return ImageSet(dict(known), new_labels[packed.labels], packed=packed)
+    classes, labels = follow_classes(packed.labels, packed.class_to_index, class_to_index, path)
+    return ImageSet(classes, labels, packed=packed)
 
 
 def _cifar_source(cifar: Cifar) -> DataSource:

@@ -143,17 +143,19 @@ def set_messages(images: ImageSet, what: str) -> list[str]:
         what: a word for the set, as in "training".
     """
     describe = (left_out_message, empty_classes_message, nested_classes_message)
-    return [message for one in describe if (message := one(images, what))]
+    found = [message for one in describe if (message := one(images, what))]
+    return [*found, *(f"{WARNING}{note}" for note in images.notes)]
 
 
 def left_out_message(images: ImageSet, what: str) -> str | None:
-    """A message on files that look like images and are not read; None if there are none."""
+    """A message on files that are not read; None if there are none."""
     if not images.left_out:
         return None
-    kinds = {_kind(path) for path in images.left_out}
+    kinds = sorted({_kind(path) for path in images.left_out})
+    kinds = [*kinds[:_NAMED], *(["..."] * (len(kinds) > _NAMED))]
     return (
         f"{WARNING}left out of the {f'{what} ' if what else ''}images: {len(images.left_out)} "
-        f"files or folders that are not read ({', '.join(sorted(kinds))}), such as "
+        f"files or folders that are not read ({', '.join(kinds)}), such as "
         f"{images.left_out[0]}"
     )
 
@@ -199,7 +201,11 @@ def _kind(path: str) -> str:
     """A word for a file or folder that is left out."""
     if is_litter(os.path.basename(path)):
         return "left by another program"
-    return os.path.splitext(path)[1].lower() or "a linked folder"
+    if os.path.islink(path) and not os.path.exists(path):
+        return "a broken link"
+    if os.path.isdir(path):
+        return "a linked folder"
+    return os.path.splitext(path)[1].lower() or "no ending"
 
 
 def _open(config: Config, path: str, split: str, class_to_index: Classes = None) -> ImageSet:

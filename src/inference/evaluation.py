@@ -211,6 +211,7 @@ class EvalData:
             "class_top1": dict(zip(names, result.class_top1)),
             "classes": result.by_class(names),
             "confusion": result.confusion,
+            "calibration_error": result.calibration_error,
             "other_predictions": sum(result.class_images) - sum(result.class_predicted),
         }
         if result.undecodable:
@@ -228,6 +229,8 @@ def split_message(
     """
     config, recorded = model.config, metadata.get("config", {})
     trained = metadata.get("images")
+    if trained is not None and images.fingerprint() == trained:
+        return f"{WARNING}training used these very images, so others may do worse"
     if split_fraction(config):
         if trained is None:
             return f"evaluating on {len(images)} images split off from {config.data_path}"

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,17 +10,18 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from src.cli.command import Command
-from src.cli.config import Config
+from src.cli.config import Affects, Config, keys_affecting
 from src.dataset.image_set import ImageSet, class_names
 from src.dataset.sources import open_images
 from src.dataset.transforms import eval_transform
 from src.distributed.communicator import Communicator
-from src.inference.backends import create_backend, load_mindir, mindir_sidecar
+from src.inference.backends import create_backend, load_mindir, mindir_sidecar, open_backend
+from src.inference.calibration import calibrate, scale_outputs
 from src.inference.checkpoint_model import CheckpointModel
 from src.inference.evaluation import Evaluator
 from src.inference.formats import create_format
 from src.inference.metrics import class_table, tops
-from src.inference.model_card import write_card
+from src.inference.model_card import Exported, write_card
 from src.inference.onnx import export_quietly
 from src.inference.quantization import quantize
 from src.kernels.library import KernelChoice
@@ -45,31 +45,15 @@ _TOLERANCE = 1e-4
 _PROBES = 4
 
 
-@dataclass(frozen=True)
-class Exported:
-    """An exported file.
-
-    Attributes:
-        original, exported: the size of the network before and after fusion.
-        difference: |logit - original| / largest |original|, the largest over random inputs and
-            real images.
-        model, recorded: what the checkpoint holds, and its metadata.
-    """
-
-    path: Path
-    original: NetworkSize
-    exported: NetworkSize
-    difference: float
-    model: CheckpointModel
-    recorded: Mapping[str, Any]
-
-
 def export(command: Command) -> None:
     """The command export.py: export the checkpoint that the command line names."""
     config, log = command.config, command.checked(create_log())
     path = choose_checkpoint(config.checkpoint_file_path, print_status)
+    if path.suffix in (".onnx", ".mindir"):
+        raise UserError(f"'{path}' is an exported file; export.py takes checkpoints and weights")
+    temperature = _temperature(path, command, log)
     exported = export_checkpoint(
-        path, command.flags, config.file_format, config.result_path, fuses=config.fuse
+        path, command.flags, config.file_format, config.result_path, config.fuse, temperature
     )
     for title, size in (("checkpoint", exported.original), ("exported", exported.exported)):
         log(
@@ -78,14 +62,19 @@ def export(command: Command) -> None:
         )
     log(f"file sizes: {_file_size(path)}, {_file_size(exported.path)}")
     log(f"exported to {exported.path}: largest relative difference {exported.difference:.1e}")
-    card = write_card(exported.path, path, exported.model, exported.recorded, exported.difference)
+    card = write_card(exported, path)
     log(f"what it is, for whoever receives it: {card}")
     if config.quantize == "int8":
         _quantize(exported, command, log)
 
 
 def export_checkpoint(
-    path: Path, flags: Mapping[str, Any], file_format: str, target: str = "", fuses: bool = True
+    path: Path,
+    flags: Mapping[str, Any],
+    file_format: str,
+    target: str = "",
+    fuses: bool = True,
+    temperature: float = 1.0,
 ) -> Exported:
     """Write the network of checkpoint ``path`` in a format of ``formats.EXPORT_FORMATS``.
 
@@ -95,6 +84,7 @@ def export_checkpoint(
         target: the file to write; by default next to the checkpoint and named after it, or for
             downloaded weights in the current folder.
         fuses: fuse the blocks, if the network has any.
+        temperature: what the outputs are divided by.
 
     Raises:
         UserError: if it cannot be written, or differs from the checkpoint by more than 1e-4; then
@@ -105,13 +95,16 @@ def export_checkpoint(
     network = _create_float32_network(model)
     assign_weights(network, arrays, path)
     network.set_train(False)
+    if temperature != 1.0:
+        scale_outputs(network, temperature)
     fuses = fuses and model.has_branches
     written_network = fuse(network) if fuses else network
     metadata = {
         **recorded,
-        "config": model.config.model_dump(mode="json"),
+        "config": _config_to_record(model.config, recorded),
         "class_to_index": model.class_to_index,
         "fused": fuses or model.fused,
+        "temperature": temperature * recorded.get("temperature", 1.0),
     }
     file = Path(target) if target else _default_file(path, file_format, "_fused" if fuses else "")
     _check_target(file, path, file_format)
@@ -133,7 +126,7 @@ def export_checkpoint(
             leftover.unlink(missing_ok=True)
         raise
     sizes = network_size(network, size), network_size(written_network, size)
-    return Exported(file, *sizes, difference, model, recorded)
+    return Exported(file, *sizes, difference, temperature, model, recorded)
 
 
 def deploy(
@@ -207,6 +200,13 @@ def network_size(network: nn.Cell, image_size: int) -> NetworkSize:
     return NetworkSize(parameters, multiply_adds, activations)
 
 
+def _config_to_record(config: Config, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration in the exported file: how it was trained is known from the checkpoint."""
+    trained = keys_affecting(Affects.TRAINING)
+    kept = {key: value for key, value in recorded.get("config", {}).items() if key in trained}
+    return {**config.model_dump(mode="json"), **kept}
+
+
 def _create_float32_network(model: CheckpointModel) -> ImageClassifier:
     """The network in float32, whatever it was trained in: exported files are for any device."""
     return create_network(model.config.model_copy(update={"amp_level": "O0"}), fused=model.fused)
@@ -257,6 +257,20 @@ class MindirFormat:
 
     def logits(self, file: Path, model: CheckpointModel, inputs: np.ndarray) -> np.ndarray:
         return load_mindir(file)(Tensor(inputs)).asnumpy()
+
+
+def _temperature(path: Path, command: Command, log: Log) -> float:
+    """The temperature that the key of that name asks for."""
+    wanted = command.config.temperature
+    if isinstance(wanted, float):
+        return wanted
+    found = calibrate(open_backend(path, command.flags, command.kernels))
+    log(
+        f"temperature {found.temperature:.3f} from {found.images} validation images, on which "
+        f"probabilities were off by {found.before:.1f} percentage points on average and are now "
+        f"by {found.after:.1f}"
+    )
+    return found.temperature
 
 
 def _quantize(exported: Exported, command: Command, log: Log) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.special import log_softmax
+from scipy.special import log_softmax, softmax
 
 from src.dataset.batches import PADDING_LABEL, UNDECODABLE_LABEL
 from src.distributed.communicator import Communicator
@@ -16,6 +16,8 @@ _CLASSES_SHOWN = 24
 # A confusion matrix of more classes is neither counted nor written.
 _MOST_CONFUSED_CLASSES = 100
 _MOST_PRINTED_COLUMNS = 12
+# Ranges of probabilities that are compared with accuracies.
+_BINS = 15
 # The normal distribution's 97.5 % quantile.
 _Z = 1.959964
 
@@ -32,6 +34,9 @@ class EvalResult:
         class_images: for each class, images that could be decoded.
         class_predicted: for each class, images that were predicted to be of it.
         confusion: images by class and predicted class; None with more than 100 classes.
+        calibration_error: expected calibration error in percent (Guo et al., arXiv:1706.04599,
+            equation 3): how far, on average, the probability of the first class is from the part
+            that is right.
         undecodable: a message for each image that cannot be decoded; it counts as wrong.
         nonfinite: number of images with outputs that are not finite; they count as wrong too.
     """
@@ -45,6 +50,7 @@ class EvalResult:
     class_images: tuple[int, ...]
     class_predicted: tuple[int, ...] = ()
     confusion: tuple[tuple[int, ...], ...] | None = None
+    calibration_error: float = 0.0
     undecodable: tuple[str, ...] = ()
     nonfinite: int = 0
 
@@ -67,7 +73,8 @@ class EvalResult:
     @property
     def balanced(self) -> float:
         """Mean over the classes that have images of their top-1 accuracy, in percent."""
-        known = [value for value in self.class_top1 if value is not None]
+        pairs = zip(self.class_hits, self.class_images)
+        known = [100 * hits / images for hits, images in pairs if images]
         return sum(known) / max(len(known), 1)
 
     def by_class(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -87,6 +94,7 @@ class EvalSums:
         rate: images per second.
         classes: (top-1 hits, images, predictions) of each class, (3, classes).
         confusion: images by class and predicted class, (classes, classes); (0, 0) for many classes.
+        confidence: see ``count_confidence``.
     """
 
     correct: np.ndarray
@@ -95,11 +103,20 @@ class EvalSums:
     rate: float
     classes: np.ndarray
     confusion: np.ndarray
+    confidence: np.ndarray
 
     @classmethod
     def zero(cls, classes: int) -> "EvalSums":
         side = classes if classes <= _MOST_CONFUSED_CLASSES else 0
-        return cls(np.zeros(3), np.zeros(2), 0, 0.0, np.zeros((3, classes)), np.zeros((side, side)))
+        return cls(
+            np.zeros(3),
+            np.zeros(2),
+            0,
+            0.0,
+            np.zeros((3, classes)),
+            np.zeros((side, side)),
+            np.zeros((3, _BINS)),
+        )
 
     def add(self, logits: np.ndarray, labels: np.ndarray) -> None:
         """Add a batch: logits (N, C) and labels (N,)."""
@@ -108,14 +125,16 @@ class EvalSums:
         self.nonfinite += count_nonfinite(logits[labels != PADDING_LABEL])
         self.classes += count_by_class(logits, labels, self.classes.shape[1])
         self.confusion += count_confusion(logits, labels, len(self.confusion))
+        self.confidence += count_confidence(logits, labels)
 
     def over_ranks(self, communicator: Communicator) -> "EvalSums":
         """The sums over all ranks."""
         rest = np.array([self.nonfinite, self.rate])
-        parts = (self.correct, self.loss, rest, self.classes.ravel(), self.confusion.ravel())
+        arrays = (self.correct, self.loss, rest, self.confidence, self.classes, self.confusion)
+        parts = [array.ravel() for array in arrays]
         total = communicator.all_reduce_sum(np.concatenate(parts).tolist())
-        ends = np.cumsum([3, 2, 2, self.classes.size])
-        correct, loss, rest, classes, confusion = np.split(np.asarray(total), ends)
+        ends = np.cumsum([part.size for part in parts[:-1]])
+        correct, loss, rest, confidence, classes, confusion = np.split(np.asarray(total), ends)
         return EvalSums(
             correct,
             loss,
@@ -123,6 +142,7 @@ class EvalSums:
             rest[1],
             classes.reshape(self.classes.shape),
             confusion.reshape(self.confusion.shape),
+            confidence.reshape(self.confidence.shape),
         )
 
     def result(self, undecodable: tuple[str, ...]) -> EvalResult:
@@ -140,6 +160,7 @@ class EvalSums:
             class_images=tuple(class_images),
             class_predicted=tuple(predicted),
             confusion=rows or None,
+            calibration_error=calibration_error(self.confidence),
             undecodable=undecodable,
             nonfinite=self.nonfinite,
         )
@@ -188,6 +209,26 @@ def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) ->
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
+def count_confidence(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(images, sum of probabilities, top-1 hits) by the first class's probability, (3, 15).
+
+    The 15 ranges are equally wide: 0 to 1/15, above that to 2/15, and so on. Only finite rows of
+    logits (N, C) with a label count.
+    """
+    rows = (labels >= 0) & np.isfinite(logits).all(axis=1)
+    probabilities = softmax(logits[rows].astype(np.float64), axis=1)
+    highest, hits = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels[rows]
+    ranges = np.clip(np.ceil(highest * _BINS).astype(int) - 1, 0, _BINS - 1)
+    weights = (np.ones(len(hits)), highest, hits)
+    return np.stack([np.bincount(ranges, weight, _BINS) for weight in weights])
+
+
+def calibration_error(confidence: np.ndarray) -> float:
+    """The expected calibration error in percent of what ``count_confidence`` has counted."""
+    images, probabilities, hits = confidence
+    return 100 * float(np.abs(hits - probabilities).sum() / max(images.sum(), 1))
+
+
 def count_nonfinite(logits: np.ndarray) -> int:
     """Number of rows of logits (N, C) with an infinity or NaN."""
     return int(np.count_nonzero(~np.isfinite(logits).all(axis=1)))
@@ -230,6 +271,8 @@ def summary_lines(result: Mapping[str, Any]) -> list[str]:
         *class_table(result["classes"]),
         *confusion_table(result["confusion"], names),
         *([f"  {others} images were taken for classes that the data lacks"] if others else []),
+        f"probabilities are off by {result['calibration_error']:.1f} percentage points on average "
+        "(expected calibration error)",
     ]
 
 

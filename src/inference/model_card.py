@@ -6,6 +6,7 @@ as they are known here.
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from src.dataset.image_set import class_names
 from src.dataset.splits import validation_path
 from src.inference.checkpoint_model import CheckpointModel
 from src.inference.metrics import interval
+from src.models.networks import NetworkSize
 from src.models.published_weights import find_published
 from src.runs.run_folder import RunFolder
 from src.utils.errors import UserError
@@ -27,28 +29,40 @@ def card_of(file: Path) -> Path:
     return file.with_name(f"{file.name}.md")
 
 
-def write_card(
-    file: Path,
-    checkpoint: Path,
-    model: CheckpointModel,
-    metadata: Mapping[str, Any],
-    difference: float,
-) -> Path:
-    """Write the card of ``file``, which was exported from ``checkpoint``. Returns its path.
+@dataclass(frozen=True)
+class Exported:
+    """An exported file.
 
-    Args:
-        metadata: what the checkpoint records.
-        difference: largest relative difference of the exported outputs from the checkpoint's.
+    Attributes:
+        original, exported: the size of the network before and after fusion.
+        difference: |logit - original| / largest |original|, the largest over random inputs and
+            real images.
+        temperature: what the outputs are divided by.
+        model, recorded: what the checkpoint holds, and its metadata.
+    """
+
+    path: Path
+    original: NetworkSize
+    exported: NetworkSize
+    difference: float
+    temperature: float
+    model: CheckpointModel
+    recorded: Mapping[str, Any]
+
+
+def write_card(exported: Exported, checkpoint: Path) -> Path:
+    """Write the card of a file that was exported from ``checkpoint``. Returns its path.
 
     Raises:
         UserError: if it cannot be written.
     """
+    file, model, metadata = exported.path, exported.model, exported.recorded
     config, recorded = model.config, metadata.get("config") or {}
     run = _run_of(checkpoint)
     sections = [
         f"# {file.name}",
-        f"{config.network} for {config.num_classes} classes, exported from {checkpoint.name}. Its "
-        f"outputs differ from the checkpoint's by at most {difference:.1e} of the largest.",
+        f"{config.network} for {config.num_classes} classes, exported from {checkpoint.name}. "
+        + _outputs(exported),
         "## Figures",
         _figures(run, metadata, config),
         "## Data",
@@ -66,6 +80,16 @@ def write_card(
     text = "\n\n".join(sections) + "\n"
     write_whole(card, lambda partial: partial.write_text(text, "utf-8", "backslashreplace"))
     return card
+
+
+def _outputs(exported: Exported) -> str:
+    rounding = f"by at most {exported.difference:.1e} of the largest"
+    if exported.temperature == 1.0:
+        return f"Its outputs differ from the checkpoint's {rounding}."
+    return (
+        f"Its outputs are the checkpoint's divided by the temperature {exported.temperature:.4g}, "
+        f"which makes the probabilities fit the accuracy, and differ from them {rounding}."
+    )
 
 
 def _run_of(checkpoint: Path) -> RunFolder | None:

@@ -41,6 +41,10 @@ def predict(command: Command) -> None:
     """The command predict.py: classify the images that the command line names."""
     config, log = command.config, command.checked(create_log())
     paths = find_images(command.positional, command.checked(print_status))
+    for key in ("result_path", "save_figure"):
+        target = getattr(config, key)
+        if os.path.exists(target) and any(os.path.samefile(target, path) for path in paths):
+            raise UserError(f"--{key}={target} would replace an image that is to be classified")
     checkpoint = choose_checkpoint(config.checkpoint_file_path, print_status)
     opened = open_backend(checkpoint, command.flags, command.kernels)
     predictions, failures = predict_files(paths, opened.model, opened.backend)

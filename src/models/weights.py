@@ -56,10 +56,10 @@ def assign_weights(
     if mismatches or (heads and not allow_head_mismatch):
         found = mismatches + heads
         hint = (
-            "; --allow_head_mismatch=1 starts from all but the classifier"
+            "; train.py --allow_head_mismatch=1 starts from all but the classifier"
             if not mismatches
-            else f"; is it for a network or block other than {network.network_name}? pass "
-            "--network=NAME"
+            else f"; is it for a network, block or image_size other than here "
+            f"({network.network_name})? pass --network=NAME or --image_size=PIXELS"
         )
         more = (
             f" and {len(found) - _MISMATCHES_SHOWN} more" if len(found) > _MISMATCHES_SHOWN else ""

@@ -18,6 +18,7 @@ from src.runs.recorder import LogOnly, Recorder, RunRecorder
 from src.runs.run_folder import RunFolder, create_run_folder
 from src.training.dry_run import estimate
 from src.training.resolve import PreparedData, resolve
+from src.training.schedules import create_schedule
 from src.training.start import choose_start, read_pretrained
 from src.training.trainer import Trainer
 from src.utils.log import WARNING, create_log
@@ -25,6 +26,7 @@ from src.utils.machine import available_cores, software_versions
 
 # The largest class has this many times the images of the smallest.
 _IMBALANCED = 5
+_RATES_LOOKED_AT = 200
 
 
 def train(command: Command, data: PreparedData) -> None:
@@ -128,7 +130,9 @@ def log_summary(trainer: Trainer, kernels: KernelChoice, start_message: str | No
         *(set_messages(validation, "validation") if validation is not None else ()),
         f"{WARNING}the training data has a single class" if config.num_classes == 1 else None,
         imbalance_hint(config, images.train),
-        warmup_warning(config),
+        warmup_warning(config) or rate_warning(config, trainer.steps_per_epoch),
+        same_images_warning(trainer),
+        loss_hint(config),
         start_message,
         f"{WARNING}freeze_epochs={config.freeze_epochs} covers every epoch: only the classifier "
         "is trained"
@@ -173,6 +177,8 @@ def imbalance_hint(config: Config, images: ImageSet) -> str | None:
 
 def warmup_warning(config: Config) -> str | None:
     """A warning if the warm-up leaves nothing of the schedule after it, else None."""
+    if config.lr_scheduler == "one_cycle":
+        return None
     if config.warmup_epochs > 0 and config.warmup_epochs >= config.max_epoch:
         return (
             f"{WARNING}warmup_epochs={config.warmup_epochs:g} covers the whole run: the learning "
@@ -184,6 +190,52 @@ def warmup_warning(config: Config) -> str | None:
             f"after the warm-up the learning rate is eta_min={config.eta_min:g}"
         )
     return None
+
+
+def rate_warning(config: Config, steps_per_epoch: int) -> str | None:
+    """A warning if the learning rate never falls, or is 0 for a part of the run, else None."""
+    schedule, steps = create_schedule(config), steps_per_epoch * config.max_epoch
+    shown = np.unique(np.linspace(0, steps - 1, _RATES_LOOKED_AT).astype(int))
+    rates = np.array([schedule(int(step), steps_per_epoch) for step in shown])
+    if config.max_epoch > 1 and rates[-1] >= rates.max():
+        return (
+            f"{WARNING}with lr_scheduler={config.lr_scheduler} as it is set, the learning rate "
+            f"never falls in {config.max_epoch} epochs"
+        )
+    idle = int(np.count_nonzero(rates == 0))
+    if idle > _RATES_LOOKED_AT / 10:
+        return (
+            f"{WARNING}the learning rate is 0 in {100 * idle / len(rates):.0f} % of the run; see "
+            "T_max and eta_min"
+        )
+    return None
+
+
+def same_images_warning(trainer: Trainer) -> str | None:
+    """A warning if the validation images are, or are among, the training images, else None."""
+    train, validation = trainer.data.train, trainer.data.validation
+    if validation is None:
+        return None
+    count = len(set(train.paths or ()).intersection(validation.paths or ()))
+    if trainer.fingerprints[0] == trainer.fingerprints[1]:
+        # The folder itself, a link to it, or a copy of it.
+        count = len(validation)
+    if not count:
+        return None
+    return (
+        f"{WARNING}{count} of {len(validation)} validation images are training images too, so the "
+        "accuracy says little about others"
+    )
+
+
+def loss_hint(config: Config) -> str | None:
+    """A message on losses that cannot be compared, else None."""
+    if config.loss == "cross_entropy" or not config.evaluates:
+        return None
+    return (
+        f"the loss is {config.loss}, and val_loss is the cross-entropy of the softmax: compare "
+        "each with itself only"
+    )
 
 
 def ranks_hint(config: Config, communicator: Communicator, kernels: KernelChoice) -> str | None:

@@ -115,7 +115,9 @@ class ResumePoint:
         """
         check_images(self, trainer)
         state, lines = self.state, []
-        if state.best_top1 >= 0 and state.validation not in (None, trainer.fingerprints[1]):
+        evaluates = trainer.data.validation is not None
+        is_same = state.validation in (None, trainer.fingerprints[1])
+        if state.best_top1 >= 0 and evaluates and not is_same:
             # Accuracies on other images cannot be compared.
             state = replace(state, best_top1=-1.0, best_loss=math.inf, since_best=0)
             lines.append(

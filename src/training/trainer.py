@@ -93,7 +93,8 @@ class Trainer:
     Attributes:
         class_to_index, labels_checksum: class map and checksum of the labels of the training
             images.
-        fingerprints: of the training and the validation images, the latter None without any.
+        fingerprints: of the training and the validation images; without any, of those that the
+            resumed run evaluated last, or None.
         threads: number of cores of each rank.
         starts_trained: whether the weights to start from fit the classes, so that their accuracy
             says something.
@@ -156,6 +157,9 @@ class Trainer:
         self._epoch_is_finished, self._is_unsaved = state.finished_epoch, is_unsaved
         if self._stops_early:
             self.last_step = self.first_step
+        if self.data.validation is None:
+            # What was best stays so until these images are evaluated again.
+            self.fingerprints = self.fingerprints[0], state.validation
         self.recorder.resume(state, self.class_to_index)
 
     def fit(self, stop: GracefulStop | None = None) -> float:

@@ -31,7 +31,8 @@ def create_from_spec(key: str, text: str, table: Mapping[str, Any], *context: An
         return kind.of(*context, **arguments)
     except ValidationError as failure:
         first = failure.errors()[0]
-        argument = str(first["loc"][-1]) if first["loc"] else ""
+        # Of an error inside a tuple, the place in the tuple follows.
+        argument = str(first["loc"][0]) if first["loc"] else ""
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             raise UserError(f"{key}: {name} takes no argument '{argument}'") from None
         reason = first["msg"][0].lower() + first["msg"][1:]

@@ -351,6 +351,19 @@ def test_a_changed_file_of_defaults_is_refused(monkeypatch, tmp_path):
         ({"loss_scale": "8", "amp_level": "o2"}, None),
         ({"label_smooth_over": "all", "label_smooth_factor": "0"}, "--label_smooth_factor"),
         ({"allow_head_mismatch": "1"}, "without --checkpoint_file_path"),
+        ({"eval_data_path": "y"}, "without --run_eval=1"),
+        ({"eval_interval": "3"}, "without --run_eval=1"),
+        ({"eval_interval": "3", "val_split": "0.1"}, None),
+        ({"device_id": "1"}, "without --device_target=GPU|Ascend"),
+        ({"lr_interval": "step", "lr_scheduler": "one_cycle"}, "without --lr_scheduler"),
+        ({"per_batch_size": "8", "global_batch_size": "16"}, "with --global_batch_size=16"),
+        ({"per_batch_size": "8", "global_batch_size": "8", "ranks": "2"}, None),
+        ({"run_eval": "0", "val_split": "0.1"}, "with --val_split"),
+        (
+            {"flip_probability": "0.7", "augmentations": "crop, flip(probability=0.2)"},
+            "with --augmentations=flip(probability=0.2)",
+        ),
+        ({"flip_probability": "0.7", "augmentations": "crop,flip(probability=0.2)"}, "flip("),
     ],
 )
 def test_a_flag_that_changes_nothing_is_told(flags, warning):
@@ -363,7 +376,7 @@ def test_a_flag_that_changes_nothing_is_told(flags, warning):
 
 
 def test_each_need_names_a_key_and_values_that_it_takes():
-    values = default_values() | {"precision": "O0"}
+    values = default_values() | {"precision": "O0", "evaluates": True}
     for name in Config.model_fields:
         needs, _, wanted = key_info(name).needs.partition("=")
         assert not needs or needs in values, name

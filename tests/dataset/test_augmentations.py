@@ -51,6 +51,12 @@ def test_each_is_a_function_of_seed_epoch_and_sample(entries):
     assert any(not np.array_equal(image, other) for other in many)
 
 
+@pytest.mark.parametrize("interval", ["scale=(0.5, 0.1)", "ratio=(3, 0.3)", "ratio=(-1, 0.3)"])
+def test_an_interval_that_is_none_is_refused(interval):
+    with pytest.raises(UserError, match=f"random_erasing\\({interval[:5]}"):
+        augmented(f"random_erasing(probability=1, {interval})")
+
+
 def test_switching_one_on_does_not_shift_the_draws_of_another():
     def flips(entries):
         image = np.zeros((32, 32, 3), np.uint8)

@@ -58,6 +58,26 @@ def test_decompression_bomb_is_refused_by_its_size(tmp_path):
         read_image(str(tmp_path / "bomb.png"))
 
 
+def test_each_replacement_of_a_repeated_image_counts(damaged):
+    """Balanced sampling draws the single image of a class six times in 16."""
+    for name in ("ant", "cat"):
+        for file in sorted((damaged / "train" / name).iterdir())[6:]:
+            file.unlink()
+    for file in (damaged / "train" / "bee").iterdir():
+        if file.name != "004.jpg":
+            file.unlink()
+    images = open_images(str(damaged / "train"), "train")
+    keys = {**KEYS, "per_batch_size": len(images), "sampling": "balanced", "max_epoch": 1}
+    source = TrainBatches(images, make_config(**keys, bad_samples="replace"), 0, 1)
+    bad = {
+        index
+        for index in range(len(images))
+        if images.name(index).endswith(("ant/000.jpg", "bee/004.jpg"))
+    }
+    drawn = sum(int(index) in bad for index in source.samples(0)[0])
+    assert source[0].substituted == drawn > 4
+
+
 @pytest.mark.parametrize("max_pixels,refused", [(31 * 31, True), (32 * 32, False)])
 def test_the_limit_of_pixels_is_a_key(tmp_path, max_pixels, refused):
     (tmp_path / "ant").mkdir()

@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from conftest import make_config
 from PIL import Image
 
+from src.dataset.cifar import CIFAR10
 from src.dataset.decoding import read_image
 from src.dataset.image_set import ImageSet
 from src.dataset.sources import open_images
@@ -18,6 +20,7 @@ from src.dataset.splits import (
     left_out_message,
     nested_classes_message,
     open_all_parts,
+    set_messages,
     validation_path,
 )
 from src.utils.errors import UserError
@@ -558,3 +561,77 @@ def test_folders_in_a_class_folder_may_have_been_meant_as_classes(tmp_path):
     # Tiny ImageNet's layout, and photographs that are sorted further.
     assert nested_classes_message(images("cat/images", "dog/images"), "training") is None
     assert nested_classes_message(images("cat", "cat/2024", "cat/2025", "dog"), "training") is None
+
+
+def test_cifar_follows_the_classes_of_training(tmp_path):
+    """The file's labels are its own order of classes."""
+    for number in range(1, 6):
+        record = np.append(number, np.zeros(3 * 32 * 32)).astype(np.uint8)
+        record.tofile(tmp_path / f"data_batch_{number}.bin")
+    names = [*CIFAR10.classes]
+    reverse = {name: label for label, name in enumerate(reversed(names))}
+    images = open_images(str(tmp_path), "train", class_to_index=reverse)
+    assert images.labels.tolist() == [8, 7, 6, 5, 4] and images.class_to_index == reverse
+    with pytest.raises(UserError, match="none of the 3 training classes"):
+        open_images(str(tmp_path), "train", class_to_index={"ant": 0, "bee": 1, "cat": 2})
+    # Numbers name no classes.
+    numbered = {str(label): label for label in range(10)}
+    images = open_images(str(tmp_path), "train", class_to_index=numbered)
+    assert images.labels.tolist() == [1, 2, 3, 4, 5]
+    with pytest.raises(UserError, match="outside the 3 classes"):
+        open_images(str(tmp_path), "train", class_to_index={"0": 0, "1": 1, "2": 2})
+
+
+def test_accents_may_be_written_in_two_forms_of_unicode(broken_copy):
+    composed, decomposed = (unicodedata.normalize(form, "Käfer") for form in ("NFC", "NFD"))
+    (broken_copy / "train" / "bee").rename(broken_copy / "train" / composed)
+    (broken_copy / "val" / "bee").rename(broken_copy / "val" / decomposed)
+    train = open_images(str(broken_copy), "train")
+    validation = open_images(str(broken_copy), "val", class_to_index=train.class_to_index)
+    assert validation.class_to_index == train.class_to_index and len(validation) == 67
+    (broken_copy / "train" / "cat").rename(broken_copy / "train" / decomposed)
+    with pytest.raises(UserError, match="two forms of Unicode"):
+        open_images(str(broken_copy), "train")
+
+
+@pytest.mark.parametrize(
+    "change,kind",
+    [
+        (lambda file: file.rename(file.with_suffix("")), "no ending"),
+        (lambda file: file.rename(file.with_suffix(".jpg_large")), ".jpg_large"),
+        (lambda file: file.rename(file.with_suffix(".dat")), ".dat"),
+        (lambda file: (file.unlink(), file.symlink_to("nowhere.jpg")), "a broken link"),
+    ],
+)
+def test_a_file_that_is_not_read_is_named(broken_copy, change, kind):
+    change(broken_copy / "train" / "bee" / "003.jpg")
+    (broken_copy / "train" / "bee" / "labels.txt").write_text("of no interest")
+    images = open_images(str(broken_copy / "train"), "train")
+    message = left_out_message(images, "training")
+    assert len(images) == 47 and "1 files or folders" in message and f"({kind})" in message
+
+
+def test_lists_that_repeat_images_or_have_other_folders_are_spoken_of(image_root, tmp_path):
+    known = {"ant": 0, "bee": 1, "cat": 2}
+    for place, name in enumerate(("dog", "fox", "owl")):
+        shutil.copytree(image_root / "val" / known_name(known, place), tmp_path / name)
+    lines = [f"{name}/005.jpg {label}" for label, name in enumerate(("dog", "fox", "owl"))]
+    (tmp_path / "list.txt").write_text("\n".join([*lines, lines[0], lines[0]]))
+    images = open_images(str(tmp_path / "list.txt"), "val", class_to_index=known)
+    repeated, folders = set_messages(images, "validation")
+    assert "2 of 5 lines" in repeated and "folder 'dog' labelled 0, which is 'ant'" in folders
+    # One folder for all classes says nothing of them.
+    (tmp_path / "list.txt").write_text("dog/005.jpg 0\ndog/006.jpg 1\n")
+    assert not open_images(str(tmp_path / "list.txt"), "val", class_to_index=known).notes
+
+
+def known_name(classes, label):
+    return next(name for name, known in classes.items() if known == label)
+
+
+def test_a_label_that_is_no_number_of_a_class_is_refused(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"")
+    (tmp_path / "b.jpg").write_bytes(b"")
+    (tmp_path / "train_list.txt").write_text("a.jpg 0\nb.jpg 99999\n")
+    with pytest.raises(UserError, match="label 99999 and only 2 different"):
+        open_images(str(tmp_path), "train")

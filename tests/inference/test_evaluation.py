@@ -9,16 +9,20 @@ import numpy as np
 import pytest
 from conftest import execute, make_config, mpirun
 from mindspore import Parameter, Tensor
+from scipy.special import softmax
 
 from src.dataset.sources import open_images
 from src.distributed.communicator import Communicator
 from src.inference import backends
+from src.inference.calibration import best_temperature
 from src.inference.evaluation import Evaluator
 from src.inference.metrics import (
     EvalResult,
+    calibration_error,
     class_table,
     confusion_table,
     count_by_class,
+    count_confidence,
     count_confusion,
     count_correct,
     count_nonfinite,
@@ -180,6 +184,7 @@ def test_67_images_are_counted_once_on_any_number_of_ranks(
         "class_top1",
         "classes",
         "confusion",
+        "calibration_error",
         "other_predictions",
     }
     lines = run.out.splitlines()
@@ -299,3 +304,25 @@ def test_outputs_that_are_not_finite_are_an_error(trained_run, image_root, tmp_p
             and "are not finite" in run.error_lines[0]
             and not (tmp_path / "r.json").exists()
         ), run
+
+
+def test_the_calibration_error_is_that_of_guo():
+    """Three of four images at 80 % are right, and one of two at 55 %."""
+    probabilities = np.array([0.8] * 4 + [0.55] * 2)
+    logits = np.log(np.stack([probabilities, 1 - probabilities], axis=1))
+    labels = np.array([0, 0, 0, 1, 0, 1], np.int32)
+    # 4/6 |0.75 - 0.8| + 2/6 |0.5 - 0.55|
+    found = calibration_error(count_confidence(logits, labels))
+    assert found == pytest.approx(100 * (4 / 6 * 0.05 + 2 / 6 * 0.05))
+    # Padding, undecodable images and outputs that are not finite do not count.
+    more = np.concatenate([logits, [[9.0, 0], [9.0, 0], [np.nan, 0]]])
+    assert calibration_error(count_confidence(more, np.append(labels, [-1, -2, 0]))) == found
+
+
+def test_the_temperature_is_the_one_that_labels_were_drawn_with():
+    """Labels drawn from the softmax of logits; then the logits are taken three times as large."""
+    random = np.random.default_rng(0)
+    logits = random.normal(size=(20000, 5)) * 2
+    labels = (softmax(logits, axis=1).cumsum(axis=1) < random.random((20000, 1))).sum(axis=1)
+    assert best_temperature(3 * logits, labels) == pytest.approx(3, rel=0.03)
+    assert best_temperature(logits, labels) == pytest.approx(1, rel=0.03)

@@ -92,6 +92,44 @@ def test_exported_network_evaluates_like_the_trained_one(
         assert evaluated(target, image_root, tmp_path, ranks=2) == expected
 
 
+@pytest.mark.parametrize(
+    "file_format,temperature",
+    [("CKPT", "auto"), pytest.param("ONNX", "auto", marks=pytest.mark.slow), ("CKPT", "2.5")],
+)
+def test_a_temperature_changes_probabilities_and_no_class(
+    file_format, temperature, trained_run, image_root, tmp_path
+):
+    if file_format == "ONNX":
+        pytest.importorskip("onnxruntime", reason="ONNX is an optional extra")
+    target = tmp_path / f"net.{file_format.lower()}"
+    run = export(
+        f"--checkpoint_file_path={trained_run}/best.ckpt",
+        f"--file_format={file_format}",
+        f"--result_path={target}",
+        f"--temperature={temperature}",
+    )
+    assert run.status == 0, run
+    if temperature == "auto":
+        found, before, after = re.search(
+            r"temperature ([\d.]+) from 67 .* off by ([\d.]+) .* by ([\d.]+)", run.out
+        ).groups()
+        temperature = found
+        assert float(after) < float(before), run
+    results = []
+    for path in (trained_run / "best.ckpt", target):
+        words = [f"--checkpoint_file_path={path}", f"--result_path={tmp_path}/e.json"]
+        run = execute(["python3", "eval.py", f"--data_path={image_root}/val", *words])
+        assert run.status == 0, run
+        results += json.loads((tmp_path / "e.json").read_text())
+    original, scaled = results
+    assert scaled["confusion"] == original["confusion"] and scaled["loss"] != original["loss"]
+    # The loss falls where the temperature was found, and the card says what was done.
+    assert temperature == "2.5" or scaled["loss"] < original["loss"]
+    assert (
+        f"temperature {float(temperature):.3g}" in target.with_name(f"{target.name}.md").read_text()
+    )
+
+
 @pytest.mark.slow
 def test_the_documents_example_needs_no_mindspore(trained_run, image_root, tmp_path):
     """docs/using.md's classify.py, in a folder of its own: the classes that predict.py finds."""

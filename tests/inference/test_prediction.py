@@ -50,6 +50,16 @@ def test_wrong_image_is_one_line(trained_run, arguments, word):
     assert run.status == 2 and len(run.error_lines) == 1 and word in run.error_lines[0], run
 
 
+@pytest.mark.parametrize("key,name", [("save_figure", "x.png"), ("result_path", "x.json")])
+def test_no_result_replaces_an_image(trained_run, image_root, tmp_path, key, name):
+    shutil.copy(image_root / "val" / "bee" / "003.jpg", tmp_path / name)
+    before = (tmp_path / name).read_bytes()
+    words = [f"--checkpoint_file_path={trained_run}/best.ckpt", f"--{key}={tmp_path}/{name}"]
+    run = execute(["python3", "predict.py", *words, tmp_path / name])
+    assert run.status == 2 and "would replace an image" in run.error_lines[0], run
+    assert (tmp_path / name).read_bytes() == before
+
+
 def test_one_bad_file_does_not_silence_the_others(trained_run, image_root, tmp_path):
     (tmp_path / "bad.jpg").write_text("text")
     run = execute(

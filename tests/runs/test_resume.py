@@ -119,6 +119,20 @@ def test_the_best_starts_again_with_other_validation_images(broken_copy, tmp_pat
 
 
 @pytest.mark.slow
+def test_the_best_survives_a_part_of_the_run_without_evaluation(image_root, tmp_path):
+    """The best of the first part is compared with the third part's, which has a rate of 0."""
+    words = command(1, image_root, tmp_path / "out", "--ckpt_interval=1", "--T_max=1")
+    for steps, evaluates in ((12, 1), (24, 0), (36, 1)):
+        more = ["--resume=auto"] if steps > 12 else []
+        run = execute([*words, f"--max_steps={steps}", f"--run_eval={evaluates}", *more])
+        assert run.status == 0 and "no longer counts" not in run.out, run
+    metadata = read_weights(only_run(tmp_path / "out") / "latest.ckpt")[1]
+    assert metadata["best_top1"] > 0 and metadata["validation"] is not None
+    first = read_weights(only_run(tmp_path / "out") / "best.ckpt")[1]
+    assert first["epoch"] in (1, 3) and first["best_top1"] == metadata["best_top1"]
+
+
+@pytest.mark.slow
 def test_resuming_elsewhere_or_otherwise(image_root, tmp_path):
     run = execute(command(1, image_root, tmp_path / "out", "--max_steps=15"))
     assert run.status == 0, run

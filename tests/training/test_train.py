@@ -7,10 +7,11 @@ import re
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, TINY, execute, mpirun, only_run
+from conftest import ROOT, TINY, execute, make_config, mpirun, only_run
 
 from src.dataset.batches import epoch_order
 from src.models.weight_files import read_weights, without_optimizer_state
+from src.training.job import rate_warning, warmup_warning
 
 
 def test_run_folder_holds_what_the_readme_says(trained_run):
@@ -320,6 +321,38 @@ def test_truncated_image_is_told_before_the_first_step(broken_copy, tmp_path):
         "check_dataset.py",
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_training_and_evaluation_on_the_same_images_is_told(image_root, tmp_path):
+    data = f"--data_path={image_root}/train"
+    output = f"--output_path={tmp_path}/out"
+    same = (f"--eval_data_path={image_root}/train", "--run_eval=1", "--max_steps=2")
+    run = execute(["python3", "train.py", data, output, *same, *TINY])
+    assert run.status == 0 and "48 of 48 validation images are training images" in run.out, run
+    checkpoint = only_run(tmp_path / "out") / "best.ckpt"
+    run = execute(["python3", "eval.py", data, f"--checkpoint_file_path={checkpoint}"])
+    assert run.status == 0 and "training used these very images" in run.out, run
+    words = (f"--data_path={image_root}/val", f"--checkpoint_file_path={checkpoint}")
+    run = execute(["python3", "eval.py", *words])
+    assert run.status == 0 and "very images" not in run.out, run
+
+
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        ({"lr_scheduler": "step", "max_epoch": 3, "warmup_epochs": 0}, "never falls in 3 epochs"),
+        ({"lr_scheduler": "step", "max_epoch": 3, "lr_epochs": "2", "warmup_epochs": 0}, None),
+        ({"lr_scheduler": "cosine_restarts(period=1)", "max_epoch": 3}, "never falls"),
+        ({"T_max": 2, "max_epoch": 4}, "is 0 in 50 % of the run"),
+        ({"T_max": 2, "max_epoch": 4, "eta_min": 0.01}, None),
+        ({"lr_scheduler": "one_cycle", "max_epoch": 1}, None),
+        ({"max_epoch": 5}, None),
+    ],
+)
+def test_a_rate_that_never_falls_or_is_0_is_told(flags, words):
+    config = make_config(**flags)
+    message = warmup_warning(config) or rate_warning(config, 50)
+    assert message is None if words is None else words in message
 
 
 @pytest.mark.slow

@@ -1,0 +1,73 @@
+"""Temperature scaling: probabilities that fit the accuracy (Guo et al., arXiv:1706.04599)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from mindspore import Tensor
+from scipy.optimize import minimize_scalar
+
+from src.dataset.batches import EvalBatches, prefetch
+from src.inference.backends import OpenedModel
+from src.inference.metrics import calibration_error, count_confidence, cross_entropy_sum
+from src.models.layers import ImageClassifier
+from src.utils.errors import UserError
+
+_BATCH = 16
+_LOWEST, _HIGHEST = 0.05, 20.0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A temperature, and what it does on the images that it was found on.
+
+    Attributes:
+        temperature: what outputs are divided by.
+        images: number of images.
+        before, after: expected calibration error in percent.
+    """
+
+    temperature: float
+    images: int
+    before: float
+    after: float
+
+
+def calibrate(opened: OpenedModel) -> Calibration:
+    """Find the temperature with the lowest cross-entropy on the model's validation images.
+
+    Raises:
+        UserError: if there are no such images, or none can be decoded.
+    """
+    config = opened.model.config
+    images = opened.model.open_images()
+    batches = EvalBatches(images, config, 0, 1, min(_BATCH, len(images)))
+    parts = []
+    for batch in prefetch(batches):
+        logits = opened.backend(batch.images)
+        rows = (batch.labels >= 0) & np.isfinite(logits).all(axis=1)
+        parts.append((logits[rows], batch.labels[rows]))
+    logits, labels = (np.concatenate(arrays) for arrays in zip(*parts))
+    if not len(labels):
+        raise UserError("temperature=auto: none of the validation images can be decoded")
+    temperature = best_temperature(logits, labels)
+    before, after = (
+        calibration_error(count_confidence(scaled, labels))
+        for scaled in (logits, logits / np.float32(temperature))
+    )
+    return Calibration(temperature, len(labels), before, after)
+
+
+def best_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The temperature, from 0.05 to 20, with the lowest cross-entropy of logits (N, C)."""
+
+    def loss(logarithm: float) -> float:
+        return float(cross_entropy_sum(logits / np.exp(logarithm), labels)[0])
+
+    bounds = (np.log(_LOWEST), np.log(_HIGHEST))
+    return float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x))
+
+
+def scale_outputs(network: ImageClassifier, temperature: float) -> None:
+    """Divide the outputs of ``network`` by ``temperature``: the last layer's weights and biases."""
+    for parameter in network.classifier.get_parameters():
+        parameter.set_data(Tensor(parameter.asnumpy() / np.float32(temperature)))
