@@ -8,7 +8,8 @@ normalised float32, as its networks take them; ours are uint8, normalised in the
 the time of that, `normalise_s` a batch, is printed too). "mindspore" is --input_pipeline=mindspore.
 In turn, best of the rounds. Then reading
 alone, in random order, of a packed set, of MindSpore's MindRecord and of files, the median of the
-rounds. `--pytorch=0` leaves PyTorch out, for which `bash scripts/setup.sh --parity` is needed.
+rounds. Last come 32x32 JPEGs, which are decoded in the first epoch only. `--pytorch=0` leaves
+PyTorch out, for which `bash scripts/setup.sh --parity` is needed.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from benchmarks.timing import medians_in_turn  # noqa: E402
 from src.cli.run import run_process  # noqa: E402
 
 _SIZE, _RESIZED = 224, 256
+_SMALL_IMAGES = 5120
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -50,6 +52,7 @@ def main(arguments):
             print_rates(part, images, packed, options)
         print_readers(images, f"{folder}/same_bytes", options)
         print_operations(images)
+        print_small(f"{folder}/small", options)
 
 
 def write_jpegs(folder, count):
@@ -223,6 +226,39 @@ def print_readers(images, target, options):
     print(
         "input_pipeline reading_alone_images_per_second "
         + " ".join(f"{side}={len(order) / taken:.0f}" for side, taken in seconds.items()),
+        flush=True,
+    )
+
+
+def print_small(folder, options):
+    """Images a second of 32x32 JPEGs, padded, cropped and flipped, in the first two epochs."""
+    import cv2
+    import numpy as np
+
+    from src.cli.recipes import load_config
+    from src.dataset.batches import TrainBatches, prefetch
+    from src.dataset.sources import open_images
+
+    random, place = np.random.default_rng(0), Path(folder) / "a"
+    place.mkdir(parents=True)
+    for number in range(_SMALL_IMAGES):
+        cv2.imwrite(str(place / f"{number}.jpg"), random.integers(0, 256, (32, 32, 3), np.uint8))
+    config = load_config(
+        {
+            "config_path": "acnet_cifar_quick_cifar10",
+            "data_path": folder,
+            "max_epoch": "2",
+            "num_parallel_workers": str(options.workers),
+        }
+    )
+    source = TrainBatches(open_images(folder, "train"), config, 0, 1)
+    first, second = (
+        timed(prefetch(source, epoch * source.per_epoch, (epoch + 1) * source.per_epoch), 128)
+        for epoch in range(2)
+    )
+    print(
+        f"input_pipeline part=small workers={options.workers} "
+        f"first_epoch_images_per_second={first:.0f} second_epoch_images_per_second={second:.0f}",
         flush=True,
     )
 

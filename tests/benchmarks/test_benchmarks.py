@@ -163,7 +163,7 @@ def test_input_pipeline_prints_its_lines():
         ]
     )
     assert run.status == 0, run
-    train, evaluation, reading, operations = run.out.splitlines()
+    train, evaluation, reading, operations, small = run.out.splitlines()
     assert re.fullmatch(
         r"input_pipeline reading_alone_images_per_second packed=\d+ mindrecord=\d+ files=\d+",
         reading,
@@ -175,6 +175,11 @@ def test_input_pipeline_prints_its_lines():
             line,
         ), run
     assert "decode=" in operations and "normalise_s=" in operations
+    assert re.fullmatch(
+        r"input_pipeline part=small workers=2 first_epoch_images_per_second=\d+ "
+        r"second_epoch_images_per_second=\d+",
+        small,
+    ), run
 
 
 @pytest.mark.extended
