@@ -9,132 +9,18 @@
 Keywords are the commands' flags: ``python3 train.py --help`` describes them.
 """
 
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.cli.config import PROJECT_ROOT, Config
-from src.cli.flags import parse_only_flags
-from src.cli.recipes import load_config
-from src.cli.start import prepare_rank
-from src.distributed.communicator import Communicator
-from src.distributed.launcher import FACTS_FILE, read_facts
-from src.kernels.library import choose_kernels
-from src.models.blocks import BLOCKS
-from src.models.networks import NETWORKS
-from src.models.published_weights import fetch_weights
-from src.utils.device import select_device
-from src.utils.errors import UserError
-from src.utils.progress import print_status
-
 if TYPE_CHECKING:
-    from src.inference.classifier import Classifier
-    from src.models.layers import ImageClassifier
+    from acnet_mindspore.api import BLOCKS, NETWORKS, UserError, create_network, fit, load
 
 __all__ = ["BLOCKS", "NETWORKS", "UserError", "create_network", "fit", "load"]
 
 
-def load(checkpoint: str | Path, **flags: Any) -> "Classifier":
-    """A trained network, ready to classify.
+def __getattr__(name: str) -> Any:
+    # The commands import this package too, and must not have threads yet (src/cli/run.py).
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from acnet_mindspore import api
 
-    Args:
-        checkpoint: a file (.ckpt, .safetensors, .pth, .hdf5, .onnx, .mindir), a run folder, or the
-            name of published weights.
-        flags: flags of predict.py, such as ``top_k=3``; they win over what the file records.
-
-    Raises:
-        UserError: if the file cannot be read or does not fit, or for a wrong flag.
-    """
-    values = parse_only_flags(command_line(flags))
-    config = load_config({**values, "checkpoint_file_path": str(checkpoint)})
-    fetch_weights(str(checkpoint))
-    _start_mindspore(config)
-    from src.inference.classifier import Classifier
-    from src.runs.checkpoint import choose_checkpoint
-
-    path = choose_checkpoint(str(checkpoint), print_status)
-    return Classifier(path, values, choose_kernels(config))
-
-
-def fit(data_path: str | Path, **flags: Any) -> "Classifier":
-    """Train on images as train.py does, and load the best checkpoint.
-
-    Training runs in processes of its own, whose output is printed here. Their run folder is next to
-    those of the command: under ``output_path``.
-
-    Args:
-        data_path: a folder of class folders, or what else --data_path takes.
-        flags: flags of train.py, such as ``max_epoch=5`` or ``ranks=2``.
-
-    Raises:
-        UserError: if training ends with an error, whose text it has.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        facts = Path(folder) / "facts"
-        arguments = command_line({"data_path": data_path, **flags})
-        command = [sys.executable, str(PROJECT_ROOT / "train.py"), *arguments]
-        _run_and_print(command, {FACTS_FILE: str(facts)})
-        run_folder = read_facts(facts).get("run_folder")
-    if run_folder is None:
-        raise UserError("nothing was trained; leave dry_run out")
-    checkpoint = Path(run_folder) / "best.ckpt"
-    return load(checkpoint if checkpoint.is_file() else Path(run_folder) / "ckpt_0")
-
-
-def create_network(network: str, num_classes: int, **flags: Any) -> "ImageClassifier":
-    """A network with random weights, a MindSpore Cell: (N, 3, S, S) images -> (N, C) logits.
-
-    Args:
-        network: a name in ``NETWORKS`` or an alias.
-        flags: flags of train.py, such as ``block="acb"``, ``image_size=64`` or ``seed=1``.
-
-    Raises:
-        UserError: for an unknown name, or a wrong flag.
-    """
-    values = {"network": network, "num_classes": num_classes, "data_path": os.curdir, **flags}
-    config = load_config(parse_only_flags(command_line(values)))
-    _start_mindspore(config)
-    from src.models import create
-
-    return create.create_network(config)
-
-
-def _start_mindspore(config: Config) -> None:
-    # MindSpore reads what is prepared here while it is imported.
-    prepare_rank(Communicator(), config.device_target, config.threads)
-    select_device(config.device_target, config.device_id or 0)
-
-
-def command_line(flags: dict[str, Any]) -> list[str]:
-    """--key=value for each of {key: value}; None leaves a key out."""
-    return [f"--{key}={_as_typed(value)}" for key, value in flags.items() if value is not None]
-
-
-def _as_typed(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return ",".join(map(str, value))
-    return str(int(value)) if isinstance(value, bool) else str(value)
-
-
-def _run_and_print(command: list[str], environment: dict[str, str]) -> None:
-    """Run a command, and print its lines as they come. Raises UserError with its error line."""
-    error = ""
-    with subprocess.Popen(
-        command,
-        env={**os.environ, **environment},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    ) as process:
-        for line in process.stdout or ():
-            if line.startswith("error: "):
-                error = line.removeprefix("error: ").strip()
-            else:
-                print(line, end="", flush=True)
-    if process.returncode:
-        raise UserError(error or f"training ended with status {process.returncode}")
+    return getattr(api, name)

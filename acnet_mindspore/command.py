@@ -5,9 +5,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from src.cli.config import PROJECT_ROOT
-from src.utils.errors import suggestion
+from src.utils import errors
 
+# The folder of the scripts. src.cli.config knows it too, but needs packages that may be missing.
+ROOT = Path(errors.__file__).resolve().parents[2]
 # {command: (its script, what it does)}.
 COMMANDS = {
     "train": ("train.py", "train or fine-tune"),
@@ -31,9 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(_help())
         return
     if name not in COMMANDS:
-        near = suggestion(name, COMMANDS)
+        near = errors.suggestion(name, COMMANDS)
         sys.exit(_error(f"unknown command '{name}'{near}; acnet --help lists all"))
-    script = Path(PROJECT_ROOT) / COMMANDS[name][0]
+    script = ROOT / COMMANDS[name][0]
     if script.suffix == ".sh":
         os.execvp("bash", ["bash", str(script), sys.executable, *rest])
     os.execv(sys.executable, [sys.executable, str(script), *rest])

@@ -5,6 +5,7 @@
 # say so.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+[ $# -eq 1 ] || { echo "error: this takes no arguments; it builds the kernels for CPU and prepares mpirun" >&2; exit 2; }
 python=$1
 prefix=$("$python" -c 'import sys; print(sys.prefix)')
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')

@@ -205,18 +205,22 @@ def pass_on(source, target):
     After a rank has ended with an error, mpirun adds a paragraph between two lines of dashes. It is
     left out if the rank has said what is wrong.
     """
-    has_error_line, held = False, []
+    has_error_line, held, reports = False, [], []
     for line in source:
-        has_error_line = has_error_line or line.startswith(b"error: ")
-        if not held and not line.startswith(RULE):
+        if line.startswith(b"error: "):
+            has_error_line = True
+            target.write(line)
+        elif not held and not line.startswith(RULE):
             target.write(line)
         else:
             held.append(line)
             if len(held) > 1 and (line.startswith(RULE) or len(held) > BANNER_LINES):
-                if not (has_error_line and NONZERO_STATUS in b"".join(held)):
-                    target.writelines(held)
+                is_report = NONZERO_STATUS in b"".join(held)
+                (reports.extend if is_report else target.writelines)(held)
                 held = []
         target.flush()
+    if not has_error_line:
+        target.writelines(reports)
     target.writelines(held)
     target.flush()
 

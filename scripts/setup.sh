@@ -59,6 +59,7 @@ fi
 # What MindSpore and the rest take; the extras come on top.
 needed=3200
 if [ ! -x "$venv/bin/python" ]; then
+    mkdir -p "$(dirname "$venv")"
     free=$(df -Pm "$(dirname "$venv")" | awk 'NR == 2 { print $4 }')
     [ "${free:-$needed}" -ge $needed ] || fail "$venv needs $needed MB and there are $free MB free;" \
         "make room, or name a folder on another disk: VENV=FOLDER bash scripts/setup.sh"

@@ -1,5 +1,6 @@
 """An installed package: the command acnet, and the program from Python, outside the checkout."""
 
+import ast
 import json
 import os
 import re
@@ -9,8 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, execute, only_run
+from conftest import ROOT, TINY, Started, execute, only_run
 
+SCRIPTS = "setup|check_dataset|pack_dataset|preview_dataset"
+# They name scripts to run them, or for who keeps the checkout.
+OF_SCRIPTS = ("command.py", "dependencies.py")
 pytestmark = pytest.mark.extended
 
 
@@ -131,4 +135,34 @@ def test_what_can_be_typed_is_said(act, words, status, text):
 def test_nothing_of_the_checkout_is_needed(installed):
     (package,) = Path(installed).parent.glob("lib/python3.*/site-packages/acnet_mindspore")
     for file in package.rglob("*.py"):
-        assert "from src" not in file.read_text() and "import src" not in file.read_text(), file
+        text = file.read_text()
+        assert "from src" not in text and "import src" not in text, file
+        # Messages name the commands that are there; docstrings need not.
+        tree = ast.parse(text)
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and id(node) not in docstrings:
+                named = re.search(rf"scripts/({SCRIPTS})|python3 \w+\.py", str(node.value))
+                assert not named or file.name in OF_SCRIPTS, (file, node.value)
+
+
+def test_a_signal_ends_an_installed_command_as_it_does_in_the_checkout(installed, tmp_path):
+    """Nothing may start a thread before the signals are blocked, or it would receive them."""
+    (package,) = Path(installed).parent.glob("lib/python3.*/site-packages/acnet_mindspore")
+    code = (
+        "import sys; from acnet_mindspore.src.cli import run; "
+        "print(*sorted({'numpy', 'cv2', 'pydantic', 'mindspore'} & set(sys.modules)))"
+    )
+    run = execute([installed / "python3", "-c", code], tmp_path)
+    assert run.status == 0 and not run.out.strip(), run
+    words = [installed / "acnet", "train", "--max_epoch=1000", f"--output_path={tmp_path}/out"]
+    started = Started(words, tmp_path)
+    started.wait_for_text("epoch 3/1000 loss")
+    started.process.terminate()
+    run, _ = started.finish(60)
+    assert run.status == 128 + 15 and (only_run(tmp_path / "out") / "latest.ckpt").exists(), run
+
+
+def test_setup_takes_no_arguments(act):
+    run = act("acnet", "setup", "--help")
+    assert run.status == 2 and len(run.error_lines) == 1, run

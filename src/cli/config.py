@@ -333,10 +333,7 @@ class _Device(_Keys):
         "CPU", Affects.RUN, "CPU, GPU, Ascend"
     )
     device_id: NonNegative | None = key(
-        None,
-        Affects.PROCESS,
-        "null: the rank's index on its machine",
-        needs="device_target=GPU|Ascend",
+        None, Affects.PROCESS, "null: the rank's index on its machine"
     )
     run_distribute: bool | None = key(
         None, Affects.RUN, "1: require mpirun; 0: one process; null: either", ("train", "eval")

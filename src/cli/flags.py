@@ -203,9 +203,6 @@ def flags_without_effect(flags: Mapping[str, Any], config: Config) -> list[str]:
 def _overruled(flags: Mapping[str, Any], config: Config) -> dict[str, str]:
     """{flag: why} of the flags that another flag or key overrules."""
     reasons = {}
-    # With --ranks the launcher adds global_batch_size.
-    if "per_batch_size" in flags and "global_batch_size" in flags and not config.ranks:
-        reasons["per_batch_size"] = f"with --global_batch_size={config.global_batch_size}"
     if "run_eval" in flags and config.val_split and not config.run_eval:
         reasons["run_eval"] = "with --val_split, which evaluates"
     for name, augmentation, arguments in _ARGUMENTS:

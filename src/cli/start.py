@@ -176,7 +176,7 @@ def _launch_ranks(config: Config) -> None:
     if ranks == "auto":
         ranks = max(count for count in range(1, cores + 1) if micro_batch % count == 0)
     assert isinstance(ranks, int)
-    trains = _command_name() == "train"
+    trains = _command_name() != "eval"
     if trains and micro_batch % ranks and not config.fit_batch:
         raise UserError(
             f"{batch} images per step cannot be shared out evenly to ranks={ranks}; pass "

@@ -64,7 +64,6 @@ def _check_rising(interval: tuple[float, float]) -> tuple[float, float]:
 
 
 Alpha = Annotated[float, pydantic.Field(gt=0)]
-Share = Annotated[float, pydantic.Field(gt=0, le=1)]
 Rising = pydantic.AfterValidator(_check_rising)
 
 
@@ -226,7 +225,7 @@ class RandomErasing(Augmentation):
     """
 
     probability: Probability = 0.5
-    scale: Annotated[tuple[Share, Share], Rising] = (0.02, 0.4)
+    scale: Annotated[tuple[Probability, Probability], Rising] = (0.02, 0.4)
     ratio: Annotated[tuple[Alpha, Alpha], Rising] = (0.3, 1 / 0.3)
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

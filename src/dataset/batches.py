@@ -31,9 +31,9 @@ HOW_TO_GO_ON = (
     "replace or remove it, or train with --bad_samples=replace; scripts/check_dataset.py lists all "
     "such files"
 )
-# Decoded images of at most 128 x 128 pixels are kept: on each rank up to so many bytes, and up to
-# an eighth of what is free.
-_KEPT_IMAGE_BYTES, _KEPT_BYTES = 3 * 128 * 128, 1 << 29
+# Decoded images of at most 128 x 128 pixels are kept. The ranks share this limit, and an eighth of
+# the memory that is free.
+_KEPT_IMAGE_BYTES, _KEPT_BYTES = 3 * 128 * 128, 1 << 30
 # How many images in a row to try instead of an undecodable one.
 _SUBSTITUTES = 100
 
@@ -170,7 +170,7 @@ class TrainBatches:
         self._threads = _Threads(config.num_parallel_workers or available_cores())
         self._augmenter = Augmenter(config, len(images), images.num_classes)
         self._kept: dict[int, np.ndarray] = {}
-        self._keepable_bytes = min(_KEPT_BYTES, available_bytes() / 8)
+        self._keepable_bytes = min(_KEPT_BYTES, available_bytes() / 8) / size
         self._order = -1, np.empty(0), np.empty(0)
 
     @property

@@ -102,6 +102,10 @@ class Cifar:
         )
         names = self._class_names(folder / form.meta, form)
         own = {name: label for label, name in enumerate(names)}
+        known = class_to_index or own
+        if len(known) == len(own) and (_are_numbers(own) or _are_numbers(known)):
+            # One side does not know the names, which these files may lack.
+            own = dict(known)
         classes, labels = follow_classes(labels, own, class_to_index, folder)
         return ImageSet(classes, labels, pixels=np.ascontiguousarray(pixels))
 
@@ -141,6 +145,10 @@ class Cifar:
             else [str(name) for name in _unpickle(_content(file), file).get(self.names_key, ())]
         )
         return tuple(names) if len(set(names)) == len(names) == len(self.classes) else self.classes
+
+
+def _are_numbers(classes: Mapping[str, int]) -> bool:
+    return all(name == str(label) for name, label in classes.items())
 
 
 class _ArraysOnly(pickle.Unpickler):

@@ -177,7 +177,7 @@ def is_litter(name: str) -> bool:
 
 
 def list_images(folder: Path | str) -> tuple[list[str], list[str]]:
-    """(image files in ``folder`` and below, sorted; pictures there that are left out)."""
+    """(image files in ``folder`` and below, sorted; other files there, except texts)."""
     images: list[str] = []
     left_out: list[str] = []
     folders: list[str] = []

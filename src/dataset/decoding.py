@@ -221,7 +221,8 @@ def _upright(picture: Image.Image, transparent: np.ndarray | None = None) -> np.
     """A picture as (H, W, 3) uint8 RGB, over white, turned as its metadata says.
 
     Args:
-        transparent: where it is transparent besides, (H, W) bool, before it is turned.
+        transparent: pixels that are transparent although Pillow does not know it, (H, W) bool,
+            before the picture is turned.
     """
     black = 65535 if _tiff_tag(picture, _PHOTOMETRIC) == 0 else 0
     # Pillow turns a TIFF upright when it loads it, and then has no orientation any more.

@@ -1,13 +1,14 @@
 """Data sets described by a list file with lines of "PATH LABEL"."""
 
 import os
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from src.dataset.class_folders import EXTENSIONS
-from src.dataset.image_set import ImageSet
+from src.dataset.image_set import ImageSet, composed
 from src.dataset.packed import ENDING as PACKED
 from src.utils.errors import UserError
 
@@ -45,7 +46,8 @@ def open_list(path: Path, split: str, class_to_index: Mapping[str, int] | None) 
         raise UserError(f"{list_file} names {paths[0]}, which does not exist")
     _check_repetitions(list_file, paths, listed)
     labels = np.array(listed, np.int32)
-    _check_gaps(list_file, labels)
+    if class_to_index is None:
+        _check_gaps(list_file, labels)
     if class_to_index is None and labels.min() == 1:
         raise UserError(
             f"the labels in {list_file} begin at 1; they must begin at 0, or class 0 would have no "
@@ -86,8 +88,8 @@ def _folder_note(
     list_file: Path, paths: Sequence[str], labels: np.ndarray, known: Mapping[str, int]
 ) -> list[str]:
     """A note if each label has a folder of its own that is not called like its class."""
-    folders = _class_names(paths, labels)
-    unknown = [name for name in folders if name not in known]
+    folders, names = composed(_class_names(paths, labels)), composed(known)
+    unknown = [name for name in folders if name not in names]
     are_numbers = any(name == str(label) for name, label in (*folders.items(), *known.items()))
     if len(np.unique(labels)) < 2 or not unknown or are_numbers:
         return []
@@ -111,19 +113,24 @@ def _check_labels(
     list_file: Path, paths: Sequence[str], labels: Sequence[int], known: Mapping[str, int]
 ) -> None:
     """Raise UserError for labels that contradict the class folders in their paths."""
+    known = composed(known)
     contradictions = [
         (path, label)
         for path, label in zip(paths, labels)
-        if known.get(os.path.basename(os.path.dirname(path)), label) != label
+        if known.get(_folder_name(path), label) != label
     ]
     if contradictions:
         image, label = contradictions[0]
-        name = os.path.basename(os.path.dirname(image))
+        name = _folder_name(image)
         raise UserError(
             f"{list_file}: {len(contradictions)} of {len(paths)} labels contradict the class "
             f"folders in their paths; the first is {image}, labelled {label}, while '{name}' is "
             f"class {known[name]} in training"
         )
+
+
+def _folder_name(path: str) -> str:
+    return unicodedata.normalize("NFC", os.path.basename(os.path.dirname(path)))
 
 
 def _what_instead(path: Path) -> str:

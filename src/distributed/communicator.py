@@ -255,14 +255,14 @@ def connect(run_distribute: bool | None) -> Communicator:
         os.environ.setdefault("OMPI_MCA_btl", "self,sm")
     # When a rank ends with an error, Open MPI sees its connections close on other hosts and aborts
     # there. The launcher then reports whichever it hears of first, so the abort has to wait.
-    os.environ.setdefault("OMPI_MCA_mpi_abort_delay", f"{PATIENCE_S:.0f}")
+    os.environ.setdefault("OMPI_MCA_opal_abort_delay", f"{PATIENCE_S:.0f}")
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as failure:
         reason = str(failure).splitlines()[0]
         raise UserError(
-            f"MPI cannot be loaded ({reason}); run 'bash scripts/setup.sh', then 'source "
-            ".venv/bin/activate'"
+            f"MPI cannot be loaded ({reason}); "
+            "run 'bash scripts/setup.sh', then 'source .venv/bin/activate'"
         ) from None
     communicator = MpiCommunicator(MPI)
     # mpi4py would finalise MPI too, but only in Python's own finalisation, which ``run`` skips.

@@ -8,7 +8,13 @@ from scipy.optimize import minimize_scalar
 
 from src.dataset.batches import EvalBatches, prefetch
 from src.inference.backends import OpenedModel
-from src.inference.metrics import calibration_error, count_confidence, cross_entropy_sum
+from src.inference.evaluation import nonfinite_message
+from src.inference.metrics import (
+    calibration_error,
+    count_confidence,
+    count_nonfinite,
+    cross_entropy_sum,
+)
 from src.models.layers import ImageClassifier
 from src.utils.errors import UserError
 
@@ -36,19 +42,31 @@ def calibrate(opened: OpenedModel) -> Calibration:
     """Find the temperature with the lowest cross-entropy on the model's validation images.
 
     Raises:
-        UserError: if there are no such images, or none can be decoded.
+        UserError: if there are no such images, training has seen them, or they do not tell: none
+            can be decoded, outputs are not finite, or every prediction is right.
     """
     config = opened.model.config
     images = opened.model.open_images()
     batches = EvalBatches(images, config, 0, 1, min(_BATCH, len(images)))
+    if images.fingerprint() == opened.metadata.get("images"):
+        raise UserError(
+            "temperature=auto needs images that training has not seen; pass --data_path=DIR with "
+            "others, or a number"
+        )
     parts = []
     for batch in prefetch(batches):
-        logits = opened.backend(batch.images)
-        rows = (batch.labels >= 0) & np.isfinite(logits).all(axis=1)
-        parts.append((logits[rows], batch.labels[rows]))
+        decoded = batch.labels >= 0
+        parts.append((opened.backend(batch.images)[decoded], batch.labels[decoded]))
     logits, labels = (np.concatenate(arrays) for arrays in zip(*parts))
     if not len(labels):
         raise UserError("temperature=auto: none of the validation images can be decoded")
+    if nonfinite := count_nonfinite(logits):
+        raise UserError(nonfinite_message(nonfinite, len(logits)))
+    if (logits.argmax(axis=1) == labels).all():
+        raise UserError(
+            f"temperature=auto cannot tell from {len(labels)} images that are all right how sure "
+            "the network should be; pass --data_path=DIR with more images, or a number"
+        )
     temperature = best_temperature(logits, labels)
     before, after = (
         calibration_error(count_confidence(scaled, labels))

@@ -22,6 +22,7 @@ from src.utils.progress import print_status
 
 # A file, a Pillow image, or (H, W, 3) uint8 RGB.
 Photo: TypeAlias = str | Path | Image.Image | np.ndarray
+_ONE_PHOTO = (str, Path, Image.Image, np.ndarray)
 # One graph is compiled for this many images, and one for a single image.
 _BATCH = 16
 
@@ -53,27 +54,27 @@ class Classifier:
         """Classify photos as predict.py does.
 
         Args:
-            photos: a photo, for one ``Prediction``. A folder or a sequence of photos, for a list of
-                them; a folder's are in the order of their names.
+            photos: a photo, for one ``Prediction``; or a folder, or a sequence of photos and
+                folders, for a list of them. A folder's are in the order of their names.
 
         Raises:
             UserError: if a photo cannot be decoded, or the network's outputs are not finite.
         """
-        if isinstance(photos, (str, Path)) and Path(photos).is_dir():
-            photos = find_images([str(photos)], print_status)
-        if isinstance(photos, (str, Path, Image.Image, np.ndarray)):
+        if isinstance(photos, _ONE_PHOTO) and not _is_folder(photos):
             return self.predict([photos])[0]
-        probabilities = softmax(self.logits(photos), axis=1)
-        names = [str(photo) if isinstance(photo, (str, Path)) else "" for photo in photos]
+        listed = _expanded(photos)
+        probabilities = softmax(self.logits(listed), axis=1)
+        names = [str(photo) if isinstance(photo, (str, Path)) else "" for photo in listed]
         return [Prediction.of(*pair, self._opened.model) for pair in zip(names, probabilities)]
 
-    def logits(self, photos: Sequence[Photo]) -> np.ndarray:
-        """The network's outputs for N photos: (N, num_classes) float32.
+    def logits(self, photos: Photo | Sequence[Photo]) -> np.ndarray:
+        """The network's outputs for N photos: (N, num_classes) float32; N is 1 for a photo.
 
         Raises:
             UserError: if a photo cannot be decoded, or the outputs are not finite.
         """
-        if not len(photos):
+        photos = _expanded(photos)
+        if not photos:
             return np.empty((0, self.config.num_classes), np.float32)
         backend = _backend(self._opened)
         parts = []
@@ -123,6 +124,18 @@ class Classifier:
                     f"{type(photo).__name__} {pixels.dtype} {pixels.shape}"
                 )
         return eval_transform(pixels, config)
+
+
+def _is_folder(photo: Photo) -> bool:
+    return isinstance(photo, (str, Path)) and Path(photo).is_dir()
+
+
+def _expanded(photos: Photo | Sequence[Photo]) -> list[Photo]:
+    """Single photos, with those of a folder where the folder is."""
+    expanded: list[Photo] = []
+    for photo in [photos] if isinstance(photos, _ONE_PHOTO) else photos:
+        expanded += find_images([str(photo)], print_status) if _is_folder(photo) else [photo]
+    return expanded
 
 
 def _backend(opened: OpenedModel) -> Backend:

@@ -230,7 +230,10 @@ def split_message(
     config, recorded = model.config, metadata.get("config", {})
     trained = metadata.get("images")
     if trained is not None and images.fingerprint() == trained:
-        return f"{WARNING}training used these very images, so others may do worse"
+        return (
+            f"{WARNING}these look like the images that training used (the same names and sizes); "
+            "on others the accuracy may be lower"
+        )
     if split_fraction(config):
         if trained is None:
             return f"evaluating on {len(images)} images split off from {config.data_path}"

@@ -88,7 +88,7 @@ def _outputs(exported: Exported) -> str:
         return f"Its outputs differ from the checkpoint's {rounding}."
     return (
         f"Its outputs are the checkpoint's divided by the temperature {exported.temperature:.4g}, "
-        f"which makes the probabilities fit the accuracy, and differ from them {rounding}."
+        f"which changes probabilities and no predicted class; else they differ {rounding}."
     )
 
 

@@ -43,7 +43,7 @@ def predict(command: Command) -> None:
     paths = find_images(command.positional, command.checked(print_status))
     for key in ("result_path", "save_figure"):
         target = getattr(config, key)
-        if os.path.exists(target) and any(os.path.samefile(target, path) for path in paths):
+        if target and os.path.realpath(target) in map(os.path.realpath, paths):
             raise UserError(f"--{key}={target} would replace an image that is to be classified")
     checkpoint = choose_checkpoint(config.checkpoint_file_path, print_status)
     opened = open_backend(checkpoint, command.flags, command.kernels)

@@ -177,7 +177,7 @@ def imbalance_hint(config: Config, images: ImageSet) -> str | None:
 
 def warmup_warning(config: Config) -> str | None:
     """A warning if the warm-up leaves nothing of the schedule after it, else None."""
-    if config.lr_scheduler == "one_cycle":
+    if not create_schedule(config).schedule.has_warmup:
         return None
     if config.warmup_epochs > 0 and config.warmup_epochs >= config.max_epoch:
         return (
@@ -195,15 +195,16 @@ def warmup_warning(config: Config) -> str | None:
 def rate_warning(config: Config, steps_per_epoch: int) -> str | None:
     """A warning if the learning rate never falls, or is 0 for a part of the run, else None."""
     schedule, steps = create_schedule(config), steps_per_epoch * config.max_epoch
-    shown = np.unique(np.linspace(0, steps - 1, _RATES_LOOKED_AT).astype(int))
+    peak = min(round(config.warmup_epochs * steps_per_epoch), steps - 1)
+    shown = np.union1d(np.linspace(0, steps - 1, _RATES_LOOKED_AT).astype(int), [peak])
     rates = np.array([schedule(int(step), steps_per_epoch) for step in shown])
-    if config.max_epoch > 1 and rates[-1] >= rates.max():
+    if config.max_epoch > 1 and (np.diff(rates) >= 0).all():
         return (
             f"{WARNING}with lr_scheduler={config.lr_scheduler} as it is set, the learning rate "
             f"never falls in {config.max_epoch} epochs"
         )
     idle = int(np.count_nonzero(rates == 0))
-    if idle > _RATES_LOOKED_AT / 10:
+    if idle > len(rates) / 10:
         return (
             f"{WARNING}the learning rate is 0 in {100 * idle / len(rates):.0f} % of the run; see "
             "T_max and eta_min"
@@ -217,7 +218,7 @@ def same_images_warning(trainer: Trainer) -> str | None:
     if validation is None:
         return None
     count = len(set(train.paths or ()).intersection(validation.paths or ()))
-    if trainer.fingerprints[0] == trainer.fingerprints[1]:
+    if trainer.fingerprints[0] == trainer.fingerprints[1] and train.looks_like(validation):
         # The folder itself, a link to it, or a copy of it.
         count = len(validation)
     if not count:

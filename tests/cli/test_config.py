@@ -354,10 +354,7 @@ def test_a_changed_file_of_defaults_is_refused(monkeypatch, tmp_path):
         ({"eval_data_path": "y"}, "without --run_eval=1"),
         ({"eval_interval": "3"}, "without --run_eval=1"),
         ({"eval_interval": "3", "val_split": "0.1"}, None),
-        ({"device_id": "1"}, "without --device_target=GPU|Ascend"),
         ({"lr_interval": "step", "lr_scheduler": "one_cycle"}, "without --lr_scheduler"),
-        ({"per_batch_size": "8", "global_batch_size": "16"}, "with --global_batch_size=16"),
-        ({"per_batch_size": "8", "global_batch_size": "8", "ranks": "2"}, None),
         ({"run_eval": "0", "val_split": "0.1"}, "with --val_split"),
         (
             {"flip_probability": "0.7", "augmentations": "crop, flip(probability=0.2)"},

@@ -40,12 +40,15 @@ def test_a_picture_and_an_array_are_as_good_as_a_file(classifier, image_root):
     for photo in (str(file), picture, np.asarray(picture), np.asarray(picture)[:, ::-1][:, ::-1]):
         assert np.array_equal(classifier.logits([photo]), of_file)
     assert classifier.logits([]).shape == (0, 3)
+    assert np.array_equal(classifier.logits(file), of_file)
 
 
 def test_one_photo_gives_one_prediction(classifier, image_root):
     file = image_root / "val" / "bee" / "003.jpg"
     one, (again,) = classifier.predict(file), classifier.predict([file])
     assert one == again and one.classes[0] == "bee" and one.path == str(file)
+    folder = file.parent
+    assert len(classifier.predict([file, folder])) == 1 + len(classifier.predict(folder)) == 24
 
 
 @pytest.mark.parametrize(
@@ -86,3 +89,5 @@ def test_flags_are_those_of_predict(trained_run, image_root):
     assert len(load(trained_run / "best.ckpt", top_k=2).predict(file).classes) == 2
     with pytest.raises(UserError, match="did you mean 'top_k'"):
         load(trained_run / "best.ckpt", tp_k=2)
+    with pytest.raises(UserError, match="flag of train.py"):
+        load(trained_run / "best.ckpt", lr=3)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -101,12 +102,18 @@ def test_a_temperature_changes_probabilities_and_no_class(
 ):
     if file_format == "ONNX":
         pytest.importorskip("onnxruntime", reason="ONNX is an optional extra")
+    # The network is right about all of these; so five get a wrong class.
+    data = tmp_path / "val"
+    shutil.copytree(image_root / "val", data)
+    for number in range(5, 10):
+        (data / "bee" / f"00{number}.jpg").rename(data / "cat" / f"of_bee_{number}.jpg")
     target = tmp_path / f"net.{file_format.lower()}"
     run = export(
         f"--checkpoint_file_path={trained_run}/best.ckpt",
         f"--file_format={file_format}",
         f"--result_path={target}",
         f"--temperature={temperature}",
+        f"--data_path={data}",
     )
     assert run.status == 0, run
     if temperature == "auto":
@@ -118,7 +125,7 @@ def test_a_temperature_changes_probabilities_and_no_class(
     results = []
     for path in (trained_run / "best.ckpt", target):
         words = [f"--checkpoint_file_path={path}", f"--result_path={tmp_path}/e.json"]
-        run = execute(["python3", "eval.py", f"--data_path={image_root}/val", *words])
+        run = execute(["python3", "eval.py", f"--data_path={data}", *words])
         assert run.status == 0, run
         results += json.loads((tmp_path / "e.json").read_text())
     original, scaled = results
@@ -128,6 +135,22 @@ def test_a_temperature_changes_probabilities_and_no_class(
     assert (
         f"temperature {float(temperature):.3g}" in target.with_name(f"{target.name}.md").read_text()
     )
+
+
+@pytest.mark.parametrize(
+    "part,words", [("train", "training has not seen"), ("val", "67 images that are all right")]
+)
+def test_a_temperature_that_cannot_be_known_is_refused(
+    trained_run, image_root, tmp_path, part, words
+):
+    run = export(
+        f"--checkpoint_file_path={trained_run}/best.ckpt",
+        f"--result_path={tmp_path}/net.ckpt",
+        f"--data_path={image_root}/{part}",
+        "--temperature=auto",
+    )
+    assert run.status == 2 and words in run.error_lines[0], run
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Launchers: arguments, usage lines, mpirun's command."""
 
 import importlib.util
+import io
 import shutil
 import sys
 
@@ -63,6 +64,20 @@ def test_mpirun_reports_what_no_rank_does(tmp_path, ends, words):
     (tmp_path / "silent.py").write_text(f"import os, sys\n{ends}\n")
     run = execute(["python3", "scripts/launch.py", "--nproc_per_node=2", tmp_path / "silent.py"])
     assert run.status != 0 and words in run.err, run
+
+
+def test_an_error_line_passes_at_once_and_mpiruns_report_in_the_end(launch):
+    """Whichever comes first, and also if a rank's line arrives within mpirun's paragraph."""
+    rule, report, error = "-" * 74 + "\n", "a rank exited with non-zero status\n", "error: x\n"
+    for lines, shown in (
+        ([rule, report, rule, error], error),
+        ([rule, report, error, rule], error),
+        ([rule, report, rule], rule + report + rule),
+        ([rule, "a host is lost\n", rule, error], rule + "a host is lost\n" + rule + error),
+    ):
+        found = io.BytesIO()
+        launch.pass_on(io.BytesIO("".join(lines).encode()), found)
+        assert found.getvalue().decode() == shown
 
 
 def test_environment_file_reaches_the_ranks(tmp_path):
