@@ -2,7 +2,7 @@
 
     python3 benchmarks/pytorch_training.py --data_path=DIR [--epochs=150] [--seed=1]
         [--amp_level=O0] [--threads=1] [--runs=outputs/pytorch_training]
-        [--results=docs/acnet_table]
+        [--results=docs/pytorch_training]
 
 DIR has the class folders train/ and test/. The recipe is configs/acnet_cifar_quick_cifar10.yaml, on
 the same pixels; crops, flips and order are PyTorch's own. --amp_level=O2 computes convolutions and
@@ -104,7 +104,9 @@ def main():
         "machine": processor(),
         "commit": commit(),
     }
-    (Path(options.results) / f"{name}.json").write_text(json.dumps(result, indent=1))
+    results = Path(options.results)
+    results.mkdir(parents=True, exist_ok=True)
+    (results / f"{name}.json").write_text(json.dumps(result, indent=1))
 
 
 def parse():
@@ -115,7 +117,7 @@ def parse():
     parser.add_argument("--amp_level", default="O0", choices=("O0", "O2"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", default="outputs/pytorch_training")
-    parser.add_argument("--results", default="docs/acnet_table")
+    parser.add_argument("--results", default="docs/pytorch_training")
     return parser.parse_args()
 
 

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from conftest import ROOT, execute
+from conftest import ROOT, execute, write_image_folder
 
 
 def test_train_step_prints_its_line():
@@ -292,3 +292,27 @@ def test_acnet_table_keeps_its_results(tmp_path):
     (kernels,) = result["kernel_magnitudes"].values()
     assert len(kernels) == 5 and kernels[2][2] == max(map(max, kernels))
     assert f"| cifar_quick | acb | 1 |  | {result['top1']:.2f} |" in first.out
+
+
+@pytest.mark.extended
+def test_pytorch_training_continues_and_keeps_its_result(tmp_path):
+    pytest.importorskip("torch", reason="PyTorch is an optional extra")
+    for part, images in (("train", 26), ("test", 2)):
+        write_image_folder(tmp_path, part, [f"c{label}" for label in range(10)], images, (32, 32))
+    words = [
+        "python3",
+        "benchmarks/pytorch_training.py",
+        f"--data_path={tmp_path}",
+        f"--runs={tmp_path}/runs",
+        f"--results={tmp_path}/results",
+        "--epochs=2",
+    ]
+    run = execute(words)
+    assert run.status == 0 and "pytorch_training epoch=2 {'loss'" in run.out, run
+    (file,) = (tmp_path / "results").iterdir()
+    result = json.loads(file.read_text())
+    assert result["top1"] >= 0 and result["epochs"] == 2 and result["framework"][:7] == "PyTorch"
+    # The finished run has nothing left to train.
+    run = execute(words)
+    assert run.status == 0 and "epoch=" not in run.out, run
+    assert json.loads(file.read_text()) == result
