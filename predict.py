@@ -9,6 +9,7 @@ a list from standard input. --result_path=FILE writes results as .json, .jsonl o
 from typing import TYPE_CHECKING
 
 from src.cli.run import run
+from src.utils.files import check_ending
 
 if TYPE_CHECKING:
     from src.cli.command import Command
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 
 def main(command: "Command") -> None:
     # Wrong names of files are reported before the seconds that loading takes.
-    from src.utils.files import check_ending
-
     check_ending("result_path", command.config.result_path, (".json", ".jsonl", ".csv"))
     check_ending("save_figure", command.config.save_figure, (".png",))
     command.start_mindspore()
