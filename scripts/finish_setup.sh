@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Prepare an environment in which the packages are installed: `bash scripts/finish_setup.sh PYTHON`.
-# setup.sh and `acnet setup` call it. It sets mpirun up, and builds the kernels of src/kernels with the
-# machine's C++ compiler (or CXX=). Without the kernels everything runs, but slower, and the commands
-# say so.
+# setup.sh and `acnet setup` call it. It sets mpirun up, and builds the kernels of src/kernels with
+# the machine's C++ compiler (or CXX=). Without the kernels everything runs, but slower, and the
+# commands say so.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ $# -eq 1 ] || { echo "error: this takes no arguments; it builds the kernels for CPU and prepares mpirun" >&2; exit 2; }
