@@ -21,8 +21,8 @@ echo "== fusing each block into one convolution"
 python3 export.py --checkpoint_file_path="$checkpoint" --file_format=CKPT --result_path="$run"fused.ckpt | tee "$run"export.txt
 echo "== evaluating the fused network"
 mpirun -n 2 python3 eval.py --checkpoint_file_path="$run"fused.ckpt --result_path="$run"eval_fused.json
-echo "curves: ${run}curves.png"
 echo "next: source .venv/bin/activate; python3 train.py --data_path=FOLDER, with a folder of images per class"
+echo "curves: ${run}curves.png"
 python3 - "$run" $((SECONDS - started)) <<'PYTHON'
 import json, re, sys
 run, seconds = sys.argv[1], sys.argv[2]

@@ -73,7 +73,7 @@ def test_precision_recall_and_f1_are_those_of_their_definitions():
         "bird": {"images": 0, "precision": 0.0, "recall": None, "f1": None},
         "dog": {"images": 2, "precision": None, "recall": 0.0, "f1": 0.0},
     }
-    assert result.balanced == pytest.approx((66.67 + 0) / 2)
+    assert result.balanced == pytest.approx((200 / 3 + 0) / 2)
 
 
 @pytest.mark.parametrize(
