@@ -27,13 +27,13 @@ build_kernels() {
     done
     if [ ${#compiler[@]} -eq 0 ] && "$python" -c 'import ziglang' 2>/dev/null; then
         compiler=("$python" -m ziglang c++)
-        echo "compiling the kernels for CPU takes a minute"
     fi
     if [ ${#compiler[@]} -eq 0 ]; then
         echo "no C++ compiler for the fast CPU kernels: bash scripts/setup.sh --kernels installs" \
             "one (100 MB)"
         return 0
     fi
+    echo "compiling the kernels for CPU with ${compiler[*]} (up to a minute)"
     work=$(mktemp -d)
     "$python" scripts/dependencies.py pinned onednn-devel "constraints/python$version.txt" > "$work/headers.txt" \
         && "$python" -m pip --disable-pip-version-check download -qq --no-deps ${UNCHECKED:+--no-cache-dir} \
