@@ -83,7 +83,7 @@ def test_setup_builds_the_kernels_of_the_package(act, kernels):
 
 
 def test_the_documents_example(act, image_root, trained_run, tmp_path):
-    """docs/python.md, word for word but for what it trains."""
+    """docs/python.md, word for word, with other photos and fewer steps."""
     (code,) = re.findall(r"(?s)```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text())
     quick = "network='cifar_quick', image_size=32, per_batch_size=4, lr=0.02, max_epoch=2, ranks=2"
     code = code.replace("max_epoch=5", quick).replace("resnet18", str(trained_run / "best.ckpt"))

@@ -57,6 +57,11 @@ class OpenedModel:
     backend: Backend
     metadata: dict[str, Any] = field(compare=False)
 
+    @property
+    def classify(self) -> Backend:
+        """The backend; with test_flip it averages over each image and its mirror image."""
+        return with_flip(self.backend) if self.model.config.test_flip else self.backend
+
 
 def open_backend(
     path: str | Path,

@@ -12,7 +12,7 @@ from src.dataset.decoding import picture_pixels, read_image
 from src.dataset.image_set import class_names
 from src.dataset.transforms import eval_least_side, eval_transform
 from src.distributed.communicator import Communicator
-from src.inference.backends import Backend, OpenedModel, open_backend, with_flip
+from src.inference.backends import open_backend
 from src.inference.evaluation import EvalData, nonfinite_message, undecodable_message
 from src.inference.metrics import count_nonfinite
 from src.inference.prediction import Prediction, find_images
@@ -76,14 +76,13 @@ class Classifier:
         photos = _expanded(photos)
         if not photos:
             return np.empty((0, self.config.num_classes), np.float32)
-        backend = _backend(self._opened)
         parts = []
         for start in range(0, len(photos), _BATCH):
             images = np.stack([self._prepared(photo) for photo in photos[start : start + _BATCH]])
             count = len(images)
             size = 1 if len(photos) == 1 else _BATCH
             filled = np.concatenate([images, np.zeros((size - count, *images.shape[1:]), np.uint8)])
-            parts.append(backend(filled)[:count])
+            parts.append(self._opened.classify(filled)[:count])
         logits = np.concatenate(parts)
         if nonfinite := count_nonfinite(logits):
             raise UserError(nonfinite_message(nonfinite, len(logits)))
@@ -136,7 +135,3 @@ def _expanded(photos: Photo | Sequence[Photo]) -> list[Photo]:
     for photo in [photos] if isinstance(photos, _ONE_PHOTO) else photos:
         expanded += find_images([str(photo)], print_status) if _is_folder(photo) else [photo]
     return expanded
-
-
-def _backend(opened: OpenedModel) -> Backend:
-    return with_flip(opened.backend) if opened.model.config.test_flip else opened.backend

@@ -15,13 +15,7 @@ from src.dataset.image_set import ImageSet, class_names
 from src.dataset.imagefolder import MindSporeEvalBatches
 from src.dataset.splits import set_messages, split_fraction
 from src.distributed.communicator import Communicator, check_ranks_agree
-from src.inference.backends import (
-    Backend,
-    OpenedModel,
-    faster_backend_hint,
-    open_backend,
-    with_flip,
-)
+from src.inference.backends import Backend, OpenedModel, faster_backend_hint, open_backend
 from src.inference.checkpoint_model import CheckpointModel, first_label_message
 from src.inference.metrics import (
     EvalResult,
@@ -190,8 +184,7 @@ class EvalData:
         return opened.model == self._model
 
     def evaluate(self, opened: OpenedModel) -> EvalResult:
-        flip = opened.model.config.test_flip
-        return self._evaluator(with_flip(opened.backend) if flip else opened.backend)
+        return self._evaluator(opened.classify)
 
     def values(self, path: Path, opened: OpenedModel, result: EvalResult) -> dict[str, Any]:
         """{name: value} of a checkpoint's result, as the result file has it."""

@@ -11,7 +11,7 @@ from conftest import ROOT, TINY, execute, make_config, mpirun, only_run
 
 from src.dataset.batches import epoch_order
 from src.models.weight_files import read_weights, without_optimizer_state
-from src.training.job import rate_warning, warmup_warning
+from src.training.job import loss_hint, rate_warning, warmup_warning
 
 
 def test_run_folder_holds_what_the_readme_says(trained_run):
@@ -335,6 +335,13 @@ def test_training_and_evaluation_on_the_same_images_is_told(image_root, tmp_path
     words = (f"--data_path={image_root}/val", f"--checkpoint_file_path={checkpoint}")
     run = execute(["python3", "eval.py", *words])
     assert run.status == 0 and "look like" not in run.out, run
+
+
+def test_two_losses_are_not_taken_for_one():
+    other = {"loss": "binary_cross_entropy", "run_eval": 1}
+    assert "val_loss is the cross-entropy" in loss_hint(make_config(**other))
+    assert loss_hint(make_config(**{**other, "run_eval": 0})) is None
+    assert loss_hint(make_config(run_eval=1)) is None
 
 
 @pytest.mark.parametrize(
