@@ -28,12 +28,12 @@ from src.distributed.allreduce import (
     unflatten,
 )
 from src.distributed.launcher import launched_ranks, on_one_machine, started_by_mpirun
-from src.distributed.shutdown import PATIENCE_S
 from src.distributed.watchdog import StallWatchdog
 from src.utils.errors import UserError
 
 T = TypeVar("T")
 _SHOWN_CHARACTERS, _SHOWN_RANKS = 60, 4
+_ABORT_DELAY_S = "2"
 
 
 class Communicator:
@@ -253,9 +253,11 @@ def connect(run_distribute: bool | None) -> Communicator:
     if on_one_machine():
         # Shared memory is enough there, and no rank opens a port.
         os.environ.setdefault("OMPI_MCA_btl", "self,sm")
-    # When a rank ends with an error, Open MPI sees its connections close on other hosts and aborts
-    # there. The launcher then reports whichever it hears of first, so the abort has to wait.
-    os.environ.setdefault("OMPI_MCA_opal_abort_delay", f"{PATIENCE_S:.0f}")
+    else:
+        # When a rank ends with an error, Open MPI sees its connections close on other hosts and
+        # aborts there. The launcher then reports whichever it hears of first, so the abort has to
+        # wait. Not longer, because it also waits if the launcher itself is killed.
+        os.environ.setdefault("OMPI_MCA_opal_abort_delay", _ABORT_DELAY_S)
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as failure:

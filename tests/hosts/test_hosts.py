@@ -338,7 +338,7 @@ def test_no_room_for_a_checkpoint_ends_the_job_on_every_host(
         (first_rank,) = started.ranks()
         os.kill(started.process.pid, signal.SIGSTOP)
         eventually(lambda: state_of(first_rank) == "Z")
-        time.sleep(2)
+        time.sleep(1)
         # Its connection is closed, and the rank on the other host has not ended the job for that.
         assert any("train.py" in words for words in own_rig.processes("h2").values())
         os.kill(started.process.pid, signal.SIGCONT)
