@@ -19,6 +19,10 @@ def build(name, classes, block="base", dropout=0.5):
         return _alexnet(classes, dropout)
     if name == "cifar_quick":
         return Quick(classes)
+    if name == "mobilenet_v2":
+        return MobileNetV2(classes, dropout)
+    if name == "densenet121":
+        return DenseNet(classes)
     depths, groups = {"resnet18": ((2, 2, 2, 2), 1), "resnext50_32x4d": ((3, 4, 6, 3), 32)}[name]
     return ResNet(depths, groups, classes, block)
 
@@ -125,6 +129,115 @@ class Quick(nn.Module):
         x = functional.avg_pool2d(functional.relu(self.conv2(x)), 3, 2)
         x = functional.avg_pool2d(functional.relu(self.conv3(x)), 3, 2)
         return self.classifier(functional.relu(self.fc1(x.flatten(1))))
+
+
+def _initialise(network, mode):
+    """Kaiming normal, as torchvision: PyTorch's default vanishes in networks as deep as these."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode=mode)
+
+
+def _conv_bn_relu6(in_channels, out_channels, size, stride=1, groups=1):
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, size, stride, size // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU6(),
+    )
+
+
+class InvertedResidual(nn.Module):
+    """MobileNetV2's block."""
+
+    def __init__(self, in_channels, out_channels, stride, expansion):
+        super().__init__()
+        width = in_channels * expansion
+        self.conv = nn.Sequential(
+            *([_conv_bn_relu6(in_channels, width, 1)] if expansion > 1 else []),
+            _conv_bn_relu6(width, width, 3, stride, groups=width),
+            nn.Conv2d(width, out_channels, 1, bias=False),
+            nn.BatchNorm2d(out_channels),
+        )
+        self.adds = stride == 1 and in_channels == out_channels
+
+    def forward(self, x):
+        return x + self.conv(x) if self.adds else self.conv(x)
+
+
+class MobileNetV2(nn.Module):
+    def __init__(self, classes, dropout):
+        super().__init__()
+        features = [_conv_bn_relu6(3, 32, 3, 2), InvertedResidual(32, 16, 1, 1)]
+        in_channels = 16
+        for channels, blocks, stride in (
+            (24, 2, 2),
+            (32, 3, 2),
+            (64, 4, 2),
+            (96, 3, 1),
+            (160, 3, 2),
+            (320, 1, 1),
+        ):
+            for index in range(blocks):
+                features.append(InvertedResidual(in_channels, channels, 1 if index else stride, 6))
+                in_channels = channels
+        self.features = nn.Sequential(*features, _conv_bn_relu6(in_channels, 1280, 1))
+        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(1280, classes))
+        _initialise(self, mode="fan_out")
+
+    def forward(self, x):
+        return self.classifier(self.features(x).mean((2, 3)))
+
+
+class _DenseLayer(nn.Module):
+    def __init__(self, in_channels):
+        super().__init__()
+        self.norm1, self.conv1 = (
+            nn.BatchNorm2d(in_channels),
+            nn.Conv2d(in_channels, 128, 1, bias=False),
+        )
+        self.norm2, self.conv2 = nn.BatchNorm2d(128), nn.Conv2d(128, 32, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        new = self.conv1(functional.relu(self.norm1(x)))
+        return torch.cat([x, self.conv2(functional.relu(self.norm2(new)))], 1)
+
+
+class DenseNet(nn.Module):
+    """DenseNet-121."""
+
+    def __init__(self, classes):
+        super().__init__()
+        features = OrderedDict(
+            conv0=nn.Conv2d(3, 64, 7, 2, 3, bias=False),
+            norm0=nn.BatchNorm2d(64),
+            relu0=nn.ReLU(),
+            pool0=nn.MaxPool2d(3, 2, 1),
+        )
+        channels = 64
+        for stage, depth in enumerate((6, 12, 24, 16), 1):
+            features[f"denseblock{stage}"] = nn.Sequential(
+                OrderedDict(
+                    (f"denselayer{index + 1}", _DenseLayer(channels + 32 * index))
+                    for index in range(depth)
+                )
+            )
+            channels += 32 * depth
+            if stage < 4:
+                features[f"transition{stage}"] = nn.Sequential(
+                    OrderedDict(
+                        norm=nn.BatchNorm2d(channels),
+                        relu=nn.ReLU(),
+                        conv=nn.Conv2d(channels, channels // 2, 1, bias=False),
+                        pool=nn.AvgPool2d(2),
+                    )
+                )
+                channels //= 2
+        features["norm5"] = nn.BatchNorm2d(channels)
+        self.features, self.classifier = nn.Sequential(features), nn.Linear(channels, classes)
+        _initialise(self, mode="fan_in")
+
+    def forward(self, x):
+        return self.classifier(functional.relu(self.features(x)).mean((2, 3)))
 
 
 def _alexnet(classes, dropout):

@@ -28,17 +28,20 @@ def with_layer_name(attributes: np.ndarray, name: str) -> np.ndarray:
 
 
 class Epilogue(Enum):
-    """What a kernel adds to its result, and whether it ends with a ReLU."""
+    """What a kernel adds to its result, and the ReLU that it ends with."""
 
     NONE = "x"
     RELU = "relu(x)"
+    RELU6 = "min(relu(x), 6)"
     ADD = "x + shortcut"
     ADD_RELU = "relu(x + shortcut)"
 
     @property
-    def has_relu(self) -> bool:
-        """Whether the result goes through a ReLU."""
-        return self in (Epilogue.RELU, Epilogue.ADD_RELU)
+    def relu(self) -> int:
+        """0 without a ReLU, 1 for ReLU, 2 for ReLU6, as ``Relu`` in source/arguments.h."""
+        if self is Epilogue.RELU6:
+            return 2
+        return int(self in (Epilogue.RELU, Epilogue.ADD_RELU))
 
     @property
     def has_shortcut(self) -> bool:
@@ -75,7 +78,7 @@ class ConvSpec:
         """The table of attributes for activations in blocks of ``block`` channels."""
         epilogue = self.epilogue
         reals = np.array([self.eps, self.decay], np.float64).view(np.int64)
-        flags = (epilogue.has_relu, epilogue.has_shortcut, self.input_gradient)
+        flags = (epilogue.relu, epilogue.has_shortcut, self.input_gradient)
         sides = (side for padding in self.paddings for side in padding)
         counts = (len(self.paddings), self.groups)
         return attribute_table(*counts, *self.stride, *self.dilation, *flags, block, *reals, *sides)

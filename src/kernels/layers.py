@@ -274,7 +274,25 @@ class Add(nn.Cell):
         self.to_blocked, self.op = ToBlocked(library, dtype), _Add(library)
 
     def construct(self, a: Tensor, b: Tensor) -> Tensor:
+        if a.ndim == 4 and b.ndim == 4:
+            return self.op(a, b)
         return self.op(self.to_blocked(a), self.to_blocked(b))
+
+
+class Concat(nn.Cell):
+    """Two activations, one after the other along the channels.
+
+    ``source`` joins plain ones; a blocked one meets a plain one as plain.
+    """
+
+    def __init__(self, library: KernelLibrary, source: nn.Cell) -> None:
+        super().__init__(auto_prefix=False)
+        self.to_nchw, self.source = ToNchw(library), source
+
+    def construct(self, a: Tensor, b: Tensor) -> Tensor:
+        if a.ndim == 5 and b.ndim == 5:
+            return self.source(a, b)
+        return self.source(self.to_nchw(a), self.to_nchw(b))
 
 
 class _Add(nn.Cell):

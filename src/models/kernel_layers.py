@@ -62,6 +62,9 @@ class KernelLayers(LayerFactory):
     def add(self) -> nn.Cell:
         return layers.Add(self.library, self._dtype)
 
+    def concat(self) -> nn.Cell:
+        return layers.Concat(self.library, super().concat())
+
     def to_nchw(self) -> nn.Cell:
         return layers.ToNchw(self.library)
 

@@ -119,6 +119,19 @@ class LayerFactory:
         layer = self._conv_norm(in_channels, out_channels, kernel_size, stride, padding, groups)
         return self._finish(layer, Epilogue.RELU)
 
+    def conv_norm_relu6(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        groups: int = 1,
+    ) -> nn.Cell:
+        """``conv_norm``, then min(ReLU, 6)."""
+        layer = self._conv_norm(in_channels, out_channels, kernel_size, stride, padding, groups)
+        return self._finish(layer, Epilogue.RELU6)
+
     def conv_norm_add_relu(
         self,
         in_channels: int,
@@ -162,6 +175,10 @@ class LayerFactory:
         """(activation, activation) -> their sum."""
         return Add()
 
+    def concat(self) -> nn.Cell:
+        """(activation, activation) -> both, one after the other along the channels."""
+        return Concat()
+
     def to_nchw(self) -> nn.Cell:
         """An activation of any layout -> (N, C, H, W), for layers of MindSpore."""
         return nn.Identity()
@@ -174,7 +191,9 @@ class LayerFactory:
         """``layer``, then ``epilogue``: a layer with a shortcut takes (x, shortcut)."""
         if epilogue.has_shortcut:
             return AddRelu(layer)
-        return ReluAfter(layer) if epilogue.has_relu else layer
+        if epilogue is Epilogue.RELU6:
+            return ReluAfter(layer, nn.ReLU6())
+        return ReluAfter(layer, nn.ReLU()) if epilogue is Epilogue.RELU else layer
 
     def _batch_norm(self, channels: int) -> nn.Cell:
         """With PyTorch's eps and momentum: MindSpore's argument 0.9 is PyTorch's 0.1."""
@@ -271,11 +290,11 @@ class ConvNorm(nn.Cell):
 
 
 class ReluAfter(nn.Cell):
-    """A layer, then ReLU."""
+    """A layer, then a ReLU."""
 
-    def __init__(self, source: nn.Cell) -> None:
+    def __init__(self, source: nn.Cell, relu: nn.Cell) -> None:
         super().__init__()
-        self.source, self.relu = source, nn.ReLU()
+        self.source, self.relu = source, relu
 
     def construct(self, x: Tensor) -> Tensor:
         return self.relu(self.source(x))
@@ -306,6 +325,13 @@ class Add(nn.Cell):
 
     def construct(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b
+
+
+class Concat(nn.Cell):
+    """(N, A, H, W), (N, B, H, W) -> (N, A + B, H, W)."""
+
+    def construct(self, a: Tensor, b: Tensor) -> Tensor:
+        return ops.concat((a, b), axis=1)
 
 
 def scale_and_offset(mean: Sequence[float], std: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

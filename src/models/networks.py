@@ -46,6 +46,8 @@ class Network:
         size: its NetworkSize without blocks, for ``image_size`` and 1000 classes (10 classes if
             image_size is 32); None if unknown.
         torch_module: our name of a module -> torchvision's and timm's.
+        torch_file_module: the same in the file that torchvision publishes; None if it does not
+            differ.
         acnet_module: our name of a module -> the ACNet repository's; None if that has no such
             network.
         acnet_fused_module: the same for a fused network; None if it is not different.
@@ -61,6 +63,7 @@ class Network:
     recipes: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     size: NetworkSize | None = None
     torch_module: Callable[[str], str] = str
+    torch_file_module: Callable[[str], str] | None = None
     acnet_module: Callable[[str], str] | None = None
     acnet_fused_module: Callable[[str], str] | None = None
 
@@ -75,8 +78,10 @@ _MODEL_ZOO = {
     "mean": (0.485, 0.456, 0.406),
     "std": (0.229, 0.224, 0.225),
 }
-# ACNet's ImageNet networks: torchvision's transforms on Pillow's images.
-_ACNET_IMAGENET = {"gamma_init": 1, "eval_resize_mode": "shorter_side", "antialias": True}
+# torchvision's transforms on Pillow's images.
+_TORCHVISION = {"eval_resize_mode": "shorter_side", "antialias": True}
+# ACNet's ImageNet networks use them too.
+_ACNET_IMAGENET = {"gamma_init": 1, **_TORCHVISION}
 # ACNet's CIFAR networks: the whole image.
 _ACNET_CIFAR = {
     "gamma_init": 0.333,
@@ -167,6 +172,35 @@ NETWORKS: dict[str, Network] = {
         cardinality=32,
         base_width=4,
     ),
+    "densenet121": Network(
+        "src.models.densenet:densenet",
+        least_image_size=32,
+        single_pixel_at=32,
+        aliases=("densenet",),
+        arguments={"depths": (6, 12, 24, 16), "growth": 32},
+        settings=_TORCHVISION,
+        size=NetworkSize(7_978_856, 2_834_161_664, 22_567_656),
+        torch_module=weight_names.torchvision_densenet,
+        torch_file_module=weight_names.torchvision_densenet_file,
+    ),
+    "mobilenet_v2": Network(
+        "src.models.mobilenet:MobileNetV2",
+        least_image_size=32,
+        single_pixel_at=32,
+        aliases=("mobilenetv2",),
+        settings={**_TORCHVISION, "dropout": 0.2},
+        size=NetworkSize(3_504_872, 300_774_272, 13_357_224),
+        torch_module=weight_names.torchvision_mobilenet,
+    ),
+    "densenet40_cifar": Network(
+        "src.models.densenet:densenet_cifar",
+        least_image_size=8,
+        image_size=32,
+        aliases=("dc40",),
+        arguments={"depths": (12, 12, 12), "growth": 12},
+        settings=_ACNET_CIFAR,
+        size=NetworkSize(1_019_722, 264_812_928, 2_707_978),
+    ),
     "cifar_quick": Network(
         "src.models.cifar:CifarQuick",
         least_image_size=15,
@@ -246,13 +280,18 @@ def check_network(name: str, image_size: int | None = None) -> None:
         )
 
 
-def torch_name(name: str, network: str) -> str:
+def torch_name(name: str, network: str, in_file: bool = False) -> str:
     """torchvision's and timm's name of parameter ``name``.
 
     For a network that those do not have: our name, with PyTorch's words for batch norm.
+
+    Args:
+        in_file: the name in the file that torchvision publishes.
     """
     module, leaf = weight_names.split_torch_name(name)
-    return f"{NETWORKS[network_name(network)].torch_module(module)}.{leaf}"
+    entry = NETWORKS[network_name(network)]
+    to_torch = (entry.torch_file_module if in_file else None) or entry.torch_module
+    return f"{to_torch(module)}.{leaf}"
 
 
 def acnet_name(name: str, network: str, fused: bool = False) -> str | None:

@@ -41,6 +41,33 @@ def torchvision_resnet(module: str) -> str:
     return re.sub(r"^classifier$", "fc", module)
 
 
+def torchvision_mobilenet(module: str) -> str:
+    if module == "classifier":
+        return "classifier.1"
+    _, index, *inner = module.split(".")
+    layer, leaf = (inner[1], inner[2:]) if inner[0] == "branch" else ("", inner)
+    number = {"conv": "0", "norm": "1"}.get(leaf[0] if leaf else "", ".".join(["0", *leaf]))
+    if not layer:
+        return f"features.{index}.{number}"
+    # Convolution, batch norm and ReLU6 are one part of a block's sequence, but the last convolution
+    # and its batch norm are two. The first block has no expansion.
+    first = 0 if index == "1" else 1
+    if layer == "project":
+        return f"features.{index}.conv.{first + 1 + int(number)}"
+    return f"features.{index}.conv.{first if layer == 'depthwise' else 0}.{number}"
+
+
+def torchvision_densenet(module: str) -> str:
+    module = re.sub(r"conv0\.conv$", "conv0", module)
+    module = re.sub(r"conv0\.norm$", "norm0", module)
+    module = re.sub(r"conv1\.conv$", "conv1", module)
+    return re.sub(r"conv1\.norm$", "norm2", module)
+
+
+def torchvision_densenet_file(module: str) -> str:
+    return re.sub(r"(denselayer\d+\.[a-z]+)(\d)", r"\1.\2", torchvision_densenet(module))
+
+
 # The repository's Conv2dBNReLU is a sequence of conv, bn, relu or of acb, relu. Its Conv2dBN is
 # conv, bn or the ACB itself. A fused block is fused_conv inside the ACB.
 

@@ -116,6 +116,7 @@ def _namings(network: str) -> tuple[Naming, ...]:
     return (
         lambda name: name,
         lambda name: torch_name(name, network),
+        lambda name: torch_name(name, network, in_file=True),
         lambda name: acnet_name(name, network),
         lambda name: acnet_name(name, network, fused=True),
     )

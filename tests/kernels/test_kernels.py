@@ -33,6 +33,8 @@ SIZES = {
     "resnet50": 64,
     "resnext50_32x4d": 64,
     "resnext101_32x4d": 64,
+    "densenet121": 64,
+    "mobilenet_v2": 64,
 }
 
 

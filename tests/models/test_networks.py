@@ -18,6 +18,8 @@ PUBLISHED = {
     "resnet50": 25_557_032,
     "resnext50_32x4d": 25_028_904,
     "resnext101_32x4d": 44_177_704,
+    "densenet121": 7_978_856,
+    "mobilenet_v2": 3_504_872,
 }
 
 
@@ -34,6 +36,19 @@ def test_cifar_quick_parameter_count():
         sum(p.size for p in create_model("cifar_quick", 10).trainable_params())
         == convolutions + dense
     )
+
+
+# Table 2 of the paper: "1.0M" parameters for depth 40 and growth rate 12.
+def test_densenet40_parameter_count():
+    count, channels = 3 * 16 * 9, 16
+    for stage in range(3):
+        for _ in range(12):
+            count, channels = count + 2 * channels + channels * 12 * 9, channels + 12
+        if stage < 2:
+            count += 2 * channels + channels * channels
+    count += 2 * channels + channels * 10 + 10
+    found = sum(p.size for p in create_model("densenet40_cifar", 10).trainable_params())
+    assert found == count == 1_019_722
 
 
 def test_aliases_build_their_networks():

@@ -83,10 +83,46 @@ def test_other_class_count_loads_all_but_the_classifier_on_request(saved):
         ("resnet34", "classifier.bias", "fc.bias"),
         ("alexnet", "conv3.weight", "features.6.weight"),
         ("alexnet", "classifier.weight", "classifier.6.weight"),
+        ("mobilenet_v2", "features.0.norm.gamma", "features.0.1.weight"),
+        ("mobilenet_v2", "features.1.branch.depthwise.conv.weight", "features.1.conv.0.0.weight"),
+        ("mobilenet_v2", "features.1.branch.project.norm.beta", "features.1.conv.2.bias"),
+        ("mobilenet_v2", "features.2.branch.expand.norm.gamma", "features.2.conv.0.1.weight"),
+        (
+            "mobilenet_v2",
+            "features.17.branch.depthwise.norm.moving_mean",
+            "features.17.conv.1.1.running_mean",
+        ),
+        ("mobilenet_v2", "features.17.branch.project.conv.weight", "features.17.conv.2.weight"),
+        ("mobilenet_v2", "classifier.bias", "classifier.1.bias"),
+        ("densenet121", "features.conv0.norm.gamma", "features.norm0.weight"),
+        (
+            "densenet121",
+            "features.denseblock2.denselayer3.conv1.norm.beta",
+            "features.denseblock2.denselayer3.norm2.bias",
+        ),
+        ("densenet121", "features.transition1.conv.weight", "features.transition1.conv.weight"),
+        ("densenet121", "features.norm5.moving_variance", "features.norm5.running_var"),
     ],
 )
 def test_torchvision_names(network, ours, theirs):
     assert torch_name(ours, network) == theirs
+
+
+def test_weights_that_torchvision_published_with_old_names_are_read():
+    """Its files of DenseNet are older than its code, which renames norm.1 to norm1."""
+    network, again = (create_model("densenet121", 3, image_size=32) for _ in range(2))
+    randomise(network)
+    file = {}
+    for parameter in network.get_parameters():
+        name = torch_name(parameter.name, "densenet121")
+        for layer in ("norm1", "norm2", "conv1", "conv2"):
+            if "denselayer" in name:
+                name = name.replace(f".{layer}.", f".{layer[:-1]}.{layer[-1]}.")
+        file[name] = parameter.asnumpy()
+    assert "features.denseblock1.denselayer1.norm.1.weight" in file
+    assign_weights(again, file, "densenet121-a639ec97.pth")
+    for ours, theirs in zip(again.get_parameters(), network.get_parameters()):
+        assert np.array_equal(ours.asnumpy(), theirs.asnumpy()), ours.name
 
 
 # Names that the modules of the ACNet repository have by construction (acnet_builder.py,

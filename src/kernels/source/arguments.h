@@ -17,6 +17,9 @@ using Dims = dnnl::memory::dims;
 // Strides, kernels and paddings above this are refused.
 constexpr int64_t kMaxGeometry = 1 << 15;
 
+// How an activation ends: as it is, max(x, 0), or min(max(x, 0), 6) (ReLU6).
+enum class Relu { None, Plain, Six };
+
 // An activation: (N, C, H, W), or (N, C / b, H, W, b) in blocks of b channels.
 struct Activation {
     int64_t n, c, h, w, block;  // block is 1 for (N, C, H, W)

@@ -120,6 +120,7 @@ struct Pass {
         }
         Lanes<V> scale[B], offset;
         scales(block, statistics, scale, offset);
+        Floats limit = limit_of(norm.relu);
         for (int64_t image = 0; image < block.images; ++image) {
             const T *from[B];
             for (int b = 0; b < B; ++b) from[b] = block.at(static_cast<const T *>(x[b]), image);
@@ -130,7 +131,7 @@ struct Pass {
                     int64_t at = i + v * kLanes;
                     Floats value = sum(from, at, v, scale, offset);
                     if (added) value += load(added + at);
-                    store(to + at, norm.with_relu ? relu(value) : value);
+                    store(to + at, norm.relu == Relu::None ? value : relu(value, limit));
                 }
         }
     }
@@ -145,12 +146,14 @@ struct Pass {
             load_lanes<V>(mean[b], statistics + 2 * b * like.c + block.channel);
             load_lanes<V>(inverse[b], statistics + (2 * b + 1) * like.c + block.channel);
         }
-        // The gradient of what ReLU received: dy where y is positive, else 0.
+        Floats limit = limit_of(norm.relu);
+        // The gradient of what ReLU received.
         auto relu_gradient = [&](const T *gradient, const T *const(&from)[B], const T *y_part,
                                  int64_t at, int v) {
             Floats value = load(gradient + at);
-            if (!norm.with_relu) return value;
-            return relu_mask(y_part ? load(y_part + at) : sum(from, at, v, scale, offset), value);
+            if (norm.relu == Relu::None) return value;
+            Floats output = y_part ? load(y_part + at) : sum(from, at, v, scale, offset);
+            return relu_mask(output, value, limit);
         };
         double sums[kMaxLanes] = {}, products[B][kMaxLanes] = {};
         for (int64_t image = 0; image < block.images; ++image) {

@@ -10,7 +10,7 @@ constexpr int kMaxBranches = 3;
 
 struct BatchNorm {
     int branches;
-    bool with_relu;
+    Relu relu;
     double eps, decay;  // `decay` is the weight of the old running statistics
     const float *gamma[kMaxBranches], *beta[kMaxBranches];
     const float *running_mean[kMaxBranches], *running_variance[kMaxBranches];

@@ -20,6 +20,14 @@ int branches_of(const Arguments &a) {
 
 int attributes_of(int branches) { return kPadding + 4 * branches; }
 
+Relu relu_of(const Arguments &a) {
+    int64_t kind = a.attribute(kRelu);
+    if (kind < 0 || kind > static_cast<int64_t>(Relu::Six)) {
+        throw std::invalid_argument("there is no ReLU number " + std::to_string(kind));
+    }
+    return static_cast<Relu>(kind);
+}
+
 Convolution convolution_of(const Arguments &a, const Activation &x, int weight, int branch) {
     int padding = kPadding + 4 * branch;
     Geometry g{x.c,
@@ -57,7 +65,7 @@ const float *bias_of(const Arguments &a, const Convolution &conv, int bias) {
 BatchNorm batch_norm_of(const Arguments &a, int first, int64_t channels) {
     BatchNorm norm{};
     norm.branches = std::max(branches_of(a), 1);
-    norm.with_relu = a.attribute(kRelu) != 0;
+    norm.relu = relu_of(a);
     norm.eps = a.real_attribute(kEps), norm.decay = a.real_attribute(kDecay);
     for (int b = 0; b < norm.branches; ++b) {
         Branch branch(first, b);
@@ -107,7 +115,7 @@ ACNET_KERNEL(conv_norm_backward) {
     int branches = branches_of(a), first = 5, dx_index = first + 6 * branches;
     a.expect(attributes_of(branches), dx_index, 2 + 3 * branches);
     Activation x = a.activation(1), y = a.activation(3);
-    bool shortcut = a.attribute(kShortcut), relu = a.attribute(kRelu);
+    bool shortcut = a.attribute(kShortcut);
     BatchNorm norm = batch_norm_of(a, first, y.c);
     // The gradients of the convolutions overwrite the convolutions. These are outputs of
     // conv_norm_forward that MindSpore hands to this kernel and to no other, and they are in the
@@ -120,7 +128,7 @@ ACNET_KERNEL(conv_norm_backward) {
         dbeta[b] = a.output_floats(dx_index + 4 + 3 * b, {y.c});
     }
     batch_norm_backward(norm, y, a.activation_data(2, y), convolved,
-                        shortcut && relu ? a.activation_data(3, y) : nullptr,
+                        shortcut && norm.relu != Relu::None ? a.activation_data(3, y) : nullptr,
                         a.floats(4, {branches, 2, y.c}), convolved,
                         shortcut ? a.output_activation(dx_index + 1, y) : nullptr, dgamma, dbeta);
     void *dx = a.output_activation(dx_index, x);
@@ -149,8 +157,7 @@ ACNET_KERNEL(conv_forward) {
     Convolution conv = convolution_of(a, x, 3, 0);
     Activation y = conv.y();
     Epilogue epilogue{bias_of(a, conv, 4),
-                      a.attribute(kShortcut) ? a.activation_data(2, y) : nullptr,
-                      a.attribute(kRelu) != 0};
+                      a.attribute(kShortcut) ? a.activation_data(2, y) : nullptr, relu_of(a)};
     convolve(conv, Pass::Training, a.activation_data(1, x), weights_of(a, conv, 3), epilogue,
              a.output_activation(5, y));
 }
@@ -164,9 +171,9 @@ ACNET_KERNEL(conv_backward) {
     Activation y = conv.y();
     const void *dy = a.activation_data(2, y);
     void *dshortcut = a.attribute(kShortcut) ? a.output_activation(7, y) : nullptr;
-    if (a.attribute(kRelu)) {
+    if (Relu relu = relu_of(a); relu != Relu::None) {
         void *to = dshortcut ? dshortcut : scratch(Slot::Gradient, y.bytes());
-        relu_backward(y, a.activation_data(3, y), dy, to);
+        relu_backward(y, relu, a.activation_data(3, y), dy, to);
         dy = to;
     } else if (dshortcut) {
         std::memcpy(dshortcut, dy, y.bytes());

@@ -29,6 +29,9 @@ int branches_of(const Arguments &a);
 // How many attributes the table of that many branches holds.
 int attributes_of(int branches);
 
+// Throws for a number that is none of Relu's.
+Relu relu_of(const Arguments &a);
+
 // The convolution of branch `branch`, whose weights are tensor `weight`. Throws if they do not fit.
 Convolution convolution_of(const Arguments &a, const Activation &x, int weight, int branch);
 const float *weights_of(const Arguments &a, const Convolution &conv, int weight);

@@ -14,9 +14,9 @@ memory::desc any_format(const memory::desc &desc) {
     return {desc.get_dims(), desc.get_data_type(), tag::any};
 }
 
-// A convolution as oneDNN sees it. Groups narrower than a block have no fast kernel: `merged`
-// groups are computed as one, with zeros outside the diagonal blocks of its weights, at the full
-// rate of dense ones.
+// A convolution as oneDNN sees it. Groups of one channel in and out (depthwise) have a kernel of
+// their own. Other groups narrower than a block have no fast kernel: `merged` groups are computed
+// as one, with zeros outside the diagonal blocks of its weights, at the full rate of dense ones.
 struct Problem {
     Geometry geometry;
     int64_t n, block, x_block, merged;
@@ -30,7 +30,8 @@ struct Problem {
           type(conv.x.type) {
         const auto &g = geometry;
         int64_t channels = g.in_channels / g.groups;
-        merged = g.groups > 1 && channels < block ? block / channels : 1;
+        bool depthwise = channels == 1 && g.out_channels == g.groups;
+        merged = g.groups > 1 && channels < block && !depthwise ? block / channels : 1;
         if (merged > 1 && (block % channels || g.groups % merged)) {
             throw std::invalid_argument("groups of " + std::to_string(channels) +
                                         " channels do not fit into blocks");
@@ -125,11 +126,12 @@ bool usable(const Descriptor &pd) {
     return pd && !is_reference(pd.impl_info_str());
 }
 
-dnnl::primitive_attr with_epilogue(const Problem &problem, bool addend, bool relu) {
+dnnl::primitive_attr with_epilogue(const Problem &problem, bool addend, Relu relu) {
     auto attributes = own_scratchpad();
     dnnl::post_ops operations;
     if (addend) operations.append_binary(dnnl::algorithm::binary_add, problem.y_md());
-    if (relu) operations.append_eltwise(dnnl::algorithm::eltwise_relu, 0.f, 0.f);
+    if (relu == Relu::Plain) operations.append_eltwise(dnnl::algorithm::eltwise_relu, 0.f, 0.f);
+    if (relu == Relu::Six) operations.append_eltwise(dnnl::algorithm::eltwise_clip, 0.f, 6.f);
     attributes.set_post_ops(operations);
     return attributes;
 }
@@ -137,7 +139,7 @@ dnnl::primitive_attr with_epilogue(const Problem &problem, bool addend, bool rel
 // Each primitive first asks for the activations' own layouts; if oneDNN has only reference code for
 // those, it chooses the layouts and activations are reordered around it.
 struct Forward {
-    Forward(const Problem &p, Pass pass, bool bias, bool addend, bool relu) {
+    Forward(const Problem &p, Pass pass, bool bias, bool addend, Relu relu) {
         auto kind =
             pass == Pass::Training ? prop_kind::forward_training : prop_kind::forward_inference;
         for (bool any : {false, true}) {
@@ -204,8 +206,9 @@ struct BackwardWeights {
 };
 
 std::shared_ptr<const Forward> forward(const Problem &p, Pass pass, bool bias, bool addend,
-                                       bool relu) {
-    int64_t variant = (pass == Pass::Training) | bias << 1 | addend << 2 | relu << 3;
+                                       Relu relu) {
+    int64_t variant =
+        (pass == Pass::Training) | bias << 1 | addend << 2 | static_cast<int64_t>(relu) << 3;
     return cache<Forward>().get_or_create(p.key(variant),
                                           [&] { return Forward(p, pass, bias, addend, relu); });
 }
@@ -216,13 +219,13 @@ std::shared_ptr<const Forward> forward(const Problem &p, Pass pass, const Epilog
 
 std::shared_ptr<const BackwardData> backward_data(const Problem &p) {
     return cache<BackwardData>().get_or_create(p.key(0), [&] {
-        return BackwardData(p, *forward(p, Pass::Training, false, false, false));
+        return BackwardData(p, *forward(p, Pass::Training, false, false, Relu::None));
     });
 }
 
 std::shared_ptr<const BackwardWeights> backward_weights(const Problem &p, bool bias) {
     return cache<BackwardWeights>().get_or_create(p.key(bias), [&] {
-        return BackwardWeights(p, bias, *forward(p, Pass::Training, false, false, false));
+        return BackwardWeights(p, bias, *forward(p, Pass::Training, false, false, Relu::None));
     });
 }
 

@@ -35,7 +35,7 @@ struct Geometry {
 struct Epilogue {
     const float *bias = nullptr;
     const void *addend = nullptr;  // of y's layout and type
-    bool relu = false;
+    Relu relu = Relu::None;
 };
 
 // A convolution of one input size. `block` is the block of y; `pass` is training or inference.

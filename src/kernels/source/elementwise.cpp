@@ -32,25 +32,27 @@ void add(const T *lhs, const T *rhs, T *to, int64_t size) {
 }
 
 template <class T>
-void relu_backward(const T *output, const T *gradient, T *to, int64_t size) {
+void relu_backward(Relu kind, const T *output, const T *gradient, T *to, int64_t size) {
+    Floats limit = limit_of(kind);
     in_parts(size, [&](int64_t i, int64_t last) {
         for (; i < last; i += kLanes) {
-            store(to + i, relu_mask(load(output + i), load(gradient + i)));
+            store(to + i, relu_mask(load(output + i), load(gradient + i), limit));
         }
     });
 }
 
 template <class T>
 void scale_and_shift(const Activation &like, const T *x, const float *scale, const float *shift,
-                     bool with_relu, T *y) {
+                     Relu kind, T *y) {
     int64_t blocks = like.c / like.block, size = like.pixels() * like.block;
+    Floats limit = limit_of(kind);
     parallel_for(like.n * blocks, [&](int64_t index) {
         const float *block_scale = scale + index % blocks * like.block;
         const float *block_shift = shift + index % blocks * like.block;
         for (int64_t i = index * size, end = i + size; i < end; i += like.block) {
             for (int64_t v = 0; v < like.block; v += kLanes) {
                 Floats value = load(x + i + v) * load(block_scale + v) + load(block_shift + v);
-                store(y + i + v, with_relu ? relu(value) : value);
+                store(y + i + v, kind == Relu::None ? value : relu(value, limit));
             }
         }
     });
@@ -72,22 +74,22 @@ void add(Type type, const void *lhs, const void *rhs, void *to, int64_t size) {
     });
 }
 
-void relu_backward(const Activation &like, const void *output, const void *gradient, void *to) {
+void relu_backward(const Activation &like, Relu kind, const void *output, const void *gradient,
+                   void *to) {
     if (like.block == 1) throw std::invalid_argument("ReLU's gradient needs blocks of channels");
     with_type(like.type, [&](auto example) {
         using T = decltype(example);
-        relu_backward(static_cast<const T *>(output), static_cast<const T *>(gradient),
+        relu_backward(kind, static_cast<const T *>(output), static_cast<const T *>(gradient),
                       static_cast<T *>(to), like.size());
     });
 }
 
 void scale_and_shift(const Activation &like, const void *x, const float *scale, const float *shift,
-                     bool with_relu, void *y) {
+                     Relu kind, void *y) {
     if (like.block == 1) throw std::invalid_argument("batch norm needs blocks of channels");
     with_type(like.type, [&](auto example) {
         using T = decltype(example);
-        scale_and_shift(like, static_cast<const T *>(x), scale, shift, with_relu,
-                        static_cast<T *>(y));
+        scale_and_shift(like, static_cast<const T *>(x), scale, shift, kind, static_cast<T *>(y));
     });
 }
 

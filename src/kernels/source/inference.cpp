@@ -134,7 +134,7 @@ void infer(const Arguments &a, const Convolution &conv, int first, int last, Fil
     // Any bias will do here: only whether there is one affects the layout.
     static const float some_bias = 0;
     Epilogue epilogue{&some_bias, a.attribute(kShortcut) ? a.activation_data(2, y) : nullptr,
-                      a.attribute(kRelu) != 0};
+                      relu_of(a)};
     auto packed = packed_weights(a, conv, epilogue, first, last, fill);
     epilogue.bias = packed->bias.data();
     convolve_packed(conv, a.activation_data(1, conv.x), packed->memory.get(), epilogue,
@@ -174,6 +174,6 @@ ACNET_KERNEL(norm_inference) {
         ScaleShift folded = fold(norm, 0, c);
         scales[c] = static_cast<float>(folded.scale), shifts[c] = static_cast<float>(folded.shift);
     }
-    scale_and_shift(x, a.activation_data(1, x), scales.data(), shifts.data(), norm.with_relu,
+    scale_and_shift(x, a.activation_data(1, x), scales.data(), shifts.data(), norm.relu,
                     a.output_activation(6, x));
 }

@@ -3,6 +3,9 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
+
+#include "arguments.h"
 
 namespace acnet {
 
@@ -42,11 +45,19 @@ inline void store(bfloat16 *to, Floats value) {
 
 inline Floats broadcast(float value) { return Floats{} + value; }
 
-inline Floats relu(Floats value) { return (Floats)((Ints)value & (Ints)(value > 0)); }
+// The largest output of a ReLU.
+inline Floats limit_of(Relu kind) {
+    return broadcast(kind == Relu::Six ? 6.f : std::numeric_limits<float>::infinity());
+}
 
-// The gradient of ReLU: `gradient` where ReLU's output is positive, else 0.
-inline Floats relu_mask(Floats output, Floats gradient) {
-    return (Floats)((Ints)gradient & (Ints)(output > 0));
+inline Floats relu(Floats value, Floats limit) {
+    Floats positive = (Floats)((Ints)value & (Ints)(value > 0));
+    return positive < limit ? positive : limit;
+}
+
+// The gradient of `relu`: `gradient` where the output lies between 0 and `limit`, else 0.
+inline Floats relu_mask(Floats output, Floats gradient, Floats limit) {
+    return (Floats)((Ints)gradient & (Ints)(output > 0) & (Ints)(output < limit));
 }
 
 }  // namespace acnet
