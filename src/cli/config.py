@@ -22,9 +22,10 @@ DEFAULT_CONFIG = PROJECT_ROOT / "default_config.yaml"
 RECIPES = PROJECT_ROOT / "configs"
 DIGITS = "digits"
 
-COMMANDS = ("train", "eval", "predict", "export", "serve", "report", "preview_dataset")
+_SCRIPTS = ("preview_dataset", "check_dataset")
+COMMANDS = ("train", "eval", "predict", "export", "serve", "report", *_SCRIPTS)
 _USES_MODEL = ("train", "eval", "predict", "export", "serve")
-_READS_DATA = ("train", "eval", "export", "report", "preview_dataset")
+_READS_DATA = ("train", "eval", "export", "report", *_SCRIPTS)
 _AUGMENTS = ("train", "preview_dataset")
 _TRAIN = ("train",)
 
@@ -239,7 +240,7 @@ class _Data(_Keys):
         0,
         Affects.PROCESS,
         "threads per rank that read images; 0: one per core of the rank",
-        ("train", "eval", "predict", "report", "preview_dataset"),
+        ("train", "eval", "predict", "report", *_SCRIPTS),
     )
 
 
@@ -618,7 +619,7 @@ class _Output(_Keys):
         "",
         Affects.PROCESS,
         "output file; for results .json, and for predict also .jsonl or .csv",
-        ("eval", "predict", "export", "report", "preview_dataset"),
+        ("eval", "predict", "export", "report", *_SCRIPTS),
     )
     top_k: Positive = key(5, Affects.PROCESS, "number of classes to show", ("predict", "serve"))
     unsure: Fraction = key(

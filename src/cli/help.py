@@ -124,7 +124,7 @@ def completion_script() -> str:
         for key, choices in values.items()
         if choices
     ]
-    scripts = (f"{command}.py" for command in COMMANDS if command != "preview_dataset")
+    scripts = (f"{command}.py" for command in COMMANDS if not command.endswith("_dataset"))
     return _COMPLETION.format(
         commands=" ".join(scripts), keys=" ".join(keys), values="\n".join(lines)
     )

@@ -146,16 +146,16 @@ def picture_pixels(picture: Image.Image) -> np.ndarray:
         BadImage: if Pillow cannot load it, or for values of which it does not know the range.
     """
     name = f"the Pillow image of mode {picture.mode}"
-    _check_values(picture, name)
     if "transparency" in picture.info and picture.mode != "P":
         # Its range is that of the file, which may have had 2, 4 or 16 bits per sample.
         raise BadImage(f"{name} has a transparent colour; convert it to RGBA")
     try:
+        _check_values(picture, name)
         return _upright(picture)
     except (BadImage, MemoryError):
         raise
     except Exception as failure:  # many kinds, one for each way of being damaged
-        raise BadImage(f"{name} cannot be loaded: {failure}") from failure
+        raise BadImage(f"{name} cannot be read: {failure}") from failure
 
 
 def open_picture(content: bytes | memoryview) -> Image.Image:

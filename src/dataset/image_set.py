@@ -1,21 +1,27 @@
 """Labelled images, wherever they come from."""
 
+import hashlib
 import os
 import unicodedata
 import zlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
-from src.dataset.decoding import MOST_PIXELS, decode_image, read_image
+from src.dataset.decoding import MOST_PIXELS, decode_image, open_regular, read_image
 from src.utils.errors import UserError
+from src.utils.log import WARNING
 
 # Ranks compare this many class names one by one, so that a message can name the first difference;
 # they compare the rest by a checksum.
 _COMPARED_CLASSES = 50
 _MEASURED_FILES = 100_000
+# Files are compared by their content if there are not more, and those of equal size are not larger
+# together.
+_COMPARED_BYTES = 1 << 30
 
 
 class EncodedImages(Protocol):
@@ -171,6 +177,69 @@ class ImageSet:
 
     def _row(self, index: int) -> int:
         return index if self.rows is None else int(self.rows[index])
+
+
+def content_keys(sets: Sequence[ImageSet]) -> list[list[bytes | None]]:
+    """For each image of each set: a key that only files with the same content share.
+
+    None for an image that is no file, or whose size is its own. All are None if there are very many
+    files, or reading them would take long.
+    """
+    sizes = [[_size(path) for path in images.paths or ()] for images in sets]
+    counts = Counter(size for part in sizes for size in part if size > 0)
+    shared = {size for size, count in counts.items() if count > 1}
+    too_many = sum(counts.values()) > _MEASURED_FILES
+    if too_many or sum(size * counts[size] for size in shared) > _COMPARED_BYTES:
+        shared = set()
+    return [
+        [
+            _content_key(path) if size in shared else None
+            for path, size in zip(images.paths or (), part)
+        ]
+        for images, part in zip(sets, sizes)
+    ]
+
+
+def _content_key(path: str) -> bytes | None:
+    try:
+        with open_regular(path) as file:
+            return hashlib.blake2b(file.read(), digest_size=16).digest()
+    except OSError:
+        # It is reported when it is decoded.
+        return None
+
+
+def copies_message(train: ImageSet, validation: ImageSet) -> str | None:
+    """A message on validation images that are training images too; None if there are none."""
+    of_train, of_validation = content_keys([train, validation])
+    known, paths = set(of_train) - {None}, set(train.paths or ())
+    names = validation.paths or ()
+    copies = [name for name, key in zip(names, of_validation) if key in known or name in paths]
+    if not copies:
+        return None
+    return (
+        f"{WARNING}{len(copies)} of {len(validation)} validation images are training images too, "
+        f"such as {copies[0]}; the accuracy says little about others"
+    )
+
+
+def contradiction_message(train: ImageSet) -> str | None:
+    """A message on images that are in two classes; None if there are none."""
+    seen: dict[bytes, int] = {}
+    found: list[tuple[int, int]] = []
+    for index, key in enumerate(content_keys([train])[0]):
+        if key is None:
+            continue
+        first = seen.setdefault(key, index)
+        if train.labels[first] != train.labels[index]:
+            found.append((first, index))
+    if not found:
+        return None
+    one, other = map(train.name, found[0])
+    return (
+        f"{WARNING}{len(found)} training images are the same as one of another class, such as "
+        f"{one} and {other}"
+    )
 
 
 def _size(path: str) -> int:

@@ -8,7 +8,7 @@ from scipy.optimize import minimize_scalar
 
 from src.dataset.batches import EvalBatches, prefetch
 from src.inference.backends import OpenedModel
-from src.inference.evaluation import nonfinite_message
+from src.inference.evaluation import nonfinite_message, split_message
 from src.inference.metrics import (
     calibration_error,
     count_confidence,
@@ -17,6 +17,7 @@ from src.inference.metrics import (
 )
 from src.models.layers import ImageClassifier
 from src.utils.errors import UserError
+from src.utils.log import Log
 
 _BATCH = 16
 _LOWEST, _HIGHEST = 0.05, 20.0
@@ -38,12 +39,16 @@ class Calibration:
     after: float
 
 
-def calibrate(opened: OpenedModel) -> Calibration:
+def calibrate(opened: OpenedModel, log: Log) -> Calibration:
     """Find the temperature with the lowest cross-entropy on the model's validation images.
 
+    Args:
+        log: gets a warning if training has seen some of the images.
+
     Raises:
-        UserError: if there are no such images, training has seen them, or they do not tell: none
-            can be decoded, outputs are not finite, or every prediction is right.
+        UserError: if there are no such images, training has seen all of them, or they do not tell:
+            none can be decoded, outputs are not finite, every prediction is right, or the
+            probabilities would fit the accuracy less than before.
     """
     config = opened.model.config
     images = opened.model.open_images()
@@ -53,11 +58,21 @@ def calibrate(opened: OpenedModel) -> Calibration:
             "temperature=auto needs images that training has not seen; pass --data_path=DIR with "
             "others, or a number"
         )
+    if message := split_message(opened.model, opened.metadata, images):
+        log(message)
     parts = []
     for batch in prefetch(batches):
         decoded = batch.labels >= 0
         parts.append((opened.backend(batch.images)[decoded], batch.labels[decoded]))
-    logits, labels = (np.concatenate(arrays) for arrays in zip(*parts))
+    return calibration_of(*(np.concatenate(arrays) for arrays in zip(*parts)))
+
+
+def calibration_of(logits: np.ndarray, labels: np.ndarray) -> Calibration:
+    """The best temperature of logits (N, C) for images of these labels, (N,) int.
+
+    Raises:
+        UserError: if they do not tell; see ``calibrate``.
+    """
     if not len(labels):
         raise UserError("temperature=auto: none of the validation images can be decoded")
     if nonfinite := count_nonfinite(logits):
@@ -72,6 +87,13 @@ def calibrate(opened: OpenedModel) -> Calibration:
         calibration_error(count_confidence(scaled, labels))
         for scaled in (logits, logits / np.float32(temperature))
     )
+    if after > before:
+        raise UserError(
+            f"temperature=auto found {temperature:.3f}, but with it the probabilities of "
+            f"{len(labels)} images are off by {after:.1f} percentage points on average, and "
+            f"without it by {before:.1f}: these are too few images, or the network has hardly "
+            "learned; pass --data_path=DIR with more, or a number"
+        )
     return Calibration(temperature, len(labels), before, after)
 
 

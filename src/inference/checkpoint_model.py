@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from src.cli.config import DIGITS, Affects, Config, keys_affecting
+from src.cli.config import DIGITS, Affects, Config, keys_affecting, validated
 from src.cli.flags import current_keys
 from src.cli.recipes import load_config
+from src.dataset.batches import global_batch_size
 from src.dataset.image_set import ImageSet
 from src.dataset.list_files import is_list
 from src.dataset.splits import open_eval_part, open_train_part, validation_path
@@ -33,6 +34,8 @@ _FORMER_SETTINGS: dict[str, Any] = {
     "interpolation": "bilinear",
     "antialias": False,
 }
+# Listing more training images than this takes long.
+_MOST_COMPARED = 100_000
 # How torchvision, timm and the ACNet repository evaluate.
 _FOREIGN_SETTINGS = {
     "eval_resize_mode": "shorter_side",
@@ -131,6 +134,25 @@ class CheckpointModel:
             UserError: if there are none.
         """
         return open_train_part(self.config, self.class_to_index)
+
+    def open_recorded_training_images(self, metadata: Mapping[str, Any]) -> ImageSet | None:
+        """The images that it was trained on, if they are where they were and not very many.
+
+        Args:
+            metadata: what the checkpoint records.
+        """
+        recorded = metadata.get("config", {})
+        steps = metadata.get("steps_per_epoch", 0)
+        if not steps or not recorded.get("data_path"):
+            return None
+        try:
+            config = validated(current_keys(recorded))
+            if steps * global_batch_size(config, metadata["world_size"]) > _MOST_COMPARED:
+                return None
+            images = open_train_part(config, self.class_to_index)
+        except UserError:
+            return None
+        return images if images.fingerprint() == metadata.get("images") else None
 
     def open_images(self) -> ImageSet:
         """The images to evaluate on: those of --data_path, or the recorded validation images.
@@ -321,6 +343,17 @@ def _timm_settings(path: Path, flags: Mapping[str, Any], network: str | None) ->
             )
         if settings["network"] is None:
             raise UserError(f"{file} is of {architecture}, a network that does not exist here")
+    changes = timm.get("model_args") or {}
+    if changes:
+        raise UserError(
+            f"{file} has model_args={changes}, which change the network; here it exists only as it "
+            "is by default"
+        )
+    if timm.get("global_pool", "avg") != "avg":
+        raise UserError(
+            f"{file} has global_pool={timm['global_pool']}, which does not exist here: networks "
+            "average"
+        )
     for word, key, values in _TIMM_WORDS:
         if word in timm and key not in flags:
             if timm[word] not in values:
@@ -352,9 +385,11 @@ def _timm_class_map(path: Path | None, classes: int) -> dict[str, int] | None:
         UserError: if it names a class twice, or does not have ``classes`` names.
     """
     names = _read_timm_config(path).get("label_names") if path is not None else None
-    if path is None or not isinstance(names, list):
+    if path is None or names is None:
         return None
     file = path.with_name("config.json")
+    if not isinstance(names, list):
+        raise UserError(f"{file} has label_names that are no list; pass --class_names=FILE")
     class_to_index = {str(name): label for label, name in enumerate(names)}
     if len(class_to_index) < len(names) or len(names) != classes:
         raise UserError(
@@ -395,7 +430,9 @@ def _parse_class_map(text: str, file: Path, classes: int) -> dict[str, int]:
     try:
         class_to_index = {str(name): int(label) for name, label in json.loads(text).items()}
     except (ValueError, AttributeError, TypeError):
-        raise UserError(f"{file} is damaged: it must map class names to indices") from None
+        raise UserError(
+            f'{file} must map class names to indices, as in {{"cat": 0, "dog": 1}}'
+        ) from None
     if sorted(class_to_index.values()) != list(range(classes)):
         raise UserError(
             f"{file} does not have one name for each of the network's {classes} classes; pass "

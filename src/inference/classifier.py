@@ -1,6 +1,6 @@
 """A trained network for use from Python: photos in, classes out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,6 +22,7 @@ from src.utils.progress import print_status
 
 # A file, a Pillow image, or (H, W, 3) uint8 RGB.
 Photo: TypeAlias = str | Path | Image.Image | np.ndarray
+_PHOTO = "a file, a Pillow image, or an (H, W, 3) uint8 array, RGB"
 _ONE_PHOTO = (str, Path, Image.Image, np.ndarray)
 # One graph is compiled for this many images, and one for a single image.
 _BATCH = 16
@@ -117,10 +118,10 @@ class Classifier:
             pixels = picture_pixels(photo)
         else:
             pixels = np.ascontiguousarray(photo)
-            if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+            shape = pixels.shape
+            if pixels.dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or not pixels.size:
                 raise UserError(
-                    f"a photo is a file, a Pillow image, or an (H, W, 3) uint8 array, RGB; got "
-                    f"{type(photo).__name__} {pixels.dtype} {pixels.shape}"
+                    f"a photo is {_PHOTO}; got {type(photo).__name__} {pixels.dtype} {shape}"
                 )
         return eval_transform(pixels, config)
 
@@ -131,6 +132,8 @@ def _is_folder(photo: Photo) -> bool:
 
 def _expanded(photos: Photo | Sequence[Photo]) -> list[Photo]:
     """Single photos, with those of a folder where the folder is."""
+    if not isinstance(photos, (*_ONE_PHOTO, Iterable)):
+        raise UserError(f"a photo is {_PHOTO}; got {type(photos).__name__}")
     expanded: list[Photo] = []
     for photo in [photos] if isinstance(photos, _ONE_PHOTO) else photos:
         expanded += find_images([str(photo)], print_status) if _is_folder(photo) else [photo]

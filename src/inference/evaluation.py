@@ -11,7 +11,7 @@ import numpy as np
 from src.cli.command import Command
 from src.cli.config import Config
 from src.dataset.batches import PADDING_LABEL, EvalBatches, prefetch
-from src.dataset.image_set import ImageSet, class_names
+from src.dataset.image_set import ImageSet, class_names, copies_message
 from src.dataset.imagefolder import MindSporeEvalBatches
 from src.dataset.splits import set_messages, split_fraction
 from src.distributed.communicator import Communicator, check_ranks_agree
@@ -215,7 +215,7 @@ class EvalData:
 def split_message(
     model: CheckpointModel, metadata: Mapping[str, Any], images: ImageSet
 ) -> str | None:
-    """A message on whether ``images`` are those that training held out; None without a split.
+    """A message on whether training has seen ``images``; None if there is nothing to say.
 
     Args:
         metadata: what the checkpoint records, among it the fingerprint of the training images.
@@ -247,7 +247,8 @@ def split_message(
                 f"{WARNING}training used these images and held some of them out; "
                 f"--val_split={fraction:g} evaluates on those only"
             )
-    return None
+    trained_images = model.open_recorded_training_images(metadata)
+    return copies_message(trained_images, images) if trained_images is not None else None
 
 
 def undecodable_message(result: EvalResult) -> str:

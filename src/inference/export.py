@@ -264,7 +264,7 @@ def _temperature(path: Path, command: Command, log: Log) -> float:
     wanted = command.config.temperature
     if isinstance(wanted, float):
         return wanted
-    found = calibrate(open_backend(path, command.flags, command.kernels))
+    found = calibrate(open_backend(path, command.flags, command.kernels), log)
     log(
         f"temperature {found.temperature:.3f} from {found.images} validation images, on which "
         f"probabilities were off by {found.before:.1f} percentage points on average and are now "

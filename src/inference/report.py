@@ -78,7 +78,7 @@ def _run_report(
         return _with_pictures(run, folder, _moved_data(folder, flags), kernels, log)
     except UserError as failure:
         log(f"{WARNING}{name}: the report is incomplete: {failure}")
-        return replace(run, missing=f"Not everything could be shown: {failure}.")
+        return replace(run, note=f"Not everything could be shown: {failure}.")
 
 
 def _best_step(folder: RunFolder) -> int | None:
@@ -120,6 +120,13 @@ def _with_pictures(
     model = opened.model
     classes = class_names(model.class_to_index, model.config.num_classes)
     images = model.open_images()
+    if opened.metadata.get("validation") not in (None, images.fingerprint()):
+        note = (
+            "the classes and mistakes are those of other images than training evaluated: their "
+            "names, sizes or labels differ"
+        )
+        log(f"{WARNING}{run.name}: {note}")
+        run = replace(run, note=f"{note[0].upper()}{note[1:]}.")
     predictions = predict_set(images, opened.backend, model.config, log)
     confusion = predictions.confusion(model.config.num_classes)
     mistakes = [

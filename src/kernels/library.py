@@ -104,7 +104,8 @@ def choose_kernels(config: Config) -> KernelChoice:
     """Choose kernels from the key ``kernels``. Call it once, after ``prepare_process``.
 
     Raises:
-        UserError: if kernels=onednn is not available, or for bfloat16 on a processor without it.
+        UserError: if kernels=onednn is not available, for bfloat16 on a processor without it, or
+            for amp_level=O3 on CPU.
     """
     if config.device_target != "CPU":
         return KernelChoice()
@@ -117,6 +118,11 @@ def choose_kernels(config: Config) -> KernelChoice:
             if config.kernels == "onednn":
                 raise UserError(f"kernels=onednn is not available: {failure}") from None
             choice = KernelChoice(reason=str(failure))
+    if config.precision == "O3":
+        raise UserError(
+            "amp_level=O3 needs device_target=GPU or Ascend; CPU computes in float32 (O0) or "
+            "bfloat16 (O2)"
+        )
     if config.precision != "O0" and not (choice.library and choice.library.has_bfloat16):
         if choice.library is None:
             needed = f"kernels=onednn: {choice.reason or 'they are switched off'}"

@@ -79,9 +79,12 @@ def create_model(
             "bfloat16": with kernels, activations and their gradients are of that type.
 
     Raises:
-        UserError: for an unknown name or block, or an image size that the network cannot take.
+        UserError: for an unknown name or block, or an image size or number of classes that the
+            network cannot have.
     """
     check_network(name, image_size)
+    if num_classes < 1:
+        raise UserError(f"num_classes={num_classes}: a network has at least one class")
     name = network_name(name)
     entry = NETWORKS[name]
     layers = LayerFactory(block, fused, gamma_init, sync_bn, WEIGHT_INITS[weight_init])

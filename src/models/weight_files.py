@@ -32,7 +32,17 @@ _PICKLE_MAGIC = b"\x80"
 _SAFE_TORCH = (2, 6)
 # Nested dictionaries that training scripts wrap weights in.
 # The averaged weights come first: scripts that keep them evaluate them.
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict")
+_WRAPPERS = (
+    "state_dict_ema",
+    "model_ema",
+    "state_dict",
+    "model",
+    "model_state_dict",
+    "net",
+    "network",
+    "weights",
+    "params",
+)
 # What wrappers around a network put before each name: torch.compile, DistributedDataParallel,
 # Lightning modules.
 _NAME_PREFIXES = ("_orig_mod.", "module.", "model.")
@@ -251,6 +261,9 @@ def _read_torch(path: Path) -> Arrays:
         or not all(isinstance(value, torch.Tensor) for value in loaded.values())
     ):
         raise UserError(f"'{path}' holds no dictionary of weights (a state_dict)")
+    unusual = next((n for n, t in loaded.items() if t.layout is not torch.strided), None)
+    if unusual is not None:
+        raise UserError(f"'{path}' holds a sparse tensor ({unusual}); save it with .to_dense()")
     quantized = next((name for name, tensor in loaded.items() if tensor.is_quantized), None)
     if quantized is not None:
         raise UserError(
@@ -262,7 +275,7 @@ def _read_torch(path: Path) -> Arrays:
         str(name): tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in loaded.items()
     }
-    return _without_prefixes({name: tensor.numpy() for name, tensor in tensors.items()})
+    return _without_prefixes({name: tensor.detach().numpy() for name, tensor in tensors.items()})
 
 
 def _read_hdf5(path: Path) -> Arrays:

@@ -108,10 +108,10 @@ class RunRecorder(Recorder):
         self._write_start(class_to_index, first_epoch=state.epoch + state.finished_epoch)
 
     def add_epoch(self, metrics: dict[str, Any]) -> None:
-        text = (
-            f"epoch {metrics['epoch']}/{self._config.max_epoch} loss {metrics['loss']:.4f} "
-            f"{metrics['images_per_second']:.1f} images/s"
-        )
+        text = f"epoch {metrics['epoch']}/{self._config.max_epoch} loss {metrics['loss']:.4f}"
+        # 0 as long as every step is one of the first, whose time does not count.
+        if metrics["images_per_second"]:
+            text += f" {metrics['images_per_second']:.1f} images/s"
         if "top1" in metrics:
             text += f" acc={metrics['top1']:.2f}%(TOP1)"
             if has_top5(metrics):

@@ -184,7 +184,7 @@ class RunReport:
         confusion: images by label and likeliest class, (classes, classes), or None.
         confused: (label, what it was taken for, how often), the most frequent first.
         mistakes, samples: the worst mistakes, and augmented training images.
-        missing: why there are no pictures or no confusion, if there are none.
+        note: what to know about the classes and pictures, such as why there are none.
     """
 
     name: str
@@ -199,7 +199,7 @@ class RunReport:
     confused: Sequence[tuple[int, int, int]] = ()
     mistakes: Sequence[Picture] = ()
     samples: Sequence[Picture] = ()
-    missing: str = ""
+    note: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -430,10 +430,10 @@ def _classes(run: RunReport, of_run: str) -> str:
     heading = f"<h2>Classes{of_run}</h2>"
     best = run.best
     if best is None and run.confusion is None:
-        return heading + f"<p>{escape(run.missing or 'The run was not evaluated.')}</p>"
+        return heading + f"<p>{escape(run.note or 'The run was not evaluated.')}</p>"
     parts = [heading]
-    if run.missing:
-        parts.append(f"<p>{escape(run.missing)}</p>")
+    if run.note:
+        parts.append(f"<p>{escape(run.note)}</p>")
     counted = sum(figures["images"] for figures in run.class_figures)
     if best and run.class_figures and counted != best.get("val_images", counted):
         parts.append(

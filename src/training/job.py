@@ -6,7 +6,7 @@ from src.cli.command import Command
 from src.cli.config import DIGITS, Config
 from src.cli.flags import flags_without_effect
 from src.dataset.batches import global_batch_size
-from src.dataset.image_set import ImageSet
+from src.dataset.image_set import ImageSet, contradiction_message, copies_message
 from src.dataset.splits import TrainingData, set_messages, validation_path
 from src.distributed.communicator import Communicator, check_ranks_agree
 from src.distributed.launcher import tell_launcher
@@ -131,7 +131,8 @@ def log_summary(trainer: Trainer, kernels: KernelChoice, start_message: str | No
         f"{WARNING}the training data has a single class" if config.num_classes == 1 else None,
         imbalance_hint(config, images.train),
         warmup_warning(config) or rate_warning(config, trainer.steps_per_epoch),
-        same_images_warning(trainer),
+        # Rank 0 reads the files, and only its lines are seen.
+        *(copies_warnings(trainer) if trainer.communicator.rank == 0 else ()),
         loss_hint(config),
         start_message,
         f"{WARNING}freeze_epochs={config.freeze_epochs} covers every epoch: only the classifier "
@@ -212,21 +213,24 @@ def rate_warning(config: Config, steps_per_epoch: int) -> str | None:
     return None
 
 
+def copies_warnings(trainer: Trainer) -> list[str | None]:
+    """Warnings on images that are in two classes, or in both training and validation."""
+    return [contradiction_message(trainer.data.train), same_images_warning(trainer)]
+
+
 def same_images_warning(trainer: Trainer) -> str | None:
     """A warning if the validation images are, or are among, the training images, else None."""
     train, validation = trainer.data.train, trainer.data.validation
     if validation is None:
         return None
-    count = len(set(train.paths or ()).intersection(validation.paths or ()))
     if trainer.fingerprints[0] == trainer.fingerprints[1] and train.looks_like(validation):
-        # The folder itself, a link to it, or a copy of it.
+        # The folder itself, a link to it, or a copy of it; also of a form that is not files.
         count = len(validation)
-    if not count:
-        return None
-    return (
-        f"{WARNING}{count} of {len(validation)} validation images are training images too, so the "
-        "accuracy says little about others"
-    )
+        return (
+            f"{WARNING}{count} of {count} validation images are training images too; the accuracy "
+            "says little about others"
+        )
+    return copies_message(train, validation)
 
 
 def loss_hint(config: Config) -> str | None:

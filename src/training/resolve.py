@@ -104,17 +104,12 @@ def check_training_keys(config: Config) -> None:
             f"ema_decay={config.ema_decay:g} needs device_target=CPU: on other devices the average "
             "is not implemented; leave it out"
         )
-    if config.device_target == "CPU":
-        if config.precision == "O3":
-            raise UserError(
-                "amp_level=O3 needs device_target=GPU or Ascend; CPU trains in float32 (O0) or "
-                "bfloat16 (O2)"
-            )
-        if config.reducer == "device":
-            raise UserError(
-                "reducer=device needs device_target=GPU or Ascend; on CPU gradients go through MPI"
-            )
-    elif config.gradient_compression != "none" and config.reducer != "mpi":
+    on_cpu = config.device_target == "CPU"
+    if on_cpu and config.reducer == "device":
+        raise UserError(
+            "reducer=device needs device_target=GPU or Ascend; on CPU gradients go through MPI"
+        )
+    if not on_cpu and config.gradient_compression != "none" and config.reducer != "mpi":
         raise UserError(
             f"gradient_compression={config.gradient_compression} compresses what MPI sends; add "
             "--reducer=mpi"

@@ -153,6 +153,13 @@ def test_timms_config_names_the_classes(tmp_path):
         ({"architecture": "resnet50"}, {"network": "resnet50"}, None),
         ({"architecture": "resnet50.a1_in1k"}, {}, None),
         ({"architecture": "resnet50d"}, {}, "resnet50d, a network that does not exist here"),
+        (
+            {"architecture": "resnet18", "model_args": {"act_layer": "silu"}},
+            {},
+            "model_args=.*silu",
+        ),
+        ({"architecture": "resnet18", "model_args": {}, "global_pool": "avg"}, {}, None),
+        ({"architecture": "resnet18", "global_pool": "max"}, {}, "global_pool=max"),
     ],
 )
 def test_a_config_that_cannot_be_followed_is_refused(tmp_path, config, flags, words):

@@ -58,6 +58,9 @@ def test_one_photo_gives_one_prediction(classifier, image_root):
         (np.zeros((3, 8, 8), np.uint8), "(3, 8, 8)"),
         (Image.new("F", (8, 8)), "mode F"),
         ("/nowhere.jpg", "/nowhere.jpg"),
+        (np.zeros((0, 8, 3), np.uint8), "(0, 8, 3)"),
+        (Image.new("La", (8, 8)), "mode La"),
+        (3, "int"),
     ],
 )
 def test_what_is_no_photo_is_refused(classifier, photo, word):

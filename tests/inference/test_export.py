@@ -10,6 +10,7 @@ from conftest import ROOT, TINY, execute, mpirun, randomise
 from mindspore import Tensor
 
 from src.inference.backends import naming_file
+from src.inference.calibration import calibration_of
 from src.inference.export import export_checkpoint, network_size
 from src.models.create import create_model
 from src.models.networks import NETWORKS
@@ -151,6 +152,25 @@ def test_a_temperature_that_cannot_be_known_is_refused(
     )
     assert run.status == 2 and words in run.error_lines[0], run
     assert not list(tmp_path.iterdir())
+
+
+def test_a_temperature_that_makes_probabilities_worse_is_refused():
+    """A network that excludes one class of three, and guesses between the others.
+
+    Of 100 images 30 are of the class that it prefers by a hair. A low temperature excludes the
+    third class for certain, which lowers the loss, but makes the hair a probability of 0.54.
+    """
+    logits = np.tile(np.float32([0.2, 0.19, 0]), (100, 1))
+    labels = np.where(np.arange(100) < 30, 0, 1)
+    with pytest.raises(
+        UserError, match=r"off by 2\d\.\d percentage points on average, and without it by 5\.6"
+    ):
+        calibration_of(logits, labels)
+    # Right about 80 of 100, always with the same certainty of 99 %.
+    labels = np.arange(100) * 3 // 100
+    sure = np.eye(3, dtype=np.float32)[np.where(np.arange(100) % 5 < 4, labels, (labels + 1) % 3)]
+    found = calibration_of(5 * sure, labels)
+    assert found.after < 0.1 < found.before and found.images == 100
 
 
 @pytest.mark.slow

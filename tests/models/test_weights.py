@@ -352,11 +352,20 @@ def test_checkpoints_as_training_scripts_write_them(tmp_path):
         "options": ({"model": {"w": weight}, "args": options}, {}, 1),
         "ema": ({"state_dict": {"w": weight}, "state_dict_ema": {"w": averaged}}, {}, 3),
         "old": ({"w": weight}, {"_use_new_zipfile_serialization": False}, 1),
+        "net": ({"net": {"w": weight}, "acc": 91.2}, {}, 1),
+        "parameters": ({"w": torch.nn.Parameter(weight)}, {}, 1),
     }
     for name, (content, how, expected) in cases.items():
         torch.save(content, tmp_path / f"{name}.pth", **how)
         arrays, _ = read_weights(tmp_path / f"{name}.pth")
         assert {key: value.tolist() for key, value in arrays.items()} == {"w": [expected] * 2}, name
+
+
+def test_a_sparse_tensor_is_named(tmp_path):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    torch.save({"layer.w": torch.eye(3).to_sparse()}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="sparse tensor .layer.w.*to_dense"):
+        read_weights(tmp_path / "x.pth")
 
 
 def test_a_backbone_starts_a_training_with_a_new_classifier(tmp_path):

@@ -82,6 +82,7 @@ def test_figures_are_those_of_the_metrics(page, trained_run):
         f"program {json.loads((trained_run / 'environment.json').read_text())['program']}" in text
     )
     assert text.count("<img") == 24 + min(67 - np.trace(counts), 24)
+    assert "other images than training evaluated" not in text
 
 
 def test_the_configuration_shows_what_was_changed_and_nothing_else(page):
@@ -101,7 +102,7 @@ def test_mistakes_are_shown_with_their_files(trained_run, image_root, tmp_path):
     assert run.status == 0, run
     text = (tmp_path / "report.html").read_text()
     captions = re.findall(r'<span class="file" title="(.*?)">(.*?)</span>(.*?)</fig', text)
-    assert captions
+    assert captions and "other images than training evaluated" in text and "other images" in run.out
     for path, shown, words in captions:
         label, name = path.split("/")[-2:]
         assert path.startswith(str(val)) and shown == f"{label}/{name}"

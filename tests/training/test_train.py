@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, TINY, execute, make_config, mpirun, only_run
+from PIL import Image
 
 from src.dataset.batches import epoch_order
 from src.models.weight_files import read_weights, without_optimizer_state
@@ -335,6 +337,37 @@ def test_training_and_evaluation_on_the_same_images_is_told(image_root, tmp_path
     words = (f"--data_path={image_root}/val", f"--checkpoint_file_path={checkpoint}")
     run = execute(["python3", "eval.py", *words])
     assert run.status == 0 and "look like" not in run.out, run
+
+
+def write_pictures(folder, count, seed):
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(seed)
+    for number in range(count):
+        pixels = random.integers(0, 256, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{seed}_{number}.png")
+
+
+def test_copies_of_images_are_told(tmp_path):
+    """Under another name, in another class or in both parts; on one line for all ranks."""
+    data = tmp_path / "data"
+    for seed, place in enumerate(("train/a", "train/b", "val/a", "val/b")):
+        write_pictures(data / place, 4, seed)
+    copy = data / "val" / "b" / "renamed.png"
+    shutil.copy(data / "train" / "b" / "1_2.png", copy)
+    shutil.copytree(data / "train" / "a", data / "train" / "c")
+    (data / "val" / "c").mkdir()
+    shutil.copy(data / "val" / "a" / "2_0.png", data / "val" / "c" / "own.png")
+    words = [f"--data_path={data}", f"--output_path={tmp_path}/out", "--max_steps=1", *TINY]
+    run = mpirun(2, "train.py", *words, "--run_eval=1", "--per_batch_size=2")
+    assert run.status == 0, run
+    both = f"1 of 10 validation images are training images too, such as {copy};"
+    assert run.out.count(both) == 1, run
+    classes = "4 training images are the same as one of another class, such as "
+    assert run.out.count(classes) == 1 and f"{data}/train/c/" in run.out, run
+    checkpoint = only_run(tmp_path / "out") / "best.ckpt"
+    words = [f"--data_path={data}/val", f"--checkpoint_file_path={checkpoint}"]
+    run = execute(["python3", "eval.py", *words])
+    assert run.status == 0 and both in run.out, run
 
 
 def test_two_losses_are_not_taken_for_one():
