@@ -106,6 +106,12 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, (int, float)) else value
 
 
+def _word_or_list(value: Any) -> Any:
+    """A word stays a word; `1,2.5` is a list."""
+    is_word = isinstance(value, str) and value.strip().isalpha()
+    return value.strip().lower() if is_word else _as_list(value)
+
+
 def _as_specs(value: Any) -> Any:
     """`crop, mixup(alpha=0.2, probability=0.5)` is a list of two."""
     if not isinstance(value, str):
@@ -132,6 +138,10 @@ Probabilities = Annotated[tuple[Probability, Probability, Probability], BeforeVa
 Interval = Annotated[tuple[float, float], BeforeValidator(_as_list)]
 Epochs = Annotated[list[PositiveReal], BeforeValidator(_as_list)]
 Specs = Annotated[list[str], BeforeValidator(_as_specs)]
+ClassWeights = Annotated[
+    Literal["none", "balanced"] | Annotated[list[PositiveReal], Field(min_length=1)],
+    BeforeValidator(_word_or_list),
+]
 Word = BeforeValidator(_lower)
 
 
@@ -519,6 +529,12 @@ class _Optimization(_Keys):
     backbone_lr_factor: PositiveReal = key(
         1.0, Affects.TRAINING, "learning rate of everything but the classifier, relative to lr"
     )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = key(
+        1.0,
+        Affects.TRAINING,
+        "factor on the learning rate from each layer or residual block to the one below it; 1: the "
+        "same for all",
+    )
     early_stopping: NonNegative = key(
         0,
         Affects.TRAINING,
@@ -529,6 +545,12 @@ class _Optimization(_Keys):
         Affects.GRAPH,
         "cross_entropy, binary_cross_entropy; arguments as in "
         "'binary_cross_entropy(threshold=0.2)'",
+    )
+    class_weights: ClassWeights = key(
+        "none",
+        Affects.GRAPH,
+        "weight of each class in the cross-entropy: balanced: the inverse of its number of images; "
+        "or one number per class, as in 1,2.5,1; scaled to a mean of 1 over the training images",
     )
     label_smooth_factor: Fraction = key(
         0.1, Affects.GRAPH, "fraction of the target spread over classes; 0: no label smoothing"

@@ -2,7 +2,7 @@
 
 import os
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +54,7 @@ _TEXTS = (
     ".txt", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".md", ".rst", ".html", ".htm", ".yaml",
     ".yml", ".toml", ".log", ".ini", ".cfg", ".db", ".py", ".sh",
 )  # fmt: skip
+_KINDS_NAMED = 5
 
 
 def open_class_folders(
@@ -199,6 +200,26 @@ def list_images(folder: Path | str) -> tuple[list[str], list[str]]:
     return images, left_out
 
 
+def unread(paths: Sequence[str]) -> str:
+    """Words for files and folders that are left out: how many, of which kinds, one of them."""
+    kinds = sorted({_kind(path) for path in paths})
+    kinds = [*kinds[:_KINDS_NAMED], *(["..."] * (len(kinds) > _KINDS_NAMED))]
+    return (
+        f"{len(paths)} files or folders that are not read ({', '.join(kinds)}), such as {paths[0]}"
+    )
+
+
+def _kind(path: str) -> str:
+    """A word for a file or folder that is left out."""
+    if is_litter(os.path.basename(path)):
+        return "left by another program"
+    if os.path.islink(path) and not os.path.exists(path):
+        return "a broken link"
+    if os.path.isdir(path):
+        return "a linked folder"
+    return os.path.splitext(path)[1].lower() or "no ending"
+
+
 def _is_split(name: str) -> bool:
     return any(name.lower() in names for groups in SPLITS.values() for names in groups)
 
@@ -212,7 +233,7 @@ def _folders(path: Path) -> list[str]:
 def _no_images(folder: Path, others: list[str]) -> str:
     also = ""
     if others:
-        also = f"; it has {len(others)} files of formats that are not read, such as {others[0]}"
+        also = f"; it has {unread(others)}"
     formats = ", ".join(EXTENSIONS[:3])
     return (
         f"class folder '{folder}' has no images ({formats} ...){also}; add some or remove the "

@@ -8,7 +8,7 @@ import numpy as np
 
 from src.cli.config import DIGITS, Config
 from src.dataset.batches import HOW_TO_GO_ON, steps_per_epoch
-from src.dataset.class_folders import SPLITS, find_part, find_split, is_litter
+from src.dataset.class_folders import SPLITS, find_part, find_split, unread
 from src.dataset.decoding import BadImage, looks_whole_file, read_image
 from src.dataset.image_set import ImageSet, class_names
 from src.dataset.packed import ENDING as PACKED
@@ -151,13 +151,7 @@ def left_out_message(images: ImageSet, what: str) -> str | None:
     """A message on files that are not read; None if there are none."""
     if not images.left_out:
         return None
-    kinds = sorted({_kind(path) for path in images.left_out})
-    kinds = [*kinds[:_NAMED], *(["..."] * (len(kinds) > _NAMED))]
-    return (
-        f"{WARNING}left out of the {f'{what} ' if what else ''}images: {len(images.left_out)} "
-        f"files or folders that are not read ({', '.join(kinds)}), such as "
-        f"{images.left_out[0]}"
-    )
+    return f"{WARNING}left out of the {f'{what} ' if what else ''}images: {unread(images.left_out)}"
 
 
 def empty_classes_message(images: ImageSet, what: str) -> str | None:
@@ -195,17 +189,6 @@ def nested_classes_message(images: ImageSet, what: str) -> str | None:
                 f"{len(inner)} folders ({shown}) count as one class"
             )
     return None
-
-
-def _kind(path: str) -> str:
-    """A word for a file or folder that is left out."""
-    if is_litter(os.path.basename(path)):
-        return "left by another program"
-    if os.path.islink(path) and not os.path.exists(path):
-        return "a broken link"
-    if os.path.isdir(path):
-        return "a linked folder"
-    return os.path.splitext(path)[1].lower() or "no ending"
 
 
 def _open(config: Config, path: str, split: str, class_to_index: Classes = None) -> ImageSet:

@@ -15,7 +15,7 @@ from scipy.special import softmax
 
 from src.cli.command import Command
 from src.dataset.batches import EvalBatches, prefetch
-from src.dataset.class_folders import list_images
+from src.dataset.class_folders import list_images, unread
 from src.dataset.decoding import MOST_PIXELS, read_image
 from src.dataset.image_set import ImageSet
 from src.dataset.transforms import THUMBNAIL_SIDE, thumbnail
@@ -227,10 +227,7 @@ def contact_sheet(
 def _in_folder(path: Path, name: str, log: Log) -> list[str]:
     images, others = list_images(path)
     if others:
-        log(
-            f"{WARNING}left out of '{name}': {len(others)} files of formats that are not read, "
-            f"such as {others[0]}"
-        )
+        log(f"{WARNING}left out of '{name}': {unread(others)}")
     if not images:
         raise UserError(f"the folder '{name}' has no images")
     return sorted(images)

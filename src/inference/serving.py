@@ -7,6 +7,7 @@ packages starlette and uvicorn are an optional extra.
 import asyncio
 import email
 import resource
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +48,8 @@ def serve(command: Command) -> None:
     """The command serve.py: serve the checkpoint that the command line names."""
     import_server()
     config, log = command.config, command.checked(create_log())
+    # Before the network is loaded, which takes seconds.
+    address = bind(config.host, config.port)
     path = choose_checkpoint(config.checkpoint_file_path, print_status)
     model, backends = open_backends(path, command.flags, command.kernels)
 
@@ -54,7 +57,7 @@ def serve(command: Command) -> None:
         log(f"serving {model.config.network} of {path} on {address}")
 
     app = create_app(model, backends)
-    serve_app(app, config.host, config.port, command.signals, log_address)
+    serve_app(app, address, command.signals, log_address)
     if unanswered := app.state.batcher.unanswered:
         log(f"stopped; {unanswered} requests were not answered within {_STOP_S} s")
     else:
@@ -267,17 +270,41 @@ def files_in_form(content_type: str, body: bytes) -> list[bytes]:
     return [content for content in contents if isinstance(content, bytes)]
 
 
+def bind(host: str, port: int) -> socket.socket:
+    """A socket with this address, which does not listen yet.
+
+    Args:
+        port: 0 is a free one.
+
+    Raises:
+        UserError: if the address is not available.
+    """
+    try:
+        family, kind, *_, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as failure:
+        raise UserError(
+            f"cannot serve on {host}:{port}: {failure.strerror or failure}; --host and --port "
+            "choose the address, and --port=0 a free port"
+        ) from None
+    return bound
+
+
 def serve_app(
-    app: Any, host: str, port: int, signals: Signals, ready: Callable[[str], None]
+    app: Any, address: socket.socket, signals: Signals, ready: Callable[[str], None]
 ) -> None:
     """Serve ``app`` until a signal comes; what was accepted is answered first.
 
     Args:
-        port: 0 is a free one.
+        address: what to listen on.
         ready: called with the address when requests are taken.
 
     Raises:
-        UserError: if the address is not available.
+        UserError: if the address is not available any more.
     """
     uvicorn, _ = import_server()
     # Each connection is an open file; the usual limit of 1,024 is only a default.
@@ -291,17 +318,11 @@ def serve_app(
         async def startup(self, sockets: Sequence[Any] | None = None) -> None:
             await super().startup(sockets)
             if self.started:
-                place = self.servers[0].sockets[0].getsockname()
-                ready(f"http://{place[0]}:{place[1]}/")
+                ready(f"http://{_host_and_port(address)}/")
 
     server = Server(
         uvicorn.Config(
-            app,
-            host=host,
-            port=port,
-            log_level="critical",
-            access_log=False,
-            timeout_graceful_shutdown=_STOP_S,
+            app, log_level="critical", access_log=False, timeout_graceful_shutdown=_STOP_S
         )
     )
 
@@ -311,12 +332,17 @@ def serve_app(
     signals.defer_to(stop)
     # uvicorn exits like this if it cannot start; our own message follows.
     with suppress(SystemExit):
-        server.run()
+        server.run(sockets=[address])
     if not server.started:
         raise UserError(
-            f"cannot serve on {host}:{port}: the address is in use, unknown or not this machine's; "
+            f"cannot serve on {_host_and_port(address)}: another program has taken the address; "
             "--port=0 picks a free port"
         )
+
+
+def _host_and_port(address: socket.socket) -> str:
+    host, port, *_ = address.getsockname()
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def import_server() -> tuple[Any, Any]:

@@ -168,11 +168,13 @@ def imbalance_hint(config: Config, images: ImageSet) -> str | None:
     """A message on classes of very different sizes; None without any."""
     counts = np.bincount(images.labels)
     counts = counts[counts > 0]
-    if config.sampling == "balanced" or counts.max() < _IMBALANCED * counts.min():
+    if config.sampling == "balanced" or config.class_weights != "none":
+        return None
+    if counts.max() < _IMBALANCED * counts.min():
         return None
     return (
         f"the classes have {counts.min()} to {counts.max()} images; --sampling=balanced shows "
-        "every class equally often"
+        "every class equally often, and --class_weights=balanced lets each count as much"
     )
 
 
@@ -235,11 +237,13 @@ def same_images_warning(trainer: Trainer) -> str | None:
 
 def loss_hint(config: Config) -> str | None:
     """A message on losses that cannot be compared, else None."""
-    if config.loss == "cross_entropy" or not config.evaluates:
+    is_plain = config.loss == "cross_entropy" and config.class_weights == "none"
+    if is_plain or not config.evaluates:
         return None
+    what = f"{config.loss}{'' if config.class_weights == 'none' else ' with class_weights'}"
     return (
-        f"the loss is {config.loss}, and val_loss is the cross-entropy of the softmax: compare "
-        "each with itself only"
+        f"the loss is {what}, and val_loss is the cross-entropy of the softmax: compare each with "
+        "itself only"
     )
 
 

@@ -1,6 +1,7 @@
 """Optimizers: an update rule applied to parameters, here on the host."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from src.training.update_rules import UpdateRule
 
 # Elements updated at a time: few enough that the arrays of a chunk stay in a core's cache.
 _CHUNK = 1 << 16
+# The layer that a parameter belongs to: "layer2.0.conv1.weight" -> "layer2.0".
+_LAYER = re.compile(r"\w+(\.[a-z]*\d+(?=\.))?")
 # What PyTorch's clip_grad_norm_ adds to the norm.
 CLIP_EPSILON = 1e-6
 
@@ -45,7 +48,8 @@ class OptimizerBase:
     def __init__(self, parameters: Sequence[Parameter], rule: UpdateRule, config: Config) -> None:
         self.parameters, self.rule = list(parameters), rule
         self.states = [tuple(_zeros_like(p, name) for name in rule.state_names) for p in parameters]
-        self.groups = [_param_group(p, config) for p in parameters]
+        factors = layer_factors([p.name for p in parameters], config.layer_decay)
+        self.groups = [_param_group(p, config, factors[p.name]) for p in parameters]
         self.backbone_frozen = False
         self._clip_norm = config.clip_norm
         self._updates = self._frozen_updates = 0
@@ -213,9 +217,24 @@ def is_bias(name: str) -> bool:
     return name.rpartition(".")[2] in ("bias", "beta")
 
 
-def _param_group(parameter: Parameter, config: Config) -> ParamGroup:
+def layer_factors(names: Sequence[str], decay: float) -> dict[str, float]:
+    """{name: learning rate relative to that of the last layer} by layer-wise decay.
+
+    Clark et al., arXiv:2003.10555, appendix A. A layer is what timm's ``param_groups_layer_decay``
+    takes for one: a residual block, or a convolution with its batch norm outside of blocks.
+
+    Args:
+        names: of parameters, in the order of the network's layers.
+        decay: the factor from each layer to the one before it.
+    """
+    layers = {name: _LAYER.match(name)[0] for name in names}  # type: ignore[index]
+    order = list(dict.fromkeys(layers.values()))
+    return {name: decay ** (len(order) - 1 - order.index(layer)) for name, layer in layers.items()}
+
+
+def _param_group(parameter: Parameter, config: Config, layer_factor: float) -> ParamGroup:
     in_classifier = is_classifier(parameter.name)
-    lr_factor = 1.0 if in_classifier else config.backbone_lr_factor
+    lr_factor = layer_factor * (1.0 if in_classifier else config.backbone_lr_factor)
     if is_bias(parameter.name):
         lr_factor *= config.bias_lr_factor
     decays = config.decay_norm_and_bias or parameter.ndim > 1

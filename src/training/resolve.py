@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from src.cli.command import Command
 from src.cli.config import DIGITS, Config
 from src.cli.recipes import load_config
@@ -142,7 +144,33 @@ def resolve_data(config: Config, data: TrainingData) -> Config:
             f"label_smooth_factor={config.label_smooth_factor:g} leaves the true class less than "
             f"each of the other {classes - 1}; use a smaller one"
         )
-    return resolved
+    return _with_class_weights(resolved, data.train.labels)
+
+
+def _with_class_weights(config: Config, labels: np.ndarray) -> Config:
+    """``config`` with class_weights as numbers, whose mean over the training images is 1.
+
+    Raises:
+        UserError: if there are not as many as classes, or the loss takes none.
+    """
+    if config.class_weights == "none":
+        return config
+    if config.loss.partition("(")[0] != "cross_entropy":
+        raise UserError(f"class_weights are of --loss=cross_entropy; --loss={config.loss} has none")
+    if config.sampling == "balanced":
+        raise UserError("class_weights and sampling=balanced both favour small classes; choose one")
+    counts = np.bincount(labels, minlength=config.num_classes)
+    if config.class_weights == "balanced":
+        weights = 1 / np.maximum(counts, 1)
+    elif len(config.class_weights) == config.num_classes:
+        weights = np.array(config.class_weights)
+    else:
+        raise UserError(
+            f"class_weights has {len(config.class_weights)} numbers; the data has "
+            f"{config.num_classes} classes"
+        )
+    weights = weights * counts.sum() / (counts * weights).sum()
+    return config.model_copy(update={"class_weights": weights.round(6).tolist()})
 
 
 def _check_batch_norm(config: Config, images: int) -> None:

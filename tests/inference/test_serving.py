@@ -20,8 +20,9 @@ pytest.importorskip("uvicorn")
 from src.inference.backends import MindSporeBackend, open_backends  # noqa: E402
 from src.inference.export import export_checkpoint  # noqa: E402
 from src.inference.onnx import OnnxBackend  # noqa: E402
-from src.inference.serving import LARGEST_BODY, Batcher, Busy, files_in_form  # noqa: E402
+from src.inference.serving import LARGEST_BODY, Batcher, Busy, bind, files_in_form  # noqa: E402
 from src.kernels.library import KernelChoice  # noqa: E402
+from src.utils.errors import UserError  # noqa: E402
 
 
 class Server:
@@ -304,6 +305,14 @@ def test_an_address_that_is_taken_is_one_line(server, trained_run):
         and len(run.error_lines) == 1
         and f"cannot serve on 127.0.0.1:{server.port}" in run.error_lines[0]
     ), run
+
+
+@pytest.mark.parametrize(
+    "host,reason", [("192.0.2.1", "Cannot assign requested address"), ("no-such.invalid", "")]
+)
+def test_an_address_that_is_not_this_machines_is_refused(host, reason):
+    with pytest.raises(UserError, match=f"cannot serve on {host}:8000: {reason}.*--port=0"):
+        bind(host, 8000)
 
 
 @pytest.mark.extended

@@ -38,6 +38,28 @@ def test_binary_cross_entropy_is_pytorchs(smoothing, threshold, targets):
     assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
 
 
+@pytest.mark.parametrize("smoothing", [0, 0.1])
+@pytest.mark.parametrize("targets", [LABELS, MIXED], ids=["labels", "mixed"])
+def test_weighted_cross_entropy_is_pytorchs(smoothing, targets):
+    """The sum of PyTorch's losses over the number of images."""
+    torch = pytest.importorskip(
+        "torch", reason="PyTorch, a development-only dependency, is not installed"
+    )
+    weights = [0.5, 2.0, 1.0, 0.25, 3.0]
+    config = make_config(class_weights=weights, label_smooth_factor=smoothing, num_classes=5)
+    expected = np.eye(5)[targets] if targets.ndim == 1 else targets.astype(np.float64)
+    spread = smoothing * 5 / 4
+    expected = (1 - spread) * expected + spread / 5
+    theirs = torch.nn.functional.cross_entropy(
+        torch.tensor(LOGITS, dtype=torch.float64),
+        torch.tensor(expected),
+        torch.tensor(weights, dtype=torch.float64),
+        reduction="sum",
+    )
+    ours = create_loss(config)(Tensor(LOGITS), Tensor(targets)).asnumpy()
+    assert float(ours) == pytest.approx(float(theirs) / 6, rel=1e-5)
+
+
 def test_wrong_losses_are_refused():
     with pytest.raises(UserError, match="binary_cross_entropy"):
         check_loss(make_config(loss="binary_crossentropy"))

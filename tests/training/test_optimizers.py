@@ -5,8 +5,9 @@ import pytest
 from conftest import make_config
 from mindspore import Parameter, Tensor
 
+from src.models.create import create_model
 from src.training.device_optimizer import DeviceOptimizer
-from src.training.optimizers import HostOptimizer
+from src.training.optimizers import HostOptimizer, layer_factors
 from src.training.update_rules import create_update_rule
 from src.utils.errors import UserError
 
@@ -178,6 +179,25 @@ def test_a_frozen_backbone_does_not_count_for_the_norm(kind):
     updater(instance, config)(1.0, [np.full((2, 2), g, np.float32) for g in (1000.0, 1.0)], 1.0)
     # The classifier's gradient has norm 2, so half of it remains.
     assert np.allclose(parameters[1].asnumpy(), -0.5, atol=1e-5), parameters[1].asnumpy()
+
+
+# timm's scales: decay ** (number of the last layer - number of the layer), one number per residual
+# block, one for the stem and one for the classifier.
+@pytest.mark.parametrize(
+    "network,layers",
+    [
+        ("resnet18", ["conv1", *(f"layer{s}.{b}" for s in (1, 2, 3, 4) for b in (0, 1))]),
+        ("cifar_quick", ["conv1", "conv2", "conv3", "fc1"]),
+        ("wrn16_8_cifar", ["conv1", *(f"blocks.{b}" for b in range(6)), "last_norm"]),
+    ],
+)
+def test_layer_decay_is_timms(network, layers):
+    names = [p.name for p in create_model(network, 4, "acb").trainable_params()]
+    factors = layer_factors(names, 0.5)
+    for number, layer in enumerate(reversed([*layers, "classifier"])):
+        found = {factor for name, factor in factors.items() if name.startswith(f"{layer}.")}
+        assert found == {0.5**number}, layer
+    assert set(layer_factors(names, 1.0).values()) == {1.0}
 
 
 @pytest.mark.parametrize("optimizer", ["momentum", "lars"])

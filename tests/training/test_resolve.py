@@ -3,14 +3,18 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT, execute, make_config
 
+from src.dataset.image_set import ImageSet
+from src.dataset.splits import TrainingData
 from src.distributed.communicator import Communicator
 from src.models.networks import NETWORKS
 from src.training import resolve as fitting
 from src.training.job import batch_messages
-from src.training.resolve import auto_batch_size, training_bytes
+from src.training.resolve import auto_batch_size, resolve_data, training_bytes
+from src.utils.errors import UserError
 from src.utils.machine import available_bytes, peak_bytes
 
 
@@ -135,3 +139,39 @@ def test_a_batch_that_ranks_do_not_divide_is_told_and_not_refused():
     assert batch_messages(before, after, 3) == [
         "warning: fit_batch: 63 images per step instead of 64"
     ]
+
+
+def resolved_weights(**keys):
+    labels = np.repeat([0, 1, 2], [6, 3, 1]).astype(np.int32)
+    images = ImageSet({"a": 0, "b": 1, "c": 2}, labels, pixels=np.zeros((10, 4, 4, 3), np.uint8))
+    return resolve_data(make_config(**keys), TrainingData(images, None)).class_weights
+
+
+def test_balanced_class_weights_are_scikit_learns():
+    """Images / (classes * images of the class), whose mean over the images is 1."""
+    assert resolved_weights() == "none"
+    found = resolved_weights(class_weights="balanced")
+    assert found == pytest.approx([10 / (3 * 6), 10 / (3 * 3), 10 / 3], abs=1e-6)
+    # Resolved numbers, as a resumed run has them, stay as they are.
+    assert resolved_weights(class_weights=found) == pytest.approx(found, abs=2e-6)
+    given = resolved_weights(class_weights="1, 1, 5")
+    assert given == pytest.approx([10 / 14, 10 / 14, 50 / 14], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "keys,words",
+    [
+        ({"class_weights": "1,2"}, "has 2 numbers; the data has 3 classes"),
+        ({"class_weights": "balanced", "loss": "binary_cross_entropy"}, "has none"),
+        ({"class_weights": "balanced", "sampling": "balanced"}, "choose one"),
+    ],
+)
+def test_class_weights_that_mean_nothing_are_refused(keys, words):
+    with pytest.raises(UserError, match=words):
+        resolved_weights(**keys)
+
+
+@pytest.mark.parametrize("value", ["balance", "0,1", "-1", "nan,1", ""])
+def test_class_weights_that_are_none_are_refused(value):
+    with pytest.raises(UserError, match="class_weights"):
+        make_config(class_weights=value)
