@@ -7,23 +7,20 @@ from mindspore import Tensor, nn
 
 from src.models.layers import ImageClassifier, LayerFactory
 
-# Output channels of the 1x1 convolutions, in growth rates.
-_BOTTLENECK = 4
-
 
 class _DenseLayer(nn.Cell):
     """x -> x and, after its channels, ``growth`` new ones."""
 
     def __init__(
-        self, in_channels: int, growth: int, has_bottleneck: bool, layers: LayerFactory
+        self, in_channels: int, growth: int, bottleneck: int, layers: LayerFactory
     ) -> None:
         super().__init__()
         self.split, self.concat = layers.split_residual(), layers.concat()
         self.norm1 = layers.norm_relu(in_channels)
         width = in_channels
         self.conv1: nn.Cell = nn.Identity()
-        if has_bottleneck:
-            width = _BOTTLENECK * growth
+        if bottleneck:
+            width = bottleneck * growth
             self.conv1 = layers.conv_norm_relu(in_channels, width, 1)
         self.conv2 = layers.conv(width, growth, 3, padding=1)
 
@@ -49,7 +46,8 @@ class DenseNet(ImageClassifier):
         stem: layers before the first dense layer, and their output channels.
         depths: number of layers in each dense block.
         growth: channels that each of them adds.
-        has_bottleneck: whether a 1x1 convolution comes before each 3x3 one.
+        bottleneck: output channels of the 1x1 convolution before each 3x3 one, in growth rates; 0
+            for none.
         compression: output channels of a transition, relative to its input's.
     """
 
@@ -61,7 +59,7 @@ class DenseNet(ImageClassifier):
         stem: tuple[OrderedDict[str, nn.Cell], int],
         depths: tuple[int, ...],
         growth: int,
-        has_bottleneck: bool,
+        bottleneck: int,
         compression: float,
     ) -> None:
         super().__init__(layers)
@@ -70,7 +68,7 @@ class DenseNet(ImageClassifier):
             dense_layers = OrderedDict()
             for index in range(1, depth + 1):
                 dense_layers[f"denselayer{index}"] = _DenseLayer(
-                    channels, growth, has_bottleneck, layers
+                    channels, growth, bottleneck, layers
                 )
                 channels += growth
             features[f"denseblock{stage}"] = nn.SequentialCell(dense_layers)
@@ -101,7 +99,7 @@ def densenet(
         stem=(stem, channels),
         depths=depths,
         growth=growth,
-        has_bottleneck=True,
+        bottleneck=4,
         compression=0.5,
     )
 
@@ -116,6 +114,6 @@ def densenet_cifar(
         stem=(OrderedDict(conv0=layers.conv(3, 16, 3, padding=1)), 16),
         depths=depths,
         growth=growth,
-        has_bottleneck=False,
+        bottleneck=0,
         compression=1.0,
     )

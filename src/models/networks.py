@@ -280,18 +280,20 @@ def check_network(name: str, image_size: int | None = None) -> None:
         )
 
 
-def torch_name(name: str, network: str, in_file: bool = False) -> str:
+def torch_name(name: str, network: str) -> str:
     """torchvision's and timm's name of parameter ``name``.
 
     For a network that those do not have: our name, with PyTorch's words for batch norm.
-
-    Args:
-        in_file: the name in the file that torchvision publishes.
     """
     module, leaf = weight_names.split_torch_name(name)
+    return f"{NETWORKS[network_name(network)].torch_module(module)}.{leaf}"
+
+
+def torch_file_name(name: str, network: str) -> str:
+    """The name of parameter ``name`` in the file that torchvision publishes."""
+    module, leaf = weight_names.split_torch_name(name)
     entry = NETWORKS[network_name(network)]
-    to_torch = (entry.torch_file_module if in_file else None) or entry.torch_module
-    return f"{to_torch(module)}.{leaf}"
+    return f"{(entry.torch_file_module or entry.torch_module)(module)}.{leaf}"
 
 
 def acnet_name(name: str, network: str, fused: bool = False) -> str | None:

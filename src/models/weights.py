@@ -1,11 +1,12 @@
 """Loads weights into a network: every name and shape must match, in any known naming scheme."""
 
 from collections.abc import Callable, Mapping
+from enum import Enum
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from src.models.networks import acnet_name, torch_name
+from src.models.networks import acnet_name, torch_file_name, torch_name
 from src.models.weight_files import read_weights, weights_in_use
 from src.utils.errors import UserError
 
@@ -15,18 +16,22 @@ _WITHOUT_MEANING = ("num_batches_tracked",)
 Naming = Callable[[str], str | None]
 
 
-def load_weights(network: nn.Cell, path: str, allow_head_mismatch: bool = False) -> list[str]:
+class Head(Enum):
+    """What to do with the classifier of a file of weights."""
+
+    LOAD = "load it; another shape is an error"
+    LOAD_IF_IT_FITS = "leave it out if its shape differs"
+    LEAVE_OUT = "leave it out"
+
+
+def load_weights(network: nn.Cell, path: str, head: Head = Head.LOAD) -> list[str]:
     """Load a file of weights into a network of ``create_model``; see ``assign_weights``."""
     arrays, _ = read_weights(path)
-    return assign_weights(network, arrays, path, allow_head_mismatch)
+    return assign_weights(network, arrays, path, head)
 
 
 def assign_weights(
-    network: nn.Cell,
-    arrays: Mapping[str, np.ndarray],
-    path: object,
-    allow_head_mismatch: bool = False,
-    without_head: bool = False,
+    network: nn.Cell, arrays: Mapping[str, np.ndarray], path: object, head: Head = Head.LOAD
 ) -> list[str]:
     """Copy {name: array} into ``network``: every name and shape must match.
 
@@ -35,8 +40,7 @@ def assign_weights(
 
     Args:
         path: what to call the file in messages.
-        allow_head_mismatch: leave out the classifier if its shape differs.
-        without_head: leave it out in any case.
+        head: what to do with the classifier.
 
     Returns:
         Names of the parameters that were left out.
@@ -53,7 +57,7 @@ def assign_weights(
     parameters = {p.name: p for p in network.get_parameters()}
     names = _best_names(parameters, weights, network.network_name)
     mismatches, heads = _compare(parameters, weights, names)
-    if mismatches or (heads and not allow_head_mismatch):
+    if mismatches or (heads and head is Head.LOAD):
         found = mismatches + heads
         hint = (
             "; train.py --allow_head_mismatch=1 starts from all but the classifier"
@@ -68,7 +72,8 @@ def assign_weights(
             f"checkpoint '{path}' does not fit: {', '.join(found[:_MISMATCHES_SHOWN])}{more}{hint}"
         )
     _check_values(weights, path)
-    skipped = {name for name in parameters if (heads or without_head) and is_classifier(name)}
+    leaves_out = heads or head is Head.LEAVE_OUT
+    skipped = {name for name in parameters if leaves_out and is_classifier(name)}
     for name, parameter in parameters.items():
         if name not in skipped:
             parameter.set_data(
@@ -116,7 +121,7 @@ def _namings(network: str) -> tuple[Naming, ...]:
     return (
         lambda name: name,
         lambda name: torch_name(name, network),
-        lambda name: torch_name(name, network, in_file=True),
+        lambda name: torch_file_name(name, network),
         lambda name: acnet_name(name, network),
         lambda name: acnet_name(name, network, fused=True),
     )

@@ -12,7 +12,7 @@ from src.distributed.communicator import Communicator
 from src.inference.checkpoint_model import infer_model_settings
 from src.models.published_weights import local_weights
 from src.models.weight_files import Arrays, read_weights
-from src.models.weights import assign_weights, count_classes
+from src.models.weights import Head, assign_weights, count_classes
 from src.runs.checkpoint import TrainingState, checkpoint_place, read_training_state
 from src.runs.run_folder import RunFolder
 from src.training.schedules import create_schedule
@@ -67,13 +67,10 @@ class PretrainedWeights:
                 f"the classifier of '{self.path}' is for other classes than the data; "
                 "--allow_head_mismatch=1 starts with a new classifier"
             )
-        left_out = assign_weights(
-            trainer.network,
-            self.arrays,
-            self.path,
-            config.allow_head_mismatch,
-            without_head=config.allow_head_mismatch and other_classes,
-        )
+        head = Head.LEAVE_OUT if other_classes else Head.LOAD_IF_IT_FITS
+        if not config.allow_head_mismatch:
+            head = Head.LOAD
+        left_out = assign_weights(trainer.network, self.arrays, self.path, head)
         trainer.recorder.start(trainer.class_to_index)
         trainer.starts_trained = not left_out
         message = f"starting from {self.path}"

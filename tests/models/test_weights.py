@@ -12,7 +12,7 @@ from src.models.create import create_model
 from src.models.networks import acnet_name, torch_name
 from src.models.reparam import fuse
 from src.models.weight_files import read_weights
-from src.models.weights import assign_weights, load_weights
+from src.models.weights import Head, assign_weights, load_weights
 from src.runs.checkpoint import save_checkpoint
 from src.utils.errors import UserError
 
@@ -63,7 +63,7 @@ def test_other_class_count_loads_all_but_the_classifier_on_request(saved):
     before = other.classifier.weight.asnumpy().copy()
     with pytest.raises(UserError, match="classifier.weight is .*allow_head_mismatch=1"):
         load_weights(other, path)
-    assert load_weights(other, path, allow_head_mismatch=True) == [
+    assert load_weights(other, path, Head.LOAD_IF_IT_FITS) == [
         "classifier.bias",
         "classifier.weight",
     ]
@@ -374,7 +374,7 @@ def test_a_backbone_starts_a_training_with_a_new_classifier(tmp_path):
     network = create_model("resnet18", 3)
     with pytest.raises(UserError, match="fc.weight is missing.*allow_head_mismatch"):
         assign_weights(network, backbone, "x.pth")
-    left_out = assign_weights(network, backbone, "x.pth", allow_head_mismatch=True)
+    left_out = assign_weights(network, backbone, "x.pth", Head.LOAD_IF_IT_FITS)
     assert left_out == ["classifier.bias", "classifier.weight"]
 
 
