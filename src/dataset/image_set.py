@@ -21,7 +21,7 @@ _COMPARED_CLASSES = 50
 _MEASURED_FILES = 100_000
 # Files are compared by their content if there are not more, and those of equal size are not larger
 # together.
-_COMPARED_BYTES = 1 << 30
+_COMPARED_BYTES = 1 << 28
 
 
 class EncodedImages(Protocol):

@@ -242,7 +242,14 @@ def test_safetensors_have_torchvisions_names(tmp_path):
 
 # Giga multiply-adds that torchvision documents for its models at 224 x 224.
 @pytest.mark.parametrize(
-    "name,published", [("alexnet", 0.71), ("resnet18", 1.81), ("resnext50_32x4d", 4.23)]
+    "name,published",
+    [
+        ("alexnet", 0.71),
+        ("resnet18", 1.81),
+        ("resnext50_32x4d", 4.23),
+        ("densenet121", 2.83),
+        ("mobilenet_v2", 0.3),
+    ],
 )
 def test_multiply_adds_are_the_published_ones(name, published):
     size = network_size(create_model(name, 1000), 224)

@@ -140,9 +140,11 @@ FAST = {("cifar_quick", kind) for kind in KINDS} | {("resnet18", "acb")}
 def key_patterns(name, kind):
     if (name, kind) in FAST:
         return ()
+    # DenseNets compile for a minute.
     return (
         (pytest.mark.slow,)
-        if kind == "acb" or name in ("resnet18", "resnext50_32x4d", "alexnet")
+        if (kind == "acb" and "densenet" not in name)
+        or name in ("resnet18", "resnext50_32x4d", "alexnet")
         else (pytest.mark.extended,)
     )
 
