@@ -241,9 +241,18 @@ def test_twenty_steps_are_pytorchs(pair, measured):
     assert curves[16][1] < curves[0][1] and losses < 1e-3 and statistics < 1e-3
 
 
+@pytest.fixture
+def one_thread():
+    """PyTorch on one thread: on a busy machine more of them wait for each other, for minutes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.extended
 @pytest.mark.parametrize("name", _DEEP)
-def test_deep_network_is_as_near_to_float64_as_pytorch(name, measured):
+def test_deep_network_is_as_near_to_float64_as_pytorch(name, one_thread, measured):
     """Logits, loss, gradients and 20 steps: errors against PyTorch in float64.
 
     PyTorch's own errors in float32 are the scale.
