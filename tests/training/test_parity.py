@@ -47,7 +47,7 @@ CASES = {
     "resnet18": ("base", 64),
     "resnext50_32x4d": ("base", 64),
     "cifar_quick": ("acb", 32),
-    "mobilenet_v2": ("base", 64),
+    "mobilenet_v2": ("base", 128),
     "densenet121": ("base", 64),
 }
 # In these, rounding decides a ReLU on every batch. They are compared in float64.
