@@ -50,7 +50,8 @@ def main(arguments):
                 name = f"{network}_{block}_{options.epochs or 'all'}_seed{seed}_{options.amp_level}"
                 file = results / f"{name}.json"
                 if not file.exists():
-                    run = train(network, block, seed, options, Path(options.runs) / name)
+                    flags = [f"--block={block}", f"--amp_level={options.amp_level}"]
+                    run = train(network, flags, seed, options, Path(options.runs) / name)
                     file.write_text(json.dumps(measured(run, network, block, seed), indent=1))
     print(table([json.loads(file.read_text()) for file in sorted(results.glob("*.json"))]))
 
@@ -69,20 +70,19 @@ def parse(arguments):
     return parser.parse_args(arguments)
 
 
-def train(network, block, seed, options, output):
-    """Train to the end, or continue to it; the run's folder."""
+def train(network, flags, seed, options, output):
+    """Train by ACNet's recipe with these flags, or continue to the end; the run's folder."""
     words = [
         sys.executable,
         str(ROOT / "train.py"),
         f"--config_path=acnet_{network}_cifar10",
         f"--data_path={options.data_path}/train",
         f"--eval_data_path={options.data_path}/test",
-        f"--block={block}",
         f"--seed={seed}",
-        f"--amp_level={options.amp_level}",
         f"--threads={options.threads}",
         f"--output_path={output}",
         "--log_interval=390",
+        *flags,
         *([f"--max_epoch={options.epochs}"] if options.epochs else []),
         *(["--resume=auto"] if list(output.glob("*/latest.ckpt")) else []),
     ]

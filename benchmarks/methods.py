@@ -16,16 +16,14 @@ are to count.
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.acnet_table import commit, last_top1, processor  # noqa: E402
+from benchmarks.acnet_table import commit, last_top1, processor, train  # noqa: E402
 from src.cli.run import run_process  # noqa: E402
-from src.utils.errors import UserError  # noqa: E402
 
 METHODS = {
     "none": [],
@@ -45,7 +43,8 @@ def main(arguments):
             name = f"{options.network}_{method}_{options.epochs}_seed{seed}"
             file = results / f"{name}.json"
             if not file.exists():
-                run = train(method, seed, options, Path(options.runs) / name)
+                flags = ["--block=base", *METHODS[method]]
+                run = train(options.network, flags, seed, options, Path(options.runs) / name)
                 file.write_text(json.dumps(measured(run, method, seed, options), indent=1))
     print(table([json.loads(file.read_text()) for file in sorted(results.glob("*.json"))]))
 
@@ -61,29 +60,6 @@ def parse(arguments):
     parser.add_argument("--runs", default="outputs/methods")
     parser.add_argument("--results", default="docs/methods")
     return parser.parse_args(arguments)
-
-
-def train(method, seed, options, output):
-    """Train to the end, or continue to it; the run's folder."""
-    words = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        f"--config_path=acnet_{options.network}_cifar10",
-        f"--data_path={options.data_path}/train",
-        f"--eval_data_path={options.data_path}/test",
-        "--block=base",
-        f"--seed={seed}",
-        f"--threads={options.threads}",
-        f"--max_epoch={options.epochs}",
-        f"--output_path={output}",
-        "--log_interval=390",
-        *METHODS[method],
-        *(["--resume=auto"] if list(output.glob("*/latest.ckpt")) else []),
-    ]
-    if subprocess.run(words).returncode:
-        raise UserError(f"'{' '.join(words)}' failed; start the same command again to continue")
-    (run,) = output.glob("*/latest.ckpt")
-    return run.parent
 
 
 def measured(run, method, seed, options):

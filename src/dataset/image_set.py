@@ -209,12 +209,30 @@ def _content_key(path: str) -> bytes | None:
         return None
 
 
-def copies_message(train: ImageSet, validation: ImageSet) -> str | None:
+def copies_messages(train: ImageSet, validation: ImageSet | None) -> list[str]:
+    """Messages on images that are in two classes, or in both training and validation."""
+    of_train, *others = content_keys([train] if validation is None else [train, validation])
+    found = [_contradiction_message(train, of_train)]
+    if validation is not None:
+        found.append(_seen_message(train, of_train, validation, others[0]))
+    return [message for message in found if message]
+
+
+def seen_message(train: ImageSet, validation: ImageSet) -> str | None:
     """A message on validation images that are training images too; None if there are none."""
     of_train, of_validation = content_keys([train, validation])
+    return _seen_message(train, of_train, validation, of_validation)
+
+
+def _seen_message(
+    train: ImageSet,
+    of_train: Sequence[bytes | None],
+    validation: ImageSet,
+    of_validation: Sequence[bytes | None],
+) -> str | None:
     known, paths = set(of_train) - {None}, set(train.paths or ())
-    names = validation.paths or ()
-    copies = [name for name, key in zip(names, of_validation) if key in known or name in paths]
+    pairs = zip(validation.paths or (), of_validation)
+    copies = [name for name, key in pairs if key in known or name in paths]
     if not copies:
         return None
     return (
@@ -223,11 +241,10 @@ def copies_message(train: ImageSet, validation: ImageSet) -> str | None:
     )
 
 
-def contradiction_message(train: ImageSet) -> str | None:
-    """A message on images that are in two classes; None if there are none."""
+def _contradiction_message(train: ImageSet, keys: Sequence[bytes | None]) -> str | None:
     seen: dict[bytes, int] = {}
     found: list[tuple[int, int]] = []
-    for index, key in enumerate(content_keys([train])[0]):
+    for index, key in enumerate(keys):
         if key is None:
             continue
         first = seen.setdefault(key, index)

@@ -11,7 +11,7 @@ import numpy as np
 from src.cli.command import Command
 from src.cli.config import Config
 from src.dataset.batches import PADDING_LABEL, EvalBatches, prefetch
-from src.dataset.image_set import ImageSet, class_names, copies_message
+from src.dataset.image_set import ImageSet, class_names, seen_message
 from src.dataset.imagefolder import MindSporeEvalBatches
 from src.dataset.splits import set_messages, split_fraction
 from src.distributed.communicator import Communicator, check_ranks_agree
@@ -248,7 +248,7 @@ def split_message(
                 f"--val_split={fraction:g} evaluates on those only"
             )
     trained_images = model.open_recorded_training_images(metadata)
-    return copies_message(trained_images, images) if trained_images is not None else None
+    return seen_message(trained_images, images) if trained_images is not None else None
 
 
 def undecodable_message(result: EvalResult) -> str:

@@ -6,7 +6,7 @@ from src.cli.command import Command
 from src.cli.config import DIGITS, Config
 from src.cli.flags import flags_without_effect
 from src.dataset.batches import global_batch_size
-from src.dataset.image_set import ImageSet, contradiction_message, copies_message
+from src.dataset.image_set import ImageSet, copies_messages
 from src.dataset.splits import TrainingData, set_messages, validation_path
 from src.distributed.communicator import Communicator, check_ranks_agree
 from src.distributed.launcher import tell_launcher
@@ -215,24 +215,19 @@ def rate_warning(config: Config, steps_per_epoch: int) -> str | None:
     return None
 
 
-def copies_warnings(trainer: Trainer) -> list[str | None]:
+def copies_warnings(trainer: Trainer) -> list[str]:
     """Warnings on images that are in two classes, or in both training and validation."""
-    return [contradiction_message(trainer.data.train), same_images_warning(trainer)]
-
-
-def same_images_warning(trainer: Trainer) -> str | None:
-    """A warning if the validation images are, or are among, the training images, else None."""
     train, validation = trainer.data.train, trainer.data.validation
-    if validation is None:
-        return None
-    if trainer.fingerprints[0] == trainer.fingerprints[1] and train.looks_like(validation):
-        # The folder itself, a link to it, or a copy of it; also of a form that is not files.
-        count = len(validation)
-        return (
-            f"{WARNING}{count} of {count} validation images are training images too; the accuracy "
-            "says little about others"
-        )
-    return copies_message(train, validation)
+    same = trainer.fingerprints[0] == trainer.fingerprints[1]
+    if validation is None or not (same and train.looks_like(validation)):
+        return copies_messages(train, validation)
+    # The folder itself, a link to it, or a copy of it; also of a form that is not files.
+    count = len(validation)
+    return [
+        *copies_messages(train, None),
+        f"{WARNING}{count} of {count} validation images are training images too; the accuracy says "
+        "little about others",
+    ]
 
 
 def loss_hint(config: Config) -> str | None:

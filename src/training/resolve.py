@@ -24,6 +24,8 @@ from src.utils.log import create_log
 from src.utils.machine import available_bytes
 
 _STEPS_PER_EPOCH = 10
+# How far from 1 the mean of recorded class weights is at most, because of rounding.
+_ROUNDED_MEAN = 1e-5
 # Batch norm is unreliable with fewer images per rank.
 _LEAST_IMAGES = 8
 # Fraction of the free memory that training may take.
@@ -150,6 +152,8 @@ def resolve_data(config: Config, data: TrainingData) -> Config:
 def _with_class_weights(config: Config, labels: np.ndarray) -> Config:
     """``config`` with class_weights as numbers, whose mean over the training images is 1.
 
+    A class without images, which the mean leaves out, weighs 1 if the weights are balanced.
+
     Raises:
         UserError: if there are not as many as classes, or the loss takes none.
     """
@@ -161,7 +165,7 @@ def _with_class_weights(config: Config, labels: np.ndarray) -> Config:
         raise UserError("class_weights and sampling=balanced both favour small classes; choose one")
     counts = np.bincount(labels, minlength=config.num_classes)
     if config.class_weights == "balanced":
-        weights = 1 / np.maximum(counts, 1)
+        weights = np.where(counts, counts.sum() / (np.count_nonzero(counts) * counts.clip(1)), 1)
     elif len(config.class_weights) == config.num_classes:
         weights = np.array(config.class_weights)
     else:
@@ -169,8 +173,11 @@ def _with_class_weights(config: Config, labels: np.ndarray) -> Config:
             f"class_weights has {len(config.class_weights)} numbers; the data has "
             f"{config.num_classes} classes"
         )
-    weights = weights * counts.sum() / (counts * weights).sum()
-    return config.model_copy(update={"class_weights": weights.round(6).tolist()})
+    mean = (counts * weights).sum() / counts.sum()
+    # Weights from a recorded configuration stay as they are, so that it repeats to the same bits.
+    if abs(mean - 1) > _ROUNDED_MEAN:
+        weights = weights / mean
+    return config.model_copy(update={"class_weights": [float(f"{w:.7g}") for w in weights]})
 
 
 def _check_batch_norm(config: Config, images: int) -> None:

@@ -141,8 +141,8 @@ def test_a_batch_that_ranks_do_not_divide_is_told_and_not_refused():
     ]
 
 
-def resolved_weights(**keys):
-    labels = np.repeat([0, 1, 2], [6, 3, 1]).astype(np.int32)
+def resolved_weights(counts=(6, 3, 1), **keys):
+    labels = np.repeat([0, 1, 2], counts).astype(np.int32)
     images = ImageSet({"a": 0, "b": 1, "c": 2}, labels, pixels=np.zeros((10, 4, 4, 3), np.uint8))
     return resolve_data(make_config(**keys), TrainingData(images, None)).class_weights
 
@@ -153,7 +153,10 @@ def test_balanced_class_weights_are_scikit_learns():
     found = resolved_weights(class_weights="balanced")
     assert found == pytest.approx([10 / (3 * 6), 10 / (3 * 3), 10 / 3], abs=1e-6)
     # Resolved numbers, as a resumed run has them, stay as they are.
-    assert resolved_weights(class_weights=found) == pytest.approx(found, abs=2e-6)
+    assert resolved_weights(class_weights=found) == found
+    assert resolved_weights((4, 0, 6), class_weights="balanced") == pytest.approx(
+        [10 / 8, 1, 10 / 12], abs=1e-6
+    )
     given = resolved_weights(class_weights="1, 1, 5")
     assert given == pytest.approx([10 / 14, 10 / 14, 50 / 14], abs=1e-6)
 
