@@ -3,7 +3,7 @@
     [mpirun -n N] python3 benchmarks/train_step.py --network=resnet18 --per_batch_size=16 --steps=10
 
 Random images, no input pipeline; medians over the steps after two warm-up steps. Takes every
-configuration key as a flag. sent_mib is what rank 0's machine sends to others per step.
+configuration key as a flag; with --freeze_epochs=1, only the classifier is trained. sent_mib is what rank 0's machine sends to others per step.
 """
 
 import statistics
@@ -44,6 +44,7 @@ def main(arguments):
     select_device(config.device_target, communicator.local_rank)
     kernels = choose_kernels(config)
     step = create_train_step(create_network(config, kernels=kernels.library), config, communicator)
+    step.optimizer.backbone_frozen = config.freeze_epochs > 0
     random = np.random.default_rng(communicator.rank)
     size, batch = config.image_size, config.per_batch_size
     images = Batch(

@@ -524,7 +524,10 @@ class _Optimization(_Keys):
         "the average; 0: none",
     )
     freeze_epochs: NonNegative = key(
-        0, Affects.TRAINING, "first epochs that train only the classifier"
+        0,
+        Affects.TRAINING,
+        "first epochs that train only the classifier; the backbone, with its running statistics, "
+        "stays as it is",
     )
     backbone_lr_factor: PositiveReal = key(
         1.0, Affects.TRAINING, "learning rate of everything but the classifier, relative to lr"

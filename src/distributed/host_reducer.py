@@ -260,6 +260,10 @@ class HostReducer:
             overlap = OverlappedAllReduce(ready_gradients, communicator, compression)
         return cls(communicator, compression, overlap)
 
+    def without_overlap(self) -> "HostReducer":
+        """A reducer for other gradients, which waits for all of them."""
+        return HostReducer(self._communicator, self._compression)
+
     def backward(self) -> AbstractContextManager[None]:
         return nullcontext() if self._overlap is None else self._overlap.backward()
 

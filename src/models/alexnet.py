@@ -57,7 +57,7 @@ class AlexNet(ImageClassifier):
         x = self.drop1(x) if dropout_mask is None else self._drop(x, dropout_mask[:, : self.flat])
         x = self.relu(self.fc1(x))
         x = self.drop2(x) if dropout_mask is None else self._drop(x, dropout_mask[:, self.flat :])
-        return self.classifier(self.relu(self.fc2(x)))
+        return self.classify(self.relu(self.fc2(x)))
 
     def _drop(self, x: Tensor, dropout_mask: Tensor) -> Tensor:
         return x * ops.cast(dropout_mask, x.dtype) * self.dropout_scale

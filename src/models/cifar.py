@@ -36,7 +36,7 @@ class CifarQuick(ImageClassifier):
         x = self.average_pool(self.conv2(x))
         x = self.to_nchw(self.average_pool(self.conv3(x)))
         x = self.relu(self.fc1(ops.reshape(x, (-1, self.flat))))
-        return self.classifier(x)
+        return self.classify(x)
 
 
 class Vgg16Cifar(ImageClassifier):
@@ -66,7 +66,7 @@ class Vgg16Cifar(ImageClassifier):
     def construct(self, x: Tensor) -> Tensor:
         x = self.to_nchw(self.features(x))
         x = self.relu(self.fc1(ops.reshape(x, (-1, self.flat))))
-        return self.classifier(x)
+        return self.classify(x)
 
 
 class _BasicBranchBlock(nn.Cell):
@@ -111,7 +111,7 @@ class ResNetCifar(ImageClassifier):
         self.classifier = layers.dense(in_channels, num_classes)
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.classifier(self.average(self.blocks(self.conv1(x))))
+        return self.classify(self.average(self.blocks(self.conv1(x))))
 
 
 class _PreActivationBlock(nn.Cell):
@@ -171,4 +171,4 @@ class WideResNetCifar(ImageClassifier):
         self.classifier = layers.dense(in_channels, num_classes)
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.classifier(self.average(self.last_norm(self.blocks(self.conv1(x)))))
+        return self.classify(self.average(self.last_norm(self.blocks(self.conv1(x)))))

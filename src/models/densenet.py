@@ -81,7 +81,7 @@ class DenseNet(ImageClassifier):
         self.classifier = layers.dense(channels, num_classes)
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.classifier(self.average(self.features(x)))
+        return self.classify(self.average(self.features(x)))
 
 
 def densenet(

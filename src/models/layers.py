@@ -4,7 +4,8 @@ Networks take every layer from the factory, which decides about blocks, SyncBN a
 """
 
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -261,10 +262,12 @@ class LayerFactory:
 class ImageClassifier(nn.Cell):
     """Base class of the networks: (N, 3, S, S) float -> (N, num_classes) logits.
 
-    The last layer is the attribute ``classifier``.
+    The last layer is the attribute ``classifier``, and all below it are the backbone. A network
+    calls it through ``classify``.
 
     Attributes:
         layers: the factory that made the network's layers.
+        backbone_frozen: whether a graph that is compiled now computes no gradients of the backbone.
         network_name: the network's name in ``networks.NETWORKS``; ``create_model`` sets it.
         dropout_width: number of units per sample that dropout may drop. If it is not 0, calls may
             pass a dropout mask, (N, dropout_width) uint8, 1 for the units that stay.
@@ -275,7 +278,29 @@ class ImageClassifier(nn.Cell):
     def __init__(self, layers: LayerFactory) -> None:
         super().__init__()
         self.layers = layers
+        self.backbone_frozen = False
         self.network_name = ""
+
+    def classify(self, features: Tensor) -> Tensor:
+        """The backbone's output -> logits (N, num_classes)."""
+        if self.backbone_frozen:
+            features = ops.stop_gradient(features)
+        return self.classifier(features)
+
+    @contextmanager
+    def with_frozen_backbone(self) -> Iterator[None]:
+        """Within this context, graphs that are compiled train the classifier only.
+
+        The backbone is in inference mode: batch norm uses its running statistics, and leaves them
+        as they are.
+        """
+        self.backbone_frozen = True
+        self.set_train(False)
+        try:
+            yield
+        finally:
+            self.backbone_frozen = False
+            self.set_train(True)
 
 
 class ConvNorm(nn.Cell):

@@ -76,5 +76,5 @@ class MobileNetV2(ImageClassifier):
     def construct(self, x: Tensor, dropout_mask: Tensor | None = None) -> Tensor:
         x = self.average(self.features(x))
         if dropout_mask is None:
-            return self.classifier(self.drop(x))
-        return self.classifier(x * ops.cast(dropout_mask, x.dtype) * self.dropout_scale)
+            return self.classify(self.drop(x))
+        return self.classify(x * ops.cast(dropout_mask, x.dtype) * self.dropout_scale)

@@ -120,7 +120,7 @@ class ResNet(ImageClassifier):
     def construct(self, x: Tensor) -> Tensor:
         x = self.pool(self.conv1(x))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.classifier(self.average(x))
+        return self.classify(self.average(x))
 
 
 def basic(num_classes: int, layers: LayerFactory, depths: tuple[int, ...], **unused: Any) -> ResNet:

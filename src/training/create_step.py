@@ -17,7 +17,6 @@ from src.training.graph_cache import GraphCache
 from src.training.losses import create_loss
 from src.training.optimizers import HostOptimizer
 from src.training.step import (
-    ForwardBackward,
     GradScaler,
     NetworkWithLoss,
     TrainStep,
@@ -58,7 +57,7 @@ def create_train_step(
     if graph_cache is not None:
         compile_graph = partial(graph_cache.compile, config=config, layers=repr(network.layers))
     return TrainStep(
-        ForwardBackward(network_with_loss, [*parameters, *statistics]),
+        network_with_loss,
         HostOptimizer(parameters, rule, config, communicator.broadcast_object),
         HostReducer.of(config, communicator, network.layers.ready_gradients()),
         running_statistics(network),

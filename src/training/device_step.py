@@ -1,7 +1,9 @@
 """A training step on GPU or Ascend as one graph: forward and backward pass, reduction, update."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import mindspore
@@ -12,7 +14,7 @@ from src.dataset.batches import Batch
 from src.distributed.communicator import Communicator
 from src.distributed.device_reducers import DeviceReducer
 from src.training.device_optimizer import DeviceOptimizer, FlatUpdate, flat_gradient
-from src.training.step import ExtraInputs, GradScaler, StepResult
+from src.training.step import ExtraInputs, GradScaler, NetworkWithLoss, StepResult
 
 
 class DeviceTrainStep:
@@ -27,7 +29,7 @@ class DeviceTrainStep:
 
     def __init__(
         self,
-        network_with_loss: nn.Cell,
+        network_with_loss: NetworkWithLoss,
         optimizer: DeviceOptimizer,
         reducer: DeviceReducer,
         communicator: Communicator,
@@ -38,9 +40,11 @@ class DeviceTrainStep:
         self.optimizer, self.reducer, self.grad_scaler = optimizer, reducer, grad_scaler
         self._communicator, self._statistics = communicator, list(statistics)
         self._extra_inputs = extra_inputs
-        self._gradients = FlatGradients(network_with_loss, optimizer.members).set_train(True)
+        self._network = network_with_loss.network
         self._update = optimizer.create_update(reducer.collective)
-        self._whole_step = _WholeStep(self._gradients, self._update).set_train(True)
+        self._whole = _Graphs.of(network_with_loss, optimizer, self._update)
+        self._classifier_only = _Graphs.of(network_with_loss, optimizer, self._update)
+        self._network.set_train(True)
         self._is_synchronized = True
 
     def __call__(self, micro_batches: Iterable[Batch], lr: float, step: int) -> StepResult:
@@ -54,15 +58,16 @@ class DeviceTrainStep:
         settings = self.optimizer.settings(lr, self.grad_scaler.value)
         scale = Tensor(self.grad_scaler.value, mindspore.float32)
         reduced = 0.0
-        if len(inputs) == 1 and self.reducer.is_in_graph:
-            loss, finite = self._whole_step(settings, scale, *inputs[0])
-            losses = [loss]
-        else:
-            losses, flats = self._accumulate(scale, inputs)
-            before = time.perf_counter()
-            flats = self.reducer.reduce(flats)
-            reduced = time.perf_counter() - before
-            finite = self._update(settings, *flats)
+        with self._graphs() as graphs:
+            if len(inputs) == 1 and self.reducer.is_in_graph:
+                loss, finite = graphs.step(settings, scale, *inputs[0])
+                losses = [loss]
+            else:
+                losses, flats = _accumulate(graphs.gradients, scale, inputs)
+                before = time.perf_counter()
+                flats = self.reducer.reduce(flats)
+                reduced = time.perf_counter() - before
+                finite = self._update(settings, *flats)
         mean_loss = sum(float(loss.asnumpy()) for loss in losses) / len(losses)
         is_finite = bool(finite.asnumpy())
         if is_finite:
@@ -99,29 +104,55 @@ class DeviceTrainStep:
         for parameter, array in zip(self._statistics, arrays):
             parameter.set_data(Tensor(array))
 
-    def _accumulate(
-        self, scale: Tensor, inputs: Sequence[tuple[Tensor, ...]]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """(losses, mean flat gradients times the scale) of the micro-batches."""
-        losses: list[Tensor] = []
-        totals: list[Any] = []
-        for of_one in inputs:
-            loss, flats = self._gradients(scale, *of_one)
-            losses.append(loss)
-            totals = [a + b for a, b in zip(totals, flats)] if totals else list(flats)
-        if len(inputs) > 1:
-            totals = [total / len(inputs) for total in totals]
-        return losses, totals
+    @contextmanager
+    def _graphs(self) -> Iterator["_Graphs"]:
+        """The graphs for the next step, in a context in which they may be compiled."""
+        if self.optimizer.backbone_frozen:
+            with self._network.with_frozen_backbone():
+                yield self._classifier_only
+        else:
+            yield self._whole
 
     def _find_nonfinite(self, scale: Tensor, inputs: Sequence[tuple[Tensor, ...]]) -> str:
         """Name of the first parameter whose gradient is not finite on some rank.
 
         The gradients are computed once more: nothing was updated.
         """
-        _, flats = self._accumulate(scale, inputs)
+        with self._graphs() as graphs:
+            _, flats = _accumulate(graphs.gradients, scale, inputs)
         index = self.optimizer.first_nonfinite([flat.asnumpy() for flat in flats])
         found = [i for i in self._communicator.all_gather(index) if i is not None]
         return self.optimizer.parameters[min(found, default=0)].name
+
+
+def _accumulate(
+    gradients: "FlatGradients", scale: Tensor, inputs: Sequence[tuple[Tensor, ...]]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(losses, mean flat gradients times the scale) of the micro-batches."""
+    losses: list[Tensor] = []
+    totals: list[Any] = []
+    for of_one in inputs:
+        loss, flats = gradients(scale, *of_one)
+        losses.append(loss)
+        totals = [a + b for a, b in zip(totals, flats)] if totals else list(flats)
+    if len(inputs) > 1:
+        totals = [total / len(inputs) for total in totals]
+    return losses, totals
+
+
+@dataclass(frozen=True)
+class _Graphs:
+    """The graphs of a step: that of the gradients, and that of the whole step."""
+
+    gradients: "FlatGradients"
+    step: "_WholeStep"
+
+    @classmethod
+    def of(
+        cls, network_with_loss: nn.Cell, optimizer: DeviceOptimizer, update: FlatUpdate
+    ) -> "_Graphs":
+        gradients = FlatGradients(network_with_loss, optimizer.members)
+        return cls(gradients, _WholeStep(gradients, update))
 
 
 class FlatGradients(nn.Cell):

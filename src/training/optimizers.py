@@ -83,8 +83,14 @@ class OptimizerBase:
         self._updates += 1
         self._frozen_updates += self.backbone_frozen
 
-    def _is_frozen(self, index: int) -> bool:
-        return self.backbone_frozen and not self.groups[index].in_classifier
+    @property
+    def trained_indices(self) -> list[int]:
+        """Indices of the parameters that the next update changes."""
+        return [
+            index
+            for index, group in enumerate(self.groups)
+            if group.in_classifier or not self.backbone_frozen
+        ]
 
     def _lr_of(self, lr: float, index: int, norms: tuple[float, float] | None) -> float:
         """Learning rate of a parameter.
@@ -124,10 +130,11 @@ class HostOptimizer(OptimizerBase):
     def __call__(
         self, lr: float, gradients: Sequence[np.ndarray], arrivals: Iterable[int] | None = None
     ) -> int | None:
-        """Update with learning rate ``lr`` from one gradient per parameter, in their order.
+        """Update with learning rate ``lr``.
 
         Args:
-            arrivals: indices of all gradients, in the order in which they may be read; None if
+            gradients: one for each of ``trained_indices``, in their order.
+            arrivals: positions of all gradients, in the order in which they may be read; None if
                 all may be read at once.
 
         Returns:
@@ -143,39 +150,36 @@ class HostOptimizer(OptimizerBase):
             factor = np.float32(self._of_rank_0(self._clip_factor(gradients)))
         scalars = [tuple(map(np.float32, part)) for part in self._next_scalars()]
         self.count_update()
+        indices = self.trained_indices
         # Fetch the buffers at every update: loading a parameter replaces its buffer.
-        weights = [p.asnumpy() for p in self.parameters]
+        weights = [self.parameters[index].asnumpy() for index in indices]
         nonfinite_indices: list[int] = []
-        for index in arrivals:
-            weight, gradient = weights[index], gradients[index]
+        for position in arrivals:
+            index, weight, gradient = indices[position], weights[position], gradients[position]
             group = self.groups[index]
-            if self._is_frozen(index):
-                is_finite = _is_finite(gradient)
-            else:
-                norms = None
-                if self._uses_norms:
-                    gradient_norm = float(np.linalg.norm(gradient) * factor)
-                    norms = float(np.linalg.norm(weight)), gradient_norm
-                is_finite = self._update(
-                    weight.reshape(-1),
-                    gradient.reshape(-1),
-                    factor,
-                    [state.asnumpy().reshape(-1) for state in self.states[index]],
-                    np.float32(self._lr_of(lr, index, norms)),
-                    group.decay,
-                    scalars[group.in_classifier],
-                )
+            norms = None
+            if self._uses_norms:
+                gradient_norm = float(np.linalg.norm(gradient) * factor)
+                norms = float(np.linalg.norm(weight)), gradient_norm
+            is_finite = self._update(
+                weight.reshape(-1),
+                gradient.reshape(-1),
+                factor,
+                [state.asnumpy().reshape(-1) for state in self.states[index]],
+                np.float32(self._lr_of(lr, index, norms)),
+                group.decay,
+                scalars[group.in_classifier],
+            )
             if not is_finite:
                 nonfinite_indices.append(index)
         return min(nonfinite_indices, default=None)
 
     def _clip_factor(self, gradients: Sequence[np.ndarray]) -> float:
-        """Factor that shortens the gradient of what is trained to ``clip_norm``, at most 1.
+        """Factor that shortens the whole gradient to ``clip_norm``, at most 1.
 
         As in PyTorch's clip_grad_norm_. 1 if a gradient is not finite, which is reported later.
         """
-        trained = (g for index, g in enumerate(gradients) if not self._is_frozen(index))
-        norm = math.sqrt(sum(map(_square_sum, trained)))
+        norm = math.sqrt(sum(map(_square_sum, gradients)))
         if not math.isfinite(norm):
             return 1.0
         return min(self._clip_norm / (norm + CLIP_EPSILON), 1.0)

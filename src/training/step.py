@@ -19,6 +19,7 @@ from src.dataset.batches import Batch, micro_batch_size
 from src.distributed.communicator import Communicator
 from src.distributed.host_reducer import HostReducer
 from src.models.layers import ImageClassifier
+from src.models.weights import is_classifier
 from src.training.optimizers import HostOptimizer
 
 # (step, micro-step) -> the further inputs of the network.
@@ -48,18 +49,20 @@ class StepResult:
 class TrainStep:
     """Called with the micro-batches of a step; leaves all ranks with the same weights and state.
 
+    While the backbone is frozen, only the classifier's gradients are computed.
+
     Args:
         statistics: running means and variances, which are averaged over ranks.
         extra_inputs: gives the network its dropout masks.
         compile_graph: called with (cell, inputs) before the first pass, to take its graph from a
             cache; None compiles it.
-        kernel_statistics: those of the statistics whose new values ``forward_backward`` returns
-            after the gradients.
+        kernel_statistics: those of the statistics whose new values come out of the backward pass,
+            in the place of gradients.
     """
 
     def __init__(
         self,
-        forward_backward: "ForwardBackward",
+        network_with_loss: "NetworkWithLoss",
         optimizer: HostOptimizer,
         reducer: HostReducer,
         statistics: Sequence[Parameter],
@@ -67,8 +70,13 @@ class TrainStep:
         compile_graph: Callable[[nn.Cell, tuple[Tensor, ...]], object] | None = None,
         kernel_statistics: Sequence[Parameter] = (),
     ) -> None:
-        self._forward_backward = forward_backward.set_train(True)
+        self._network = network_with_loss.network
+        parameters = [*optimizer.parameters, *kernel_statistics]
+        self._forward_backward = ForwardBackward(network_with_loss, parameters).set_train(True)
+        classifier = [p for p in optimizer.parameters if is_classifier(p.name)]
+        self._classifier_only = ForwardBackward(network_with_loss, classifier)
         self.optimizer, self.reducer = optimizer, reducer
+        self._classifier_reducer = reducer.without_overlap()
         # The range of bfloat16 is that of float32: nothing needs to be scaled.
         self.grad_scaler = GradScaler()
         self._statistics, self._kernel_statistics = list(statistics), list(kernel_statistics)
@@ -79,13 +87,16 @@ class TrainStep:
         started = time.perf_counter()
         losses: list[float] = []
         gradients: Any = None
+        frozen = self.optimizer.backbone_frozen
+        reducer = self._classifier_reducer if frozen else self.reducer
         for micro_step, batch in enumerate(micro_batches):
-            with self.reducer.backward():
+            with reducer.backward():
                 loss, new_gradients = self._compute_gradients(batch, step, micro_step)
             losses.append(float(loss.asnumpy()))
-            gradients = self.reducer.add(gradients, new_gradients)
+            gradients = reducer.add(gradients, new_gradients)
         computed = time.perf_counter()
-        gradients, arrivals = self.reducer.reduce(gradients, len(losses), self._statistics)
+        statistics = () if frozen else self._statistics
+        gradients, arrivals = reducer.reduce(gradients, len(losses), statistics)
         reduced = time.perf_counter()
         nonfinite = self.optimizer(lr, gradients, arrivals)
         waited = arrivals.waited if arrivals is not None else 0.0
@@ -112,7 +123,11 @@ class TrainStep:
     def _compute_gradients(
         self, batch: Batch, step: int, micro_step: int
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(loss, gradient of each parameter that is trained now)."""
         inputs = (Tensor(batch.images), Tensor(batch.labels), *self._extra_inputs(step, micro_step))
+        if self.optimizer.backbone_frozen:
+            with self._network.with_frozen_backbone():
+                return self._classifier_only(*inputs)
         if self._compile_graph is not None:
             self._compile_graph(self._forward_backward, inputs)
             self._compile_graph = None

@@ -191,7 +191,7 @@ class Odd(ImageClassifier):
 
     def construct(self, x):
         x, shortcut = self.fork(self.conv3(self.pool(self.conv2(self.conv1(x)))))
-        return self.classifier(self.average(self.conv5(self.norm(self.conv4(x, shortcut)))))
+        return self.classify(self.average(self.conv5(self.norm(self.conv4(x, shortcut)))))
 
 
 def test_a_layer_that_the_kernels_cannot_take_falls_back_alone(kernels, monkeypatch):

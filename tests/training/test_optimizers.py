@@ -29,7 +29,9 @@ def problem():
 def updater(optimizer, config):
     """A function that updates the optimizer's parameters: (lr, array per parameter, loss scale)."""
     if isinstance(optimizer, HostOptimizer):
-        return lambda lr, arrays, scale: optimizer(lr, arrays)
+        return lambda lr, arrays, scale: optimizer(
+            lr, [arrays[index] for index in optimizer.trained_indices]
+        )
     update = optimizer.create_update()
     places = {id(parameter): number for number, parameter in enumerate(optimizer.parameters)}
 

@@ -181,7 +181,7 @@ def host_step(**keys):
     network, with_loss = network_and_loss()
     parameters, config = network.trainable_params(), make_config(**keys)
     return network, TrainStep(
-        ForwardBackward(with_loss, parameters),
+        with_loss,
         HostOptimizer(parameters, create_update_rule(config), config),
         HostReducer(Communicator(), None),
         running_statistics(network),
@@ -252,7 +252,7 @@ def test_a_devices_step_is_compiled_once(batches):
     _, step = device_step()
     for number, batch in enumerate(batches):
         step([batch], 0.1 / (1 + number), number)
-    assert len(step._whole_step.compile_cache) == 1
+    assert len(step._whole.step.compile_cache) == 1
 
 
 def test_a_devices_optimizer_state_is_saved_and_restored(batches):
@@ -274,7 +274,7 @@ def test_a_devices_optimizer_state_is_saved_and_restored(batches):
 
 def whole_parameters(step):
     """Parameters and running statistics of a DeviceTrainStep's network."""
-    return step._gradients.scaled_loss.network_with_loss.network.get_parameters()
+    return step._network.get_parameters()
 
 
 def test_overflow_skips_the_step_and_halves_a_dynamic_scale(batches):
@@ -292,6 +292,37 @@ def test_overflow_skips_the_step_and_halves_a_dynamic_scale(batches):
     assert not result.skipped and not np.array_equal(
         before[0], network.trainable_params()[0].asnumpy()
     )
+
+
+@pytest.mark.parametrize("create", [host_step, device_step])
+def test_frozen_steps_train_the_classifier_on_what_evaluation_computes(create, batches):
+    """In between, the whole network learns as if nothing had been frozen."""
+    keys = {"freeze_epochs": 1, "momentum": 0}
+    (network, step), (plain_network, plain) = create(**keys), create(**keys)
+    for parameter in running_statistics(network):
+        shift = np.linspace(0.1, 0.9, parameter.size, dtype=np.float32)
+        parameter.set_data(Tensor(parameter.asnumpy() + shift))
+        dict(plain_network.parameters_dict())[parameter.name].set_data(parameter)
+    before = {p.name: p.asnumpy().copy() for p in network.get_parameters()}
+    loss = nn.CrossEntropyLoss(label_smoothing=0.1)
+    images = InputNormalizer((0.5,) * 3, (0.5,) * 3)(Tensor(batches[0].images))
+    network.set_train(False)
+    expected = float(loss(network(images), Tensor(batches[0].labels)).asnumpy())
+    network.set_train(True)
+    step.optimizer.backbone_frozen = True
+    assert step([batches[0]], 0.1, 0).loss == pytest.approx(expected, rel=1e-4)
+    step.synchronize()
+    moved = {p.name for p in network.get_parameters() if (p.asnumpy() != before[p.name]).any()}
+    assert moved == {"classifier.weight", "classifier.bias"}
+    for parameter in plain_network.get_parameters():
+        parameter.set_data(Tensor(dict(network.parameters_dict())[parameter.name].asnumpy()))
+    plain.broadcast([])
+    step.optimizer.backbone_frozen = False
+    for each in (step, plain):
+        each([batches[1]], 0.1, 1)
+        each.synchronize()
+    for ours, theirs in zip(network.get_parameters(), plain_network.get_parameters()):
+        assert np.array_equal(ours.asnumpy(), theirs.asnumpy()), ours.name
 
 
 @pytest.mark.parametrize("create", [host_step, device_step])
@@ -316,16 +347,17 @@ from src.models.create import create_model
 from src.models.layers import InputNormalizer
 from src.distributed.host_reducer import HostReducer
 from src.training.cross_entropy import CrossEntropy
-from src.training.step import ForwardBackward, NetworkWithLoss, TrainStep, running_statistics
+from src.training.step import NetworkWithLoss, TrainStep, running_statistics
 mindspore.set_seed(5)
 network = create_model({network!r}, 5, image_size=64, dropout=0.0)
 gradients = {{}}
 with_loss = NetworkWithLoss(network, InputNormalizer((.5,) * 3, (.5,) * 3), CrossEntropy(0.1))
-def keep(lr, arrays, arrivals):
-    gradients.update({{p.name: a.copy() for p, a in zip(network.trainable_params(), arrays)}})
+class Keep:
+    backbone_frozen, parameters = False, network.trainable_params()
+    def __call__(self, lr, arrays, arrivals):
+        gradients.update({{p.name: a.copy() for p, a in zip(network.trainable_params(), arrays)}})
 step = TrainStep(
-    ForwardBackward(with_loss, network.trainable_params()), keep, HostReducer(c, None),
-    running_statistics(network), lambda step, part: (),
+    with_loss, Keep(), HostReducer(c, None), running_statistics(network), lambda step, part: (),
 )
 random = np.random.default_rng(0)
 images = random.integers(0, 256, (12, 64, 64, 3), np.uint8)
