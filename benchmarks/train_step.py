@@ -3,7 +3,8 @@
     [mpirun -n N] python3 benchmarks/train_step.py --network=resnet18 --per_batch_size=16 --steps=10
 
 Random images, no input pipeline; medians over the steps after two warm-up steps. Takes every
-configuration key as a flag; with --freeze_epochs=1, only the classifier is trained. sent_mib is what rank 0's machine sends to others per step.
+configuration key as a flag; with --freeze_epochs=1, only the classifier is trained. sent_mib is
+what rank 0's machine sends to others per step.
 """
 
 import statistics

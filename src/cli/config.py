@@ -178,9 +178,15 @@ class _Network(_Keys):
     dropout: Fraction = key(
         0.5,
         Affects.MODEL,
-        "AlexNet's drop probability, in training only",
+        "drop probability before the last layers of AlexNet and MobileNetV2, in training only",
         _USES_MODEL,
-        needs="network=alexnet",
+        needs="network=alexnet|mobilenet_v2",
+    )
+    stochastic_depth: Fraction = key(
+        0.0,
+        Affects.GRAPH,
+        "probability of leaving out the last residual branch for an image in training; that of the "
+        "others rises to it from 0",
     )
     weight_init: Annotated[Literal["kaiming_uniform", "kaiming_normal"], Word] = key(
         "kaiming_uniform",
@@ -226,6 +232,12 @@ class _Data(_Keys):
         Affects.TRAINING,
         "uniform: each image once per epoch; balanced: each class equally often, so that images of "
         "small classes are repeated",
+    )
+    aug_repeats: Annotated[int, Field(ge=1)] = key(
+        1,
+        Affects.TRAINING,
+        "how often an epoch has each image that it uses, each time augmented otherwise; the epoch "
+        "stays as long, with as many images fewer",
     )
     bad_samples: Annotated[Literal["error", "replace"], Word] = key(
         "error",

@@ -243,14 +243,15 @@ class TrainBatches:
 
     def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         if self._order[0] != epoch:
-            if self.config.sampling == "balanced":
-                order = balanced_order(self.config.seed, epoch, self.images.labels)
-                repeats = _repeats(order)
-            else:
-                order = epoch_order(self.config.seed, epoch, len(self.images))
-                repeats = np.zeros_like(order)
-            self._order = epoch, order, repeats
+            order = self._new_order(epoch)
+            order = np.repeat(order, self.config.aug_repeats)[: len(order)]
+            self._order = epoch, order, _repeats(order)
         return self._order[1:]
+
+    def _new_order(self, epoch: int) -> np.ndarray:
+        if self.config.sampling == "balanced":
+            return balanced_order(self.config.seed, epoch, self.images.labels)
+        return epoch_order(self.config.seed, epoch, len(self.images))
 
 
 class EvalBatches:

@@ -22,7 +22,14 @@ from src.kernels.attributes import (
     with_layer_name,
 )
 from src.kernels.library import MAX_BRANCHES, KernelLibrary
-from src.kernels.operations import Convolution, ConvolutionNorm, Dense, Normalization, kernel
+from src.kernels.operations import (
+    AddScaled,
+    Convolution,
+    ConvolutionNorm,
+    Dense,
+    Normalization,
+    kernel,
+)
 
 # The few input channels of a first convolution are not blocked.
 _MAX_PLAIN_CHANNELS = 4
@@ -141,14 +148,14 @@ class NchwFallback(nn.Cell):
 
 
 class NchwFallbackWithShortcut(nn.Cell):
-    """A layer of MindSpore with two inputs, x and the shortcut."""
+    """A layer of MindSpore with two activations, x and the shortcut, and perhaps other inputs."""
 
     def __init__(self, library: KernelLibrary, source: nn.Cell) -> None:
         super().__init__()
         self.to_nchw, self.source = ToNchw(library), source
 
-    def construct(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        return self.source(self.to_nchw(x), self.to_nchw(shortcut))
+    def construct(self, x: Tensor, shortcut: Tensor, *others: Tensor) -> Tensor:
+        return self.source(self.to_nchw(x), self.to_nchw(shortcut), *others)
 
 
 class ConvLayer(nn.Cell):
@@ -277,6 +284,22 @@ class Add(nn.Cell):
         if a.ndim == 4 and b.ndim == 4:
             return self.op(a, b)
         return self.op(self.to_blocked(a), self.to_blocked(b))
+
+
+class StochasticAdd(nn.Cell):
+    """(branch, shortcut, factors (N,) float32) -> [relu](branch * factor + shortcut), in blocks.
+
+    Without factors they are 1.
+    """
+
+    def __init__(self, library: KernelLibrary, dtype: Any, epilogue: Epilogue) -> None:
+        super().__init__(auto_prefix=False)
+        self.to_blocked, self.op = ToBlocked(library, dtype), AddScaled(library, epilogue)
+
+    def construct(self, branch: Tensor, shortcut: Tensor, factors: Tensor | None = None) -> Tensor:
+        if factors is None:
+            factors = ops.ones((branch.shape[0],), mindspore.float32)
+        return self.op(self.to_blocked(branch), self.to_blocked(shortcut), factors)
 
 
 class Concat(nn.Cell):

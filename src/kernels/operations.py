@@ -16,7 +16,7 @@ from typing import Any
 import mindspore
 from mindspore import Tensor, nn, ops
 
-from src.kernels.attributes import ConvSpec, attribute_table
+from src.kernels.attributes import ConvSpec, Epilogue, attribute_table
 from src.kernels.library import KernelLibrary
 
 
@@ -185,6 +185,32 @@ class Normalization(nn.Cell):
         )
         # As in ConvolutionNorm: new running statistics in the place of gradients.
         return dx, dgamma, dbeta, out[2], out[3]
+
+
+class AddScaled(nn.Cell):
+    """(branch, shortcut, factors (N,) float32) -> [relu](branch * factor + shortcut)."""
+
+    def __init__(self, library: KernelLibrary, epilogue: Epilogue) -> None:
+        super().__init__(auto_prefix=False)
+        self.attributes = Tensor(attribute_table(epilogue.relu))
+
+        def like_branch(a: Any, branch: Any, *others: Any) -> Any:
+            return branch
+
+        def gradients(a: Any, y: Any, *others: Any) -> Any:
+            return y, y
+
+        self.forward = kernel(library, "add_scaled", like_branch, like_branch)
+        self.backward = kernel(library, "add_scaled_backward", gradients, gradients)
+
+    def construct(self, branch: Tensor, shortcut: Tensor, factors: Tensor) -> Tensor:
+        return self.forward(self.attributes, branch, shortcut, factors)
+
+    def bprop(
+        self, branch: Tensor, shortcut: Tensor, factors: Tensor, y: Tensor, dy: Tensor
+    ) -> tuple[Tensor, ...]:
+        dbranch, dshortcut = self.backward(self.attributes, y, dy, factors)
+        return dbranch, dshortcut, ops.zeros_like(factors)
 
 
 class Dense(nn.Cell):

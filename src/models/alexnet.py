@@ -45,7 +45,7 @@ class AlexNet(ImageClassifier):
         # p is the probability of dropping, as in PyTorch; the seed's keep_prob of 0.65 is p = 0.35.
         self.drop1, self.drop2 = nn.Dropout(p=dropout), nn.Dropout(p=dropout)
         self.dropout_scale = 1 / (1 - dropout)
-        self.dropout_width = self.flat + _HIDDEN if dropout else 0
+        self.drop_probabilities = (dropout,) * (self.flat + _HIDDEN) if dropout else ()
         self.fc1 = layers.dense(self.flat, _HIDDEN)
         self.fc2 = layers.dense(_HIDDEN, _HIDDEN)
         self.classifier = layers.dense(_HIDDEN, num_classes)

@@ -8,7 +8,7 @@ from typing import Any
 
 from mindspore import Tensor, nn, ops
 
-from src.models.layers import ImageClassifier, LayerFactory
+from src.models.layers import ImageClassifier, LayerFactory, ResidualBlocks
 
 
 class CifarQuick(ImageClassifier):
@@ -70,19 +70,21 @@ class Vgg16Cifar(ImageClassifier):
 
 
 class _BasicBranchBlock(nn.Cell):
-    def __init__(self, in_channels: int, channels: int, stride: int, layers: LayerFactory) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, stride: int, layers: LayerFactory, drop: float
+    ) -> None:
         super().__init__()
         self.conv1 = layers.conv_norm_relu(in_channels, channels, 3, stride, padding=1)
-        self.conv2 = layers.conv_norm_add_relu(channels, channels, 3, padding=1)
+        self.conv2 = layers.conv_norm_add_relu(channels, channels, 3, padding=1, drop=drop)
         project = stride != 1 or in_channels != channels
         self.downsample = (
             layers.conv_norm(in_channels, channels, 1, stride) if project else nn.Identity()
         )
         self.split = layers.split_projected() if project else layers.split_residual()
 
-    def construct(self, x: Tensor) -> Tensor:
+    def construct(self, x: Tensor, *factors: Tensor) -> Tensor:
         x, shortcut = self.split(x)
-        return self.conv2(self.conv1(x), self.downsample(shortcut))
+        return self.conv2(self.conv1(x), self.downsample(shortcut), *factors)
 
     @property
     def branch_end(self) -> nn.Cell:
@@ -100,22 +102,28 @@ class ResNetCifar(ImageClassifier):
         self, num_classes: int, layers: LayerFactory, blocks_per_stage: int = 9, **unused: Any
     ) -> None:
         super().__init__(layers)
+        drops = layers.drop_probabilities(3 * blocks_per_stage)
+        self.drop_probabilities = drops if layers.stochastic_depth else ()
         self.conv1 = layers.conv_norm_relu(3, 16, 3, padding=1)
-        blocks, in_channels = [], 16
+        blocks: list[nn.Cell] = []
+        in_channels = 16
         for stage, channels in enumerate((16, 32, 64)):
             for index in range(blocks_per_stage):
                 stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(_BasicBranchBlock(in_channels, channels, stride, layers))
+                drop = drops[len(blocks)]
+                blocks.append(_BasicBranchBlock(in_channels, channels, stride, layers, drop))
                 in_channels = channels
-        self.blocks, self.average = nn.SequentialCell(blocks), layers.global_average()
+        self.blocks, self.average = ResidualBlocks(blocks, drops), layers.global_average()
         self.classifier = layers.dense(in_channels, num_classes)
 
-    def construct(self, x: Tensor) -> Tensor:
-        return self.classify(self.average(self.blocks(self.conv1(x))))
+    def construct(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.classify(self.average(self.blocks(self.conv1(x), mask)))
 
 
 class _PreActivationBlock(nn.Cell):
-    def __init__(self, in_channels: int, channels: int, stride: int, layers: LayerFactory) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, stride: int, layers: LayerFactory, drop: float
+    ) -> None:
         super().__init__()
         self.norm1, self.conv1 = (
             layers.norm_relu(in_channels),
@@ -125,7 +133,8 @@ class _PreActivationBlock(nn.Cell):
             layers.norm_relu(channels),
             layers.conv(channels, channels, 3, padding=1),
         )
-        self.split, self.add, self.shortcut = layers.split_residual(), layers.add(), nn.Identity()
+        self.split, self.shortcut = layers.split_residual(), nn.Identity()
+        self.add = layers.stochastic_add(channels) if drop else layers.add()
         if in_channels != channels:
             # Named as if a ReLU stood between them, as in published weights.
             self.shortcut = nn.SequentialCell(
@@ -137,9 +146,10 @@ class _PreActivationBlock(nn.Cell):
                 )
             )
 
-    def construct(self, x: Tensor) -> Tensor:
+    def construct(self, x: Tensor, *factors: Tensor) -> Tensor:
         x, shortcut = self.split(x)
-        return self.add(self.conv2(self.norm2(self.conv1(self.norm1(x)))), self.shortcut(shortcut))
+        branch = self.conv2(self.norm2(self.conv1(self.norm1(x))))
+        return self.add(branch, self.shortcut(shortcut), *factors)
 
 
 class WideResNetCifar(ImageClassifier):
@@ -158,17 +168,21 @@ class WideResNetCifar(ImageClassifier):
         **unused: Any,
     ) -> None:
         super().__init__(layers)
+        drops = layers.drop_probabilities(3 * blocks_per_stage)
+        self.drop_probabilities = drops if layers.stochastic_depth else ()
         self.conv1 = layers.conv(3, 16, 3, padding=1)
-        blocks, in_channels = [], 16
+        blocks: list[nn.Cell] = []
+        in_channels = 16
         for stage in range(3):
             channels = (16 << stage) * width
             for index in range(blocks_per_stage):
                 stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(_PreActivationBlock(in_channels, channels, stride, layers))
+                drop = drops[len(blocks)]
+                blocks.append(_PreActivationBlock(in_channels, channels, stride, layers, drop))
                 in_channels = channels
-        self.blocks, self.average = nn.SequentialCell(blocks), layers.global_average()
+        self.blocks, self.average = ResidualBlocks(blocks, drops), layers.global_average()
         self.last_norm = layers.norm(in_channels)
         self.classifier = layers.dense(in_channels, num_classes)
 
-    def construct(self, x: Tensor) -> Tensor:
-        return self.classify(self.average(self.last_norm(self.blocks(self.conv1(x)))))
+    def construct(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.classify(self.average(self.last_norm(self.blocks(self.conv1(x), mask))))

@@ -41,6 +41,7 @@ def create_network(
         sync_bn=config.sync_bn,
         weight_init=config.weight_init,
         zero_init_residual=config.zero_init_residual,
+        stochastic_depth=config.stochastic_depth,
         kernels=kernels,
         compute_type=config.compute_type,
     )
@@ -58,6 +59,7 @@ def create_model(
     sync_bn: bool = False,
     weight_init: str = "kaiming_uniform",
     zero_init_residual: bool = False,
+    stochastic_depth: float = 0.0,
     kernels: KernelLibrary | None = None,
     compute_type: str = "float32",
 ) -> ImageClassifier:
@@ -74,6 +76,8 @@ def create_model(
         weight_init: initial weights of plain convolutions, a name in ``layers.WEIGHT_INITS``.
         zero_init_residual: start the last scale of each residual branch at 0, so that each block
             starts as the identity (Goyal et al., arXiv:1706.02677, section 5.1).
+        stochastic_depth: probability with which training drops the last residual branch; see
+            ``LayerFactory.drop_probabilities``.
         kernels: kernels to compute with on CPU; None is MindSpore's own. Parameters are the same.
         compute_type: "float16": convolutions and dense layers compute in it, on devices;
             "bfloat16": with kernels, activations and their gradients are of that type.
@@ -87,7 +91,8 @@ def create_model(
         raise UserError(f"num_classes={num_classes}: a network has at least one class")
     name = network_name(name)
     entry = NETWORKS[name]
-    layers = LayerFactory(block, fused, gamma_init, sync_bn, WEIGHT_INITS[weight_init])
+    init = WEIGHT_INITS[weight_init]
+    layers = LayerFactory(block, fused, gamma_init, sync_bn, init, stochastic_depth)
     if kernels is not None:
         layers = KernelLayers(**vars(layers), library=kernels, bfloat16=compute_type == "bfloat16")
     build = pkgutil.resolve_name(entry.builder)
@@ -101,6 +106,11 @@ def create_model(
     network.network_name = name
     if compute_type == "float16":
         use_float16(network)
+    if stochastic_depth and stochastic_depth not in network.drop_probabilities:
+        raise UserError(
+            f"stochastic_depth={stochastic_depth:g}: {name} cannot leave out branches; it is for "
+            "ResNets"
+        )
     set_parameter_names(network)
     set_layer_names(network)
     if zero_init_residual and not fused:

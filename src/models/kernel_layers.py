@@ -62,6 +62,12 @@ class KernelLayers(LayerFactory):
     def add(self) -> nn.Cell:
         return layers.Add(self.library, self._dtype)
 
+    def stochastic_add(self, channels: int, epilogue: Epilogue = Epilogue.NONE) -> nn.Cell:
+        if channels % self.library.block:
+            source = super().stochastic_add(channels, epilogue)
+            return layers.NchwFallbackWithShortcut(self.library, source)
+        return layers.StochasticAdd(self.library, self._dtype, epilogue)
+
     def concat(self) -> nn.Cell:
         return layers.Concat(self.library, super().concat())
 

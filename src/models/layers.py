@@ -41,6 +41,8 @@ class LayerFactory:
         gamma_init: initial scale of the batch norms inside blocks; None keeps 1.
         sync_bn: batch statistics over all ranks, on devices that support it.
         weight_init: initialiser of plain convolutions; None keeps the framework's.
+        stochastic_depth: probability with which the last residual branch of a network is dropped
+            from a sample in training.
     """
 
     block: str = "base"
@@ -48,6 +50,7 @@ class LayerFactory:
     gamma_init: float | None = None
     sync_bn: bool = False
     weight_init: Any = None
+    stochastic_depth: float = 0.0
 
     @property
     def uses_blocked_layout(self) -> bool:
@@ -141,9 +144,18 @@ class LayerFactory:
         stride: int = 1,
         padding: int = 0,
         groups: int = 1,
+        drop: float = 0.0,
     ) -> nn.Cell:
-        """Called as (x, shortcut): ``conv_norm`` of x, plus the shortcut, then ReLU."""
+        """Called as (x, shortcut): ``conv_norm`` of x, plus the shortcut, then ReLU.
+
+        Args:
+            drop: the probability with which training drops the branch from a sample. If it is not
+                0, a third input may give a factor for the branch in each sample, (N,) float32.
+        """
         layer = self._conv_norm(in_channels, out_channels, kernel_size, stride, padding, groups)
+        if drop:
+            branch = self._finish(layer, Epilogue.NONE)
+            return StochasticBranch(branch, self.stochastic_add(out_channels, Epilogue.RELU))
         return self._finish(layer, Epilogue.ADD_RELU)
 
     def max_pool(self, kernel_size: int, stride: int, padding: int = 0) -> nn.Cell:
@@ -175,6 +187,22 @@ class LayerFactory:
     def add(self) -> nn.Cell:
         """(activation, activation) -> their sum."""
         return Add()
+
+    def stochastic_add(self, channels: int, epilogue: Epilogue = Epilogue.NONE) -> nn.Cell:
+        """(branch, shortcut, factors (N,) float32) -> branch * factor + shortcut.
+
+        Args:
+            epilogue: RELU for a ReLU of the sum.
+        """
+        return StochasticAdd(epilogue)
+
+    def drop_probabilities(self, blocks: int) -> tuple[float, ...]:
+        """Of the residual blocks of a network: rises from 0 to ``stochastic_depth``.
+
+        Huang et al., arXiv:1603.09382, section 3, where the first block has a little more than 0;
+        here as in timm.
+        """
+        return tuple(np.linspace(0, self.stochastic_depth, blocks).tolist())
 
     def concat(self) -> nn.Cell:
         """(activation, activation) -> both, one after the other along the channels."""
@@ -269,11 +297,12 @@ class ImageClassifier(nn.Cell):
         layers: the factory that made the network's layers.
         backbone_frozen: whether a graph that is compiled now computes no gradients of the backbone.
         network_name: the network's name in ``networks.NETWORKS``; ``create_model`` sets it.
-        dropout_width: number of units per sample that dropout may drop. If it is not 0, calls may
-            pass a dropout mask, (N, dropout_width) uint8, 1 for the units that stay.
+        drop_probabilities: of what training drops from a sample at random, units or residual
+            branches. If there are any, calls may pass a mask, (N, their number) uint8, 1 for what
+            stays.
     """
 
-    dropout_width = 0
+    drop_probabilities: tuple[float, ...] = ()
 
     def __init__(self, layers: LayerFactory) -> None:
         super().__init__()
@@ -350,6 +379,56 @@ class Add(nn.Cell):
 
     def construct(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b
+
+
+class StochasticAdd(nn.Cell):
+    """(branch, shortcut, factors (N,) float32) -> [relu](branch * factor + shortcut).
+
+    Without factors they are 1.
+    """
+
+    def __init__(self, epilogue: Epilogue) -> None:
+        super().__init__()
+        self.relu = nn.ReLU() if epilogue is Epilogue.RELU else nn.Identity()
+
+    def construct(self, branch: Tensor, shortcut: Tensor, factors: Tensor | None = None) -> Tensor:
+        if factors is not None:
+            branch = branch * ops.cast(ops.reshape(factors, (-1, 1, 1, 1)), branch.dtype)
+        return self.relu(branch + shortcut)
+
+
+class StochasticBranch(nn.Cell):
+    """(x, shortcut, factors (N,) or nothing) -> the end of a residual block that may be dropped."""
+
+    def __init__(self, source: nn.Cell, add: nn.Cell) -> None:
+        super().__init__()
+        self.source, self.add = source, add
+
+    def construct(self, x: Tensor, shortcut: Tensor, *factors: Tensor) -> Tensor:
+        return self.add(self.source(x), shortcut, *factors)
+
+
+class ResidualBlocks(nn.SequentialCell):
+    """Residual blocks, one after the other.
+
+    Args:
+        drops: the probability with which training drops the branch of each block from a sample.
+            What is not dropped is scaled up, so that its mean stays the same.
+        first: column of the mask for the first of the blocks.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Cell], drops: Sequence[float], first: int = 0) -> None:
+        super().__init__(list(blocks))
+        self.drops, self.first = tuple(drops), first
+
+    def construct(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        for index, block in enumerate(self.cell_list):
+            if mask is None or self.drops[index] == 0:
+                x = block(x)
+            else:
+                kept = ops.cast(mask[:, self.first + index], mindspore.float32)
+                x = block(x, kept * (1 / (1 - self.drops[index])))
+        return x
 
 
 class Concat(nn.Cell):

@@ -70,7 +70,7 @@ class MobileNetV2(ImageClassifier):
         features.append(layers.conv_norm_relu6(in_channels, _LAST_CHANNELS, 1))
         self.features, self.average = nn.SequentialCell(features), layers.global_average()
         self.drop, self.dropout_scale = nn.Dropout(p=dropout), 1 / (1 - dropout)
-        self.dropout_width = _LAST_CHANNELS if dropout else 0
+        self.drop_probabilities = (dropout,) * _LAST_CHANNELS if dropout else ()
         self.classifier = layers.dense(_LAST_CHANNELS, num_classes)
 
     def construct(self, x: Tensor, dropout_mask: Tensor | None = None) -> Tensor:

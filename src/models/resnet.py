@@ -7,7 +7,7 @@ from typing import Any
 
 from mindspore import Tensor, nn
 
-from src.models.layers import ImageClassifier, LayerFactory
+from src.models.layers import ImageClassifier, LayerFactory, ResidualBlocks
 
 
 class BasicBlock(nn.Cell):
@@ -24,19 +24,20 @@ class BasicBlock(nn.Cell):
         cardinality: int,
         layers: LayerFactory,
         downsample: nn.Cell,
+        drop: float,
     ) -> None:
         super().__init__()
         self.conv1 = layers.conv_norm_relu(
             in_channels, width, 3, stride, padding=1, groups=cardinality
         )
-        self.conv2 = layers.conv_norm_add_relu(width, out_channels, 3, padding=1)
+        self.conv2 = layers.conv_norm_add_relu(width, out_channels, 3, padding=1, drop=drop)
         is_projected = not isinstance(downsample, nn.Identity)
         self.split = layers.split_projected() if is_projected else layers.split_residual()
         self.downsample = downsample
 
-    def construct(self, x: Tensor) -> Tensor:
+    def construct(self, x: Tensor, *factors: Tensor) -> Tensor:
         x, shortcut = self.split(x)
-        return self.conv2(self.conv1(x), self.downsample(shortcut))
+        return self.conv2(self.conv1(x), self.downsample(shortcut), *factors)
 
     @property
     def branch_end(self) -> nn.Cell:
@@ -58,16 +59,17 @@ class Bottleneck(nn.Cell):
         cardinality: int,
         layers: LayerFactory,
         downsample: nn.Cell,
+        drop: float,
     ) -> None:
         super().__init__()
         self.conv1 = layers.conv_norm_relu(in_channels, width, 1)
         self.conv2 = layers.conv_norm_relu(width, width, 3, stride, padding=1, groups=cardinality)
-        self.conv3 = layers.conv_norm_add_relu(width, out_channels, 1)
+        self.conv3 = layers.conv_norm_add_relu(width, out_channels, 1, drop=drop)
         self.split, self.downsample = layers.split_residual(), downsample
 
-    def construct(self, x: Tensor) -> Tensor:
+    def construct(self, x: Tensor, *factors: Tensor) -> Tensor:
         x, shortcut = self.split(x)
-        return self.conv3(self.conv2(self.conv1(x)), self.downsample(shortcut))
+        return self.conv3(self.conv2(self.conv1(x)), self.downsample(shortcut), *factors)
 
     @property
     def branch_end(self) -> nn.Cell:
@@ -98,7 +100,9 @@ class ResNet(ImageClassifier):
         super().__init__(layers)
         self.conv1 = layers.conv_norm_relu(3, 64, 7, stride=2, padding=3)
         self.pool = layers.max_pool(3, 2, padding=1)
-        in_channels = 64
+        in_channels, first = 64, 0
+        drops = layers.drop_probabilities(sum(depths))
+        self.drop_probabilities = drops if layers.stochastic_depth else ()
         for stage, depth in enumerate(depths):
             channels = 64 << stage
             width = cardinality * (channels * base_width // 64)
@@ -110,16 +114,28 @@ class ResNet(ImageClassifier):
                 if stride != 1 or in_channels != out_channels:
                     downsample = layers.conv_norm(in_channels, out_channels, 1, stride)
                 blocks.append(
-                    block(in_channels, width, out_channels, stride, cardinality, layers, downsample)
+                    block(
+                        in_channels,
+                        width,
+                        out_channels,
+                        stride,
+                        cardinality,
+                        layers,
+                        downsample,
+                        drops[first + index],
+                    )
                 )
                 in_channels = out_channels
-            setattr(self, f"layer{stage + 1}", nn.SequentialCell(blocks))
+            of_stage = ResidualBlocks(blocks, drops[first : first + depth], first)
+            setattr(self, f"layer{stage + 1}", of_stage)
+            first += depth
         self.average = layers.global_average()
         self.classifier = layers.dense(in_channels, num_classes)
 
-    def construct(self, x: Tensor) -> Tensor:
+    def construct(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         x = self.pool(self.conv1(x))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = self.layer2(self.layer1(x, mask), mask)
+        x = self.layer4(self.layer3(x, mask), mask)
         return self.classify(self.average(x))
 
 

@@ -225,23 +225,27 @@ class GradScaler:
 
 
 class DropoutMasks:
-    """Dropout masks of one rank, a function of (seed, step, sample).
+    """Masks of dropout or stochastic depth for one rank, a function of (seed, step, sample).
 
-    So resumed and redistributed runs drop the same units. Sample k of a step's global batch draws
+    So resumed and redistributed runs drop the same. Sample k of a step's global batch draws
     from its own stream of a Philox generator (Salmon et al. 2011) keyed by (seed, step), whichever
     rank has it.
 
     Args:
-        width: number of units per sample that may be dropped.
+        probabilities: with which each unit or residual branch of a sample is dropped.
         rank, size: the rank has every ``size``-th sample of the global batch, from ``rank`` on.
     """
 
-    def __init__(self, width: int, config: Config, rank: int, size: int) -> None:
-        self._width, self._seed, self._probability = width, config.seed, config.dropout
+    def __init__(
+        self, probabilities: Sequence[float], config: Config, rank: int, size: int
+    ) -> None:
+        # Values of 16 bits below the limit drop.
+        self._limits = np.round(np.array(probabilities) * 2**_DROPOUT_BITS).astype(np.int64)
+        self._seed = config.seed
         self._batch, self._rank, self._size = micro_batch_size(config, size), rank, size
 
     def __call__(self, step: int, micro_step: int) -> Tensor:
-        """(B, width) uint8 Tensor, 1 where a unit is kept, for one micro-batch of ``step``."""
+        """(B, number of probabilities) uint8, 1 for what is kept in a micro-batch of ``step``."""
         first = micro_step * self._batch
         samples = ((first + slot) * self._size + self._rank for slot in range(self._batch))
         return Tensor(np.stack([self._row(step, sample) for sample in samples]))
@@ -251,19 +255,19 @@ class DropoutMasks:
         # the order of an epoch.
         key = np.array([self._seed, 2**62 + step], np.uint64)
         counter = np.array([0, sample, 0, 0], np.uint64)
-        words = math.ceil(self._width * _DROPOUT_BITS / 64)
+        width = len(self._limits)
+        words = math.ceil(width * _DROPOUT_BITS / 64)
         draws = np.random.Philox(key=key, counter=counter).random_raw(words).view(np.uint16)
-        limit = round(self._probability * 2**_DROPOUT_BITS)
-        return (draws[: self._width] >= limit).astype(np.uint8)
+        return (draws[:width] >= self._limits).astype(np.uint8)
 
 
 def dropout_masks(
     network: ImageClassifier, config: Config, communicator: Communicator
 ) -> ExtraInputs:
-    """A function that gives the network its dropout mask, if it has dropout."""
-    if not network.dropout_width:
+    """A function that gives the network its mask, if it drops anything in training."""
+    if not network.drop_probabilities:
         return lambda step, micro_step: ()
-    masks = DropoutMasks(network.dropout_width, config, communicator.rank, communicator.size)
+    masks = DropoutMasks(network.drop_probabilities, config, communicator.rank, communicator.size)
     return lambda step, micro_step: (masks(step, micro_step),)
 
 

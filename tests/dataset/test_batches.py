@@ -98,6 +98,35 @@ def test_a_repeated_image_is_augmented_otherwise():
     assert np.array_equal(batches[0].images[place], uniform[0].images[other])
 
 
+def test_repeated_augmentation_has_each_image_three_times_and_augments_it_otherwise():
+    """Hoffer et al., arXiv:1901.09335, with timm's length of an epoch: 8 of 24 images."""
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 16, 16, 3), np.uint8)
+    images = ImageSet({"a": 0}, np.zeros(24, np.int32), pixels=pixels)
+    keys = {"image_size": 8, "per_batch_size": 12, "max_epoch": 2}
+    source = TrainBatches(images, make_config(**keys, aug_repeats=3), 0, 1)
+    used = [np.concatenate([source.samples(n)[0] for n in epoch]) for epoch in ((0, 1), (2, 3))]
+    for indices in used:
+        assert np.bincount(indices, minlength=24).tolist() == [
+            3 * (i in indices) for i in range(24)
+        ]
+    assert set(used[0]) != set(used[1])
+    batch = source[0]
+    assert len({image.tobytes() for image in batch.images}) == 12
+    # The first of the three is what it is without repetition.
+    once = TrainBatches(images, make_config(**keys), 0, 1)
+    index = source.samples(0)[0][0]
+    number, place = divmod(
+        np.concatenate([once.samples(n)[0] for n in (0, 1)]).tolist().index(index), 12
+    )
+    assert np.array_equal(batch.images[0], once[number].images[place])
+
+
+def test_repeated_augmentation_is_the_same_on_any_number_of_ranks(numbered):
+    config = plain(global_batch_size=12, max_epoch=2, aug_repeats=4)
+    alone = served(numbered, config, 1)
+    assert all(np.array_equal(a, b) for a, b in zip(alone, served(numbered, config, 3)))
+
+
 def test_balanced_training_is_the_same_on_any_number_of_ranks(numbered):
     config = plain(global_batch_size=12, max_epoch=2, sampling="balanced")
     alone = served(numbered, config, 1)

@@ -21,6 +21,7 @@ from src.kernels.layers import ConvNormLayer, NchwFallback
 from src.kernels.library import KernelChoice, choose_kernels, last_error
 from src.kernels.testing import Kernels
 from src.models.create import create_model
+from src.models.kernel_layers import KernelLayers
 from src.models.layers import ImageClassifier
 from src.models.networks import NETWORKS, Network
 from src.training.create_step import create_train_step
@@ -44,12 +45,14 @@ def one_step(kernels, network, block="base", size=32, images=6, steps=1, **optio
     config = make_config(
         network=network, block=block, image_size=size, num_classes=7, dropout=0.0, **options
     )
+    stochastic_depth = config.stochastic_depth
     built = create_model(
         network,
         7,
         block,
         image_size=size,
         dropout=0.0,
+        stochastic_depth=stochastic_depth,
         kernels=kernels,
         compute_type=config.compute_type,
     )
@@ -127,6 +130,34 @@ def test_a_step_is_mindspores(kernels, network, block, measured):
     assert np.allclose(
         logits, expected_logits, rtol=2e-2, atol=2e-2 * np.abs(expected_logits).max()
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["resnet56_cifar", "wrn16_8_cifar"])
+def test_a_step_with_stochastic_depth_is_mindspores(kernels, network):
+    options = {"images": 4, "steps": 2, "stochastic_depth": 0.6, "global_batch_size": 4}
+    (losses, found, _), (expected_losses, expected, _), (others, _, _) = (
+        one_step(kernels, network, **options),
+        one_step(None, network, **options),
+        one_step(kernels, network, **{**options, "stochastic_depth": 0.0}),
+    )
+    assert losses == pytest.approx(expected_losses, rel=1e-3) and losses[0] != others[0]
+    for name, value in found.items():
+        difference = np.linalg.norm(value - expected[name])
+        assert difference < 2e-2 * max(np.linalg.norm(expected[name]), 1e-3), name
+
+
+def test_a_branch_of_odd_channels_is_dropped_too(kernels):
+    """They make no whole blocks."""
+    layers = KernelLayers(library=kernels, stochastic_depth=0.5)
+    random = np.random.default_rng(0)
+    branch, shortcut = (
+        Tensor(random.normal(size=(2, 5, 3, 3)).astype(np.float32)) for _ in range(2)
+    )
+    factors = np.array([0, 2], np.float32)
+    found = layers.stochastic_add(5)(branch, shortcut, Tensor(factors)).asnumpy()
+    expected = branch.asnumpy() * factors.reshape(2, 1, 1, 1) + shortcut.asnumpy()
+    assert np.array_equal(found, expected)
 
 
 @pytest.mark.slow

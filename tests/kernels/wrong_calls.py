@@ -35,6 +35,7 @@ def right_calls(block):
         block
     )
     norm = table.ConvSpec(epilogue=table.Epilogue.RELU, **numbers).attributes(block)
+    relu = table.attribute_table(table.Epilogue.RELU.relu)
     pool, plain = table.pool_attributes(3, 2, 1, table.Pooling.MAX), table.attribute_table()
     pooled = ones(2, channels // block, 3, 3, block)
     argmax = np.zeros(pooled.shape, np.uint8)
@@ -64,6 +65,8 @@ def right_calls(block):
         "dense_forward": ([plain, *dense], [ones(4, 3)]),
         "dense_backward": ([plain, dense[0], ones(4, 3), dense[1]], dense),
         "add": ([x, x], [x]),
+        "add_scaled": ([relu, x, x, ones(2)], [x]),
+        "add_scaled_backward": ([relu, x, x, ones(2)], [x, x]),
     }
 
 

@@ -6,11 +6,13 @@ from conftest import make_config
 from mindspore import Tensor
 
 from src.models.create import create_model
+from src.models.weights import copy_weights
 from src.training.step import DropoutMasks
+from src.utils.errors import UserError
 
 
 def masks(rank=0, size=1, **keys):
-    return DropoutMasks(1000, make_config(dropout=0.35, global_batch_size=12, **keys), rank, size)
+    return DropoutMasks([0.35] * 1000, make_config(global_batch_size=12, **keys), rank, size)
 
 
 def test_a_sample_has_the_same_mask_on_every_number_of_ranks():
@@ -36,7 +38,7 @@ def test_masks_keep_the_share_they_should_and_differ():
 def test_alexnet_drops_what_the_mask_says_and_scales_the_rest():
     network = create_model("alexnet", 4, image_size=64, dropout=0.5).set_train(True)
     images = Tensor(np.random.default_rng(0).normal(size=(2, 3, 64, 64)).astype(np.float32))
-    kept = np.ones((2, network.dropout_width), np.uint8)
+    kept = np.ones((2, len(network.drop_probabilities)), np.uint8)
     kept[:, network.flat :] = 0
     # With every hidden unit dropped only biases are left of the second half.
     second = (
@@ -46,6 +48,46 @@ def test_alexnet_drops_what_the_mask_says_and_scales_the_rest():
     assert np.allclose(network(images, Tensor(kept)).asnumpy(), second, atol=1e-6)
     all_kept = network(images, Tensor(np.ones_like(kept))).asnumpy()
     assert not np.allclose(all_kept, second, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["resnet56_cifar", "wrn16_8_cifar"])
+def test_stochastic_depth_leaves_branches_out_and_scales_the_rest(name):
+    """As a network whose branches end in these factors: 0, or 1 / (1 - probability)."""
+    images = Tensor(np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype(np.float32))
+    network = create_model(name, 4, stochastic_depth=0.5).set_train(True)
+    probabilities = network.drop_probabilities
+    # timm's rule: linear, from 0 for the first block to the given one for the last.
+    assert np.allclose(np.diff(probabilities), 0.5 / (len(probabilities) - 1))
+    assert (probabilities[0], probabilities[-1]) == (0, 0.5)
+
+    def scaled(last):
+        """Logits with the last branch scaled by ``last`` and the others by what they keep."""
+        plain = create_model(name, 4).set_train(True)
+        ends = [cell for path, cell in plain.cells_and_names() if path.endswith("conv2")]
+        factors = [*(1 / (1 - p) for p in probabilities[:-1]), last]
+        copy_weights(network, plain)
+        for end, factor in zip(ends, factors):
+            for parameter in end.get_parameters():
+                # Without a batch norm at its end, the last convolution itself is scaled.
+                if parameter.name.endswith(("gamma", "beta") if "56" in name else "weight"):
+                    parameter.set_data(Tensor(parameter.asnumpy() * np.float32(factor)))
+        return plain(images).asnumpy()
+
+    mask = np.ones((4, len(probabilities)), np.uint8)
+    mask[1:3, -1] = 0
+    found, kept, left_out = network(images, Tensor(mask)).asnumpy(), scaled(2.0), scaled(0.0)
+    # In wide networks a batch norm follows, whose statistics are of all four images.
+    if "56" in name:
+        assert np.allclose(found[[0, 3]], kept[[0, 3]], rtol=1e-4, atol=1e-4)
+        assert np.allclose(found[1:3], left_out[1:3], rtol=1e-4, atol=1e-4)
+    mask[:, -1] = 0
+    assert np.allclose(network(images, Tensor(mask)).asnumpy(), left_out, rtol=1e-4, atol=1e-4)
+    assert not np.allclose(kept, left_out, rtol=1e-2, atol=1e-2)
+
+
+def test_stochastic_depth_needs_residual_branches():
+    with pytest.raises(UserError, match="stochastic_depth=0.2: alexnet cannot leave out branches"):
+        create_model("alexnet", 4, image_size=64, stochastic_depth=0.2)
 
 
 def test_dropout_rests_in_evaluation():

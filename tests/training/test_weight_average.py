@@ -64,7 +64,7 @@ def test_what_is_logged_is_what_the_checkpoint_gives_and_resumes_to_the_same_bit
 ):
     flags = [*TINY, f"--data_path={image_root}/train", "--ema_decay=0.9", "--clip_norm=1"]
     flags += ["--run_eval=1", "--lr=0.05", "--deploy=1", "--block=acb", "--ckpt_interval=1"]
-    flags += ["--class_weights=1,2,1", "--layer_decay=0.8"]
+    flags += ["--class_weights=1,2,1", "--layer_decay=0.8", "--aug_repeats=2"]
     outcomes = []
     for name, stops in (("whole", []), ("parts", [2])):
         for last in (*stops, 4):

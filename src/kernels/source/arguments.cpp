@@ -76,6 +76,14 @@ double Arguments::real_attribute(int index) const {
     return value;
 }
 
+Relu Arguments::relu(int index) const {
+    int64_t kind = attribute(index);
+    if (kind < 0 || kind > static_cast<int64_t>(Relu::Six)) {
+        throw std::invalid_argument("there is no ReLU number " + std::to_string(kind));
+    }
+    return static_cast<Relu>(kind);
+}
+
 const char *Arguments::layer() const noexcept {
     if (count_ < 1 || !is(types_[0], "int64") || ranks_[0] != 1 || shapes_[0][0] < kName) return "";
     const char *name = static_cast<const char *>(data_[0]);

@@ -44,6 +44,7 @@ public:
 
     int64_t attribute(int index) const;
     double real_attribute(int index) const;
+    Relu relu(int attribute) const;
 
     // Checked views. They throw if the index, type, rank or shape differs from what is asked for.
     const float *floats(int input, std::initializer_list<int64_t> shape) const;

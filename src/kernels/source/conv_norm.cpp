@@ -20,14 +20,6 @@ int branches_of(const Arguments &a) {
 
 int attributes_of(int branches) { return kPadding + 4 * branches; }
 
-Relu relu_of(const Arguments &a) {
-    int64_t kind = a.attribute(kRelu);
-    if (kind < 0 || kind > static_cast<int64_t>(Relu::Six)) {
-        throw std::invalid_argument("there is no ReLU number " + std::to_string(kind));
-    }
-    return static_cast<Relu>(kind);
-}
-
 Convolution convolution_of(const Arguments &a, const Activation &x, int weight, int branch) {
     int padding = kPadding + 4 * branch;
     Geometry g{x.c,
@@ -65,7 +57,7 @@ const float *bias_of(const Arguments &a, const Convolution &conv, int bias) {
 BatchNorm batch_norm_of(const Arguments &a, int first, int64_t channels) {
     BatchNorm norm{};
     norm.branches = std::max(branches_of(a), 1);
-    norm.relu = relu_of(a);
+    norm.relu = a.relu(kRelu);
     norm.eps = a.real_attribute(kEps), norm.decay = a.real_attribute(kDecay);
     for (int b = 0; b < norm.branches; ++b) {
         Branch branch(first, b);
@@ -157,7 +149,7 @@ ACNET_KERNEL(conv_forward) {
     Convolution conv = convolution_of(a, x, 3, 0);
     Activation y = conv.y();
     Epilogue epilogue{bias_of(a, conv, 4),
-                      a.attribute(kShortcut) ? a.activation_data(2, y) : nullptr, relu_of(a)};
+                      a.attribute(kShortcut) ? a.activation_data(2, y) : nullptr, a.relu(kRelu)};
     convolve(conv, Pass::Training, a.activation_data(1, x), weights_of(a, conv, 3), epilogue,
              a.output_activation(5, y));
 }
@@ -171,7 +163,7 @@ ACNET_KERNEL(conv_backward) {
     Activation y = conv.y();
     const void *dy = a.activation_data(2, y);
     void *dshortcut = a.attribute(kShortcut) ? a.output_activation(7, y) : nullptr;
-    if (Relu relu = relu_of(a); relu != Relu::None) {
+    if (Relu relu = a.relu(kRelu); relu != Relu::None) {
         void *to = dshortcut ? dshortcut : scratch(Slot::Gradient, y.bytes());
         relu_backward(y, relu, a.activation_data(3, y), dy, to);
         dy = to;

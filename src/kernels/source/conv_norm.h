@@ -30,7 +30,6 @@ int branches_of(const Arguments &a);
 int attributes_of(int branches);
 
 // Throws for a number that is none of Relu's.
-Relu relu_of(const Arguments &a);
 
 // The convolution of branch `branch`, whose weights are tensor `weight`. Throws if they do not fit.
 Convolution convolution_of(const Arguments &a, const Activation &x, int weight, int branch);

@@ -58,6 +58,36 @@ void scale_and_shift(const Activation &like, const T *x, const float *scale, con
     });
 }
 
+template <class T>
+void add_scaled(const Activation &like, const T *branch, const T *shortcut, const float *factors,
+                Relu kind, T *to) {
+    int64_t blocks = like.c / like.block, size = like.pixels() * like.block;
+    Floats limit = limit_of(kind);
+    parallel_for(like.n * blocks, [&](int64_t index) {
+        Floats factor = broadcast(factors[index / blocks]);
+        for (int64_t i = index * size, end = i + size; i < end; i += kLanes) {
+            Floats value = load(branch + i) * factor + load(shortcut + i);
+            store(to + i, kind == Relu::None ? value : relu(value, limit));
+        }
+    });
+}
+
+template <class T>
+void add_scaled_backward(const Activation &like, const T *output, const T *gradient,
+                         const float *factors, Relu kind, T *to_branch, T *to_shortcut) {
+    int64_t blocks = like.c / like.block, size = like.pixels() * like.block;
+    Floats limit = limit_of(kind);
+    parallel_for(like.n * blocks, [&](int64_t index) {
+        Floats factor = broadcast(factors[index / blocks]);
+        for (int64_t i = index * size, end = i + size; i < end; i += kLanes) {
+            Floats value = load(gradient + i);
+            if (kind != Relu::None) value = relu_mask(load(output + i), value, limit);
+            store(to_branch + i, value * factor);
+            store(to_shortcut + i, value);
+        }
+    });
+}
+
 // fn(float{}) or fn(bfloat16{}), to choose a template.
 template <class Fn>
 void with_type(Type type, Fn fn) {
@@ -94,6 +124,47 @@ void scale_and_shift(const Activation &like, const void *x, const float *scale, 
 }
 
 }  // namespace acnet
+
+namespace {
+
+acnet::Activation blocked(const acnet::Arguments &a, int index) {
+    acnet::Activation like = a.activation(index);
+    if (like.block == 1) throw std::invalid_argument("needs blocks of channels");
+    return like;
+}
+
+}  // namespace
+
+// (attributes: kind of ReLU; branch, shortcut, factors (N,)) -> [relu](branch * factor + shortcut)
+ACNET_KERNEL(add_scaled) {
+    a.expect(1, 4, 1);
+    acnet::Activation like = blocked(a, 1);
+    const void *branch = a.activation_data(1, like), *shortcut = a.activation_data(2, like);
+    const float *factors = a.floats(3, {like.n});
+    void *to = a.output_activation(4, like);
+    acnet::Relu kind = a.relu(0);
+    acnet::with_type(like.type, [&](auto example) {
+        using T = decltype(example);
+        acnet::add_scaled(like, static_cast<const T *>(branch), static_cast<const T *>(shortcut),
+                          factors, kind, static_cast<T *>(to));
+    });
+}
+
+// (attributes, output, its gradient, factors (N,)) -> gradients of (branch, shortcut)
+ACNET_KERNEL(add_scaled_backward) {
+    a.expect(1, 4, 2);
+    acnet::Activation like = blocked(a, 1);
+    const void *output = a.activation_data(1, like), *gradient = a.activation_data(2, like);
+    const float *factors = a.floats(3, {like.n});
+    void *to_branch = a.output_activation(4, like), *to_shortcut = a.output_activation(5, like);
+    acnet::Relu kind = a.relu(0);
+    acnet::with_type(like.type, [&](auto example) {
+        using T = decltype(example);
+        acnet::add_scaled_backward(like, static_cast<const T *>(output),
+                                   static_cast<const T *>(gradient), factors, kind,
+                                   static_cast<T *>(to_branch), static_cast<T *>(to_shortcut));
+    });
+}
 
 // (a, b) -> a + b, all of one shape and type
 ACNET_KERNEL(add) {

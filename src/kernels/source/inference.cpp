@@ -134,7 +134,7 @@ void infer(const Arguments &a, const Convolution &conv, int first, int last, Fil
     // Any bias will do here: only whether there is one affects the layout.
     static const float some_bias = 0;
     Epilogue epilogue{&some_bias, a.attribute(kShortcut) ? a.activation_data(2, y) : nullptr,
-                      relu_of(a)};
+                      a.relu(kRelu)};
     auto packed = packed_weights(a, conv, epilogue, first, last, fill);
     epilogue.bias = packed->bias.data();
     convolve_packed(conv, a.activation_data(1, conv.x), packed->memory.get(), epilogue,
