@@ -7,14 +7,16 @@ inherit the signal mask.
 
 import atexit
 import io
+import itertools
 import os
 import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from src.distributed.launcher import (
     launched_rank,
@@ -23,7 +25,8 @@ from src.distributed.launcher import (
     tell_launcher_state,
 )
 from src.distributed.shutdown import PATIENCE_S, Signals, end_process
-from src.utils.errors import TrainingInterrupted, UserError
+from src.utils.errors import DamagedImage, TrainingInterrupted, UserError
+from src.utils.log import WARNING, escaped
 
 if TYPE_CHECKING:
     from src.cli.command import Command
@@ -39,6 +42,8 @@ _MEMORY_HINT = (
     "free some, or use a smaller --per_batch_size, fewer --num_parallel_workers or a smaller "
     "--max_pixels"
 )
+# How many damaged images each process names.
+_DAMAGED_NAMED = 10
 _SIGNAL_WORDS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
@@ -84,6 +89,7 @@ def run_process(action: Callable[[Signals], object], rank: int = 0) -> None:
     number of a signal. An error is one line from one rank, and ends all ranks.
     """
     _open_standard_streams()
+    _show_damaged_images()
     show_hidden_output()
     signals = Signals(
         lambda number: end_process(
@@ -150,6 +156,27 @@ def _prefix(rank: int) -> str:
     if rank == 0:
         return ""
     return f"rank {rank}: " if on_one_machine() else f"rank {rank} on {os.uname().nodename}: "
+
+
+def _show_damaged_images() -> None:
+    """Print a line for each DamagedImage that is warned of, up to a number of them."""
+    show_other, numbers = warnings.showwarning, itertools.count(1)
+
+    def show(message: object, category: type[Warning], *place: Any, **options: Any) -> None:
+        if not issubclass(category, DamagedImage):
+            show_other(message, category, *place, **options)  # type: ignore[arg-type]
+            return
+        number = next(numbers)
+        if number <= _DAMAGED_NAMED:
+            print(f"{WARNING}{escaped(message)}", file=sys.stderr, flush=True)
+        elif number == _DAMAGED_NAMED + 1:
+            print(
+                f"{WARNING}other images are damaged too; scripts/check_dataset.py lists them",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    warnings.showwarning = show
 
 
 def _open_standard_streams() -> None:

@@ -4,15 +4,17 @@ import errno
 import io
 import os
 import stat
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import cv2
 import numpy as np
+import simplejpeg
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
-from src.utils.errors import UserError
+from src.utils.errors import DamagedImage, UserError
 
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG"
 # First bytes of JPEG, PNG, BMP, WebP, TIFF (both byte orders), and the netpbm formats.
@@ -45,14 +47,12 @@ _TIFF_BITS = {1, 2, 4, 8, 16}
 _PNG_DEPTH = 24
 _GREY, _RGB = 0, 2
 _PLAIN_MODES = ("RGB", "L")
+# Cameras append small versions of a picture, which makes a JPEG an MPO for Pillow.
+_JPEG_FORMATS = ("JPEG", "MPO")
 # OpenCV takes the numbers in netpbm, TIFF and BMP files for bytes, whatever their range.
-_OPENCV_FORMATS = ("JPEG", "PNG", "WEBP")
-# By what the sides of a JPEG can be divided while it is decoded, and OpenCV's flags for that.
-_REDUCED = {
-    8: cv2.IMREAD_REDUCED_COLOR_8,
-    4: cv2.IMREAD_REDUCED_COLOR_4,
-    2: cv2.IMREAD_REDUCED_COLOR_2,
-}
+_OPENCV_FORMATS = ("PNG", "WEBP")
+# By what the sides of a JPEG can be divided while it is decoded.
+_REDUCTIONS = (8, 4, 2)
 # Formats whose Pillow mode "I" holds 16-bit values. In others it holds 32-bit ones, of any range.
 _SIXTEEN_BIT_FORMATS = ("PNG", "PPM")
 
@@ -96,7 +96,8 @@ def decode_image(
 
     Follows the EXIF orientation. Converts grey, CMYK and 16-bit pictures, and composites
     transparent parts onto white. Refuses files of 256 MiB or more, and images of more than
-    ``max_pixels`` pixels, from their headers: a small file may decode to gigabytes.
+    ``max_pixels`` pixels, from their headers: a small file may decode to gigabytes. Warns, as
+    DamagedImage, of a JPEG that can only be decoded in part.
 
     Args:
         name: what to call it in a message.
@@ -127,12 +128,7 @@ def decode_image(
                 "sets the limit"
             )
         try:
-            reduction = _reduction(picture, least_side)
-            if _is_plain(picture):
-                return _decoded_by_opencv(encoded, name, reduction)
-            if reduction > 1:
-                picture.draft(None, (picture.width // reduction, picture.height // reduction))
-            return _as_seen(picture, encoded, name)
+            return _decoded(picture, encoded, name, _reduction(picture, least_side))
         except (BadImage, MemoryError):
             raise
         except Exception as failure:  # as above
@@ -165,19 +161,47 @@ def open_picture(content: bytes | memoryview) -> Image.Image:
 
 def _reduction(picture: Image.Image, least_side: int) -> int:
     """By what to divide the sides of a picture while it is decoded: 1, 2, 4 or 8."""
-    # Cameras append small versions of a picture, which makes it an MPO for Pillow.
-    if picture.format not in ("JPEG", "MPO") or not least_side:
+    if picture.format not in _JPEG_FORMATS or not least_side:
         return 1
     fraction = min(picture.size) // least_side
-    return next((reduction for reduction in _REDUCED if reduction <= fraction), 1)
+    return next((reduction for reduction in _REDUCTIONS if reduction <= fraction), 1)
 
 
-def _decoded_by_opencv(encoded: np.ndarray, name: str, reduction: int) -> np.ndarray:
+def _decoded(picture: Image.Image, encoded: np.ndarray, name: str, reduction: int) -> np.ndarray:
+    damage = ""
+    if picture.format in _JPEG_FORMATS and picture.mode in _PLAIN_MODES:
+        try:
+            return _turned(_decoded_jpeg(encoded, picture, reduction), picture)
+        except ValueError as failure:
+            damage = str(failure).removeprefix("Corrupt JPEG data: ")
+    if _is_plain(picture):
+        return _decoded_by_opencv(encoded, name)
+    if reduction > 1:
+        picture.draft(None, (picture.width // reduction, picture.height // reduction))
+    # Pillow shows what can be read of a damaged JPEG, and refuses one that was cut off.
+    pixels = _as_seen(picture, encoded, name)
+    if damage:
+        message = f"{name} is damaged, and only a part is right: {damage}"
+        warnings.warn(message, DamagedImage, 3)
+    return pixels
+
+
+def _decoded_jpeg(encoded: np.ndarray, picture: Image.Image, reduction: int) -> np.ndarray:
+    """A JPEG as it is stored. Raises ValueError if something in it does not fit together."""
+    width, height = (-(-side // reduction) for side in picture.size)
+    try:
+        return simplejpeg.decode_jpeg(
+            encoded, "RGB", min_width=width, min_height=height, min_factor=reduction
+        )
+    except ValueError as failure:
+        if "memory" in str(failure).lower():
+            raise MemoryError(str(failure)) from None
+        raise
+
+
+def _decoded_by_opencv(encoded: np.ndarray, name: str) -> np.ndarray:
     """Faster than Pillow, and the same picture if it is upright, opaque and of 8 bits."""
     try:
-        if reduction > 1:
-            image = cv2.imdecode(encoded, _REDUCED[reduction] | cv2.IMREAD_IGNORE_ORIENTATION)
-            return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
         image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error as failure:
         if failure.code == cv2.Error.StsNoMem:
@@ -227,7 +251,6 @@ def _upright(picture: Image.Image, transparent: np.ndarray | None = None) -> np.
     black = 65535 if _tiff_tag(picture, _PHOTOMETRIC) == 0 else 0
     # Pillow turns a TIFF upright when it loads it, and then has no orientation any more.
     picture.load()
-    orientation = _orientation(picture)
     pixels = np.empty((picture.height, picture.width, 3), np.uint8)
     # Strip by strip: a copy of the whole picture for each operation would take five times as much.
     for top in range(0, picture.height, _STRIP_ROWS):
@@ -236,6 +259,12 @@ def _upright(picture: Image.Image, transparent: np.ndarray | None = None) -> np.
         pixels[top:bottom] = _strip_as_seen(strip, black)
     if transparent is not None:
         pixels[transparent] = 255
+    return _turned(pixels, picture)
+
+
+def _turned(pixels: np.ndarray, picture: Image.Image) -> np.ndarray:
+    """The pixels turned as the picture's metadata says."""
+    orientation = _orientation(picture)
     return _TURNS[orientation](pixels).copy() if orientation in _TURNS else pixels
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
@@ -55,7 +56,7 @@ def check_files(
 ) -> Iterator[Finding | None]:
     """Yield a Finding or None for each of ``paths``, in order, decoded by ``workers`` processes."""
     check = partial(_check_file, max_pixels=max_pixels)
-    with ProcessPoolExecutor(workers, initializer=_redirect_warnings) as pool:
+    with ProcessPoolExecutor(workers, initializer=_redirect_output) as pool:
         yield from pool.map(check, paths, chunksize=_CHUNK)
 
 
@@ -67,25 +68,29 @@ def summary(images: ImageSet) -> str:
 
 
 def _check_file(path: str, max_pixels: int) -> Finding | None:
-    try:
-        read_image(path, max_pixels)
-    except BadImage as failure:
-        _take_warnings()
-        return Finding(path, str(failure).removeprefix(path).strip(), bad=True)
-    warnings = _take_warnings()
-    return Finding(path, f"decodes with a warning: {warnings}", bad=False) if warnings else None
+    with warnings.catch_warnings(record=True) as damages:
+        warnings.simplefilter("always")
+        try:
+            read_image(path, max_pixels)
+        except BadImage as failure:
+            _take_output()
+            return Finding(path, str(failure).removeprefix(path).strip(), bad=True)
+    said = _take_output()
+    if damages:
+        return Finding(path, str(damages[0].message).removeprefix(path).strip(), bad=False)
+    return Finding(path, f"decodes with a warning: {said}", bad=False) if said else None
 
 
-def _redirect_warnings() -> None:
+def _redirect_output() -> None:
     """Send standard error to a file, in a worker process.
 
-    libjpeg and libpng report damaged data only there.
+    libpng reports damaged data only there.
     """
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
 
 
-def _take_warnings() -> str:
+def _take_output() -> str:
     """The first line that was written to the file, which is empty afterwards."""
     os.lseek(2, 0, os.SEEK_SET)
     text = os.read(2, 200).decode(errors="replace").strip()

@@ -19,6 +19,10 @@ class PartialFailure(UserError):
     status = 1
 
 
+class DamagedImage(UserWarning):
+    """An image file can be decoded, but what is in it does not fit together."""
+
+
 class TrainingInterrupted(Exception):
     """Training saved its state after a signal; the process exits with status 128 + signal."""
 

@@ -5,6 +5,7 @@ import os
 import struct
 import zlib
 
+import cv2
 import numpy as np
 import pytest
 from conftest import execute, make_config
@@ -15,7 +16,7 @@ from src.dataset.batches import EvalBatches, TrainBatches
 from src.dataset.decoding import BadImage, decode_image, picture_pixels, read_image
 from src.dataset.packed import pack
 from src.dataset.sources import open_images
-from src.utils.errors import UserError
+from src.utils.errors import DamagedImage, UserError
 
 TURNS = {
     1: lambda x: x,
@@ -107,15 +108,40 @@ def test_a_picture_that_its_camera_stored_turned_is_the_upright_one(tmp_path, or
     assert np.abs(seen.astype(int) - photograph()).max() <= (0 if suffix != "jpg" else 12)
 
 
-def test_opencv_and_pillow_decode_the_same_jpeg(tmp_path):
-    """One decoder reads an upright JPEG, the other one with an orientation.
-
-    The pixels are the same but for rounding.
-    """
-    Image.fromarray(photograph()).save(tmp_path / "plain.jpg", quality=90)
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_jpeg_has_the_pixels_that_pillow_and_opencv_decode(
+    tmp_path, subsampling, progressive, mode
+):
+    picture = Image.fromarray(photograph()).convert(mode)
+    options = {"quality": 90, "progressive": progressive}
+    picture.save(tmp_path / "plain.jpg", subsampling=subsampling, **options)
+    found = read_image(tmp_path / "plain.jpg")
     with Image.open(tmp_path / "plain.jpg") as picture:
-        by_pillow = np.asarray(picture.convert("RGB")).astype(int)
-    assert np.abs(read_image(tmp_path / "plain.jpg") - by_pillow).max() <= 1
+        assert np.array_equal(found, np.asarray(picture.convert("RGB")))
+    by_opencv = cv2.imread(str(tmp_path / "plain.jpg"), cv2.IMREAD_COLOR_RGB)
+    assert np.array_equal(found, by_opencv)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_jpeg_that_is_damaged_in_the_middle_is_named(tmp_path, orientation):
+    """Nobody was told but by libjpeg, without the file's name."""
+    path = tmp_path / "x.jpg"
+    stored_turned(path, orientation, np.tile(photograph(), (5, 5, 1)), quality=90)
+    whole = read_image(path)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 200] = bytes(200)
+    path.write_bytes(content)
+    with pytest.warns(DamagedImage, match=f"{path} is damaged, and only a part is right: "):
+        found = read_image(path)
+    assert found.shape == whole.shape and not np.array_equal(found, whole)
+    assert np.array_equal(found, np.asarray(ImageOps.exif_transpose(Image.open(path))))
+    with pytest.warns(DamagedImage):
+        assert read_image(path, least_side=50).shape == tuple(s // 4 for s in whole.shape[:2]) + (
+            3,
+        )
 
 
 def test_every_command_and_packed_sets_see_the_same_picture(tmp_path):
