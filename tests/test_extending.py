@@ -181,7 +181,7 @@ def test_a_key(tmp_path):
     assert run.out.split() == ["4", "True", "True", "True"], run
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_model_trains_on_the_batches(tmp_path):
     """mindspore.train.Model, as in the document, from the checkout."""
     part = re.search(r"^## mindspore.train.Model\n(.*?)(?=^## )", TEXT, re.M | re.S)[1]

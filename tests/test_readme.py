@@ -126,7 +126,7 @@ def test_short_training_commands_of_the_documents_run(tmp_path):
         assert run.status == 0, run
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_quickstart(tmp_path):
     """The README's first command, in a copy with this environment."""
     import os

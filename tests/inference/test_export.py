@@ -203,14 +203,12 @@ def test_the_documents_example_needs_no_mindspore(trained_run, image_root, tmp_p
 @pytest.mark.parametrize(
     "name,size,fused",
     [
-        ("alexnet", 80, True),
-        ("resnet18", 32, True),
         ("resnext50_32x4d", 32, True),
         ("alexnet", 80, False),
         ("resnet18", 32, False),
         *(
             pytest.param(name, 32, True, marks=pytest.mark.extended)
-            for name in ("wrn16_8_cifar", "vgg16_cifar", "resnet56_cifar")
+            for name in ("wrn16_8_cifar", "vgg16_cifar")
         ),
     ],
 )
