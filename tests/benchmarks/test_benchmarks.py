@@ -3,8 +3,13 @@
 import json
 import re
 
+import numpy as np
 import pytest
 from conftest import ROOT, execute, write_image_folder
+from mindspore import nn
+
+from benchmarks.acnet_claims import pruned_top1
+from src.utils.errors import UserError
 
 
 def test_train_step_prints_its_line():
@@ -48,6 +53,84 @@ def test_acnet_study_prints_its_lines_and_figures(tmp_path):
         row["acb_top1"], abs=0.3
     )
     assert {file.name for file in tmp_path.iterdir()} == {"rotation.png", "skeleton.png"}
+
+
+@pytest.mark.slow
+def test_acnet_claims_turns_the_images_and_prunes_the_kernels(trained_run, image_root, tmp_path):
+    run = execute(
+        [
+            "python3",
+            "benchmarks/acnet_claims.py",
+            f"--data_path={image_root}/val",
+            f"--checkpoints={trained_run}/best.ckpt",
+            "--ratios=0,0.3",
+            "--seeds=2",
+            f"--results={tmp_path}",
+        ]
+    )
+    assert run.status == 0, run
+    (file,) = tmp_path.iterdir()
+    found = json.loads(file.read_text())
+    metrics = [
+        json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()
+    ]
+    best = max(line["top1"] for line in metrics)
+    assert found["turned"]["0"] == pytest.approx(best, abs=0.01)
+    assert list(found["turned"]) == ["0", "15", "30", "45", "90", "135", "180"]
+    for by_ratio in found["pruned"].values():
+        assert by_ratio["0"] == [found["turned"]["0"]] * 2
+
+
+@pytest.mark.parametrize("position,allowed", [("skeleton", 9), ("corners", 16), ("all", 25)])
+def test_acnet_claims_prunes_at_one_position_and_puts_back(position, allowed):
+    conv = nn.Conv2d(4, 6, 5)
+    before, seen = conv.weight.asnumpy().copy(), []
+    network = nn.SequentialCell(conv)
+    pruned_top1(network, position, 0.3, 0, lambda: seen.append(conv.weight.asnumpy().copy()))
+    assert np.array_equal(conv.weight.asnumpy(), before)
+    gone = (seen[0] == 0) & (before != 0)
+    assert gone.sum() == round(0.3 * before.size)
+    assert np.array_equal(seen[0][~gone], before[~gone])
+    positions = np.flatnonzero(gone.any((0, 1)))
+    middle = {2, 7, 12, 17, 22, 10, 11, 13, 14}
+    assert len(positions) == allowed
+    assert position == "all" or (set(positions) == middle) == (position == "skeleton")
+    with pytest.raises(UserError, match="more than there are"):
+        pruned_top1(network, position, 1.01, 0, lambda: None)
+
+
+def test_old_figures_names_those_whose_code_has_changed(tmp_path):
+    def git(*words):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        return execute(["git", *identity, *words], cwd=tmp_path)
+
+    for name, text in {
+        "benchmarks/old_figures.py": (ROOT / "benchmarks" / "old_figures.py").read_text(),
+        "src/training/step.py": "1",
+        "src/cli/config.py": "1",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    git("init")
+    git("add", ".")
+    assert git("commit", "-m", "first").status == 0
+    commit = git("rev-parse", "--short", "HEAD").out.strip()
+    (tmp_path / "docs").mkdir()
+    table = "| a |\n| --- |\n| 1 |\n"
+    (tmp_path / "docs" / "x.md").write_text(
+        f"# Speed\n\nMeasured by benchmarks/a.py at commit {commit}.\n\n{table}\n"
+        f"# Memory\n\nMeasured by benchmarks/b.py.\n\n{table}"
+    )
+    words = ["python3", tmp_path / "benchmarks" / "old_figures.py"]
+    memory = "docs/x.md, 'Memory': a table that names no commit"
+    assert execute(words).out.splitlines() == [memory]
+    (tmp_path / "src/cli/config.py").write_text("2")
+    git("commit", "-am", "the command line")
+    assert execute(words).out.splitlines() == [memory]
+    (tmp_path / "src/training/step.py").write_text("2")
+    git("commit", "-am", "the step")
+    old = f"docs/x.md, 'Speed': commit {commit}, changes since then: 1 in src/training"
+    assert execute(words).out.splitlines() == [old, memory]
 
 
 def test_checkpoint_cost_prints_its_line():
