@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make or update .venv:
 #
-#   bash scripts/setup.sh [--kernels] [--gpu] [--onnx] [--hdf5] [--serve] [--tensorboard]
+#   bash scripts/setup.sh [--kernels] [--gpu] [--onnx] [--hdf5] [--heif] [--serve] [--tensorboard]
 #                         [--test] [--parity] [--lint] [--docs]
 #
 # The options are the extras of pyproject.toml. The fast kernels for CPU are built with the machine's
@@ -18,8 +18,8 @@ venv=${VENV:-.venv}
 extras=()
 for argument in "$@"; do
     case $argument in
-        --kernels|--gpu|--onnx|--hdf5|--serve|--tensorboard|--test|--parity|--lint|--docs) extras+=("${argument#--}") ;;
-        *) fail "unknown argument '$argument'; usage: bash scripts/setup.sh [--kernels] [--gpu] [--onnx] [--hdf5] [--serve] [--tensorboard] [--test] [--parity] [--lint] [--docs]" ;;
+        --kernels|--gpu|--onnx|--hdf5|--heif|--serve|--tensorboard|--test|--parity|--lint|--docs) extras+=("${argument#--}") ;;
+        *) fail "unknown argument '$argument'; usage: bash scripts/setup.sh [--kernels] [--gpu] [--onnx] [--hdf5] [--heif] [--serve] [--tensorboard] [--test] [--parity] [--lint] [--docs]" ;;
     esac
 done
 

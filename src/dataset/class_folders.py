@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from src.dataset.decoding import HEIF_ENDINGS, reads_heif
 from src.dataset.image_set import ImageSet, find_class
 from src.utils.errors import UserError
 
@@ -32,6 +33,7 @@ EXTENSIONS = (
     ".gif",
     ".avif",
     ".avifs",
+    *(HEIF_ENDINGS if reads_heif() else ()),
 )
 # Names of the parts of a data set, in lower case. A test set validates if there is no other.
 SPLITS = {
@@ -203,9 +205,12 @@ def list_images(folder: Path | str) -> tuple[list[str], list[str]]:
 def unread(paths: Sequence[str]) -> str:
     """Words for files and folders that are left out: how many, of which kinds, one of them."""
     kinds = sorted({_kind(path) for path in paths})
-    kinds = [*kinds[:_KINDS_NAMED], *(["..."] * (len(kinds) > _KINDS_NAMED))]
+    named = [*kinds[:_KINDS_NAMED], *(["..."] * (len(kinds) > _KINDS_NAMED))]
+    heif = [kind for kind in kinds if kind in HEIF_ENDINGS]
+    hint = f"; 'bash scripts/setup.sh --heif' makes {heif[0]} readable" if heif else ""
     return (
-        f"{len(paths)} files or folders that are not read ({', '.join(kinds)}), such as {paths[0]}"
+        f"{len(paths)} files or folders that are not read ({', '.join(named)}), such as {paths[0]}"
+        f"{hint}"
     )
 
 

@@ -6,6 +6,8 @@ import os
 import stat
 import warnings
 from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import cv2
@@ -21,6 +23,9 @@ _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG"
 _MAGIC = (_JPEG, _PNG, b"BM", b"RIFF", b"II*\0", b"MM\0*", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6")
 # Pillow's other plug-ins start programs (Ghostscript) or decode before they know the size (ICO).
 _FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "PPM", "GIF", "AVIF", "JPEG2000", "TGA")
+# High Efficiency Image Files: photographs of iPhones. They need the package pillow-heif.
+HEIF_ENDINGS = (".heic", ".heif", ".hif")
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 # What the last bytes of a complete file contain; cameras may append some bytes.
 _ENDS = {_JPEG: b"\xff\xd9", _PNG: b"IEND"}
 _LAST_BYTES = 64
@@ -116,6 +121,8 @@ def decode_image(
         picture = open_picture(encoded.data)
     except MemoryError:
         raise
+    except BadImage as failure:
+        raise BadImage(f"{name} cannot be decoded: {failure}") from None
     except Image.DecompressionBombError:
         raise BadImage(f"{name} has {_TOO_MANY}") from None
     except Exception as failure:  # many kinds, one for each format's way of being damaged
@@ -156,7 +163,29 @@ def picture_pixels(picture: Image.Image) -> np.ndarray:
 
 def open_picture(content: bytes | memoryview) -> Image.Image:
     """A picture of which Pillow has read the header. Raises what Pillow does for a damaged one."""
-    return Image.open(io.BytesIO(content), formats=_FORMATS)
+    if not _is_heif(content):
+        return Image.open(io.BytesIO(content), formats=_FORMATS)
+    _register_heif()
+    return Image.open(io.BytesIO(content), formats=("HEIF",))
+
+
+def reads_heif() -> bool:
+    """Whether the package that decodes HEIF is installed."""
+    return find_spec("pillow_heif") is not None
+
+
+def _is_heif(content: bytes | memoryview) -> bool:
+    return bytes(content[4:8]) == b"ftyp" and bytes(content[8:12]) in _HEIF_BRANDS
+
+
+@cache
+def _register_heif() -> None:
+    """Let Pillow open HEIF. Raises BadImage without the package for it."""
+    if not reads_heif():
+        raise BadImage("HEIF is read after 'bash scripts/setup.sh --heif'")
+    import pillow_heif
+
+    pillow_heif.register_heif_opener(thumbnails=False)
 
 
 def _reduction(picture: Image.Image, least_side: int) -> int:

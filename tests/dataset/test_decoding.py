@@ -13,7 +13,8 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from src.dataset.batches import EvalBatches, TrainBatches
-from src.dataset.decoding import BadImage, decode_image, picture_pixels, read_image
+from src.dataset.class_folders import unread
+from src.dataset.decoding import BadImage, _register_heif, decode_image, picture_pixels, read_image
 from src.dataset.packed import pack
 from src.dataset.sources import open_images
 from src.utils.errors import DamagedImage, UserError
@@ -122,6 +123,32 @@ def test_a_jpeg_has_the_pixels_that_pillow_and_opencv_decode(
         assert np.array_equal(found, np.asarray(picture.convert("RGB")))
     by_opencv = cv2.imread(str(tmp_path / "plain.jpg"), cv2.IMREAD_COLOR_RGB)
     assert np.array_equal(found, by_opencv)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_photographs_of_iphones_are_read_upright(tmp_path, orientation):
+    pillow_heif = pytest.importorskip("pillow_heif", reason="HEIF is an optional extra")
+    pillow_heif.register_heif_opener()
+    pixels = np.tile(photograph(), (2, 2, 1))
+    stored = Image.fromarray(np.ascontiguousarray(TURNS[orientation](pixels)))
+    exif = stored.getexif()
+    exif[0x0112] = orientation
+    # From here pillow-heif also takes the rotation that HEIF has besides EXIF's.
+    stored.info["exif"] = exif.tobytes()
+    (tmp_path / "train" / "ant").mkdir(parents=True)
+    stored.save(tmp_path / "train" / "ant" / "x.HEIC", format="HEIF", quality=100)
+    images = open_images(str(tmp_path / "train"), "train")
+    assert images.load(0).shape == pixels.shape and not images.left_out
+    assert np.abs(images.load(0).astype(int) - pixels).mean() < 6
+
+
+def test_how_to_read_heif_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("src.dataset.decoding.reads_heif", lambda: False)
+    (tmp_path / "x.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(12))
+    _register_heif.cache_clear()
+    with pytest.raises(BadImage, match="x.heic cannot be decoded: .*setup.sh --heif"):
+        read_image(tmp_path / "x.heic")
+    assert unread(["a/x.heic"]).endswith("; 'bash scripts/setup.sh --heif' makes .heic readable")
 
 
 @pytest.mark.parametrize("orientation", [1, 6])

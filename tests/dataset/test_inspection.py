@@ -63,8 +63,8 @@ def test_a_sound_set_has_nothing_to_look_at(image_root, tmp_path):
             marks=pytest.mark.extended,
         ),
         pytest.param(
-            "heic",
-            ("left out of the images: 2 files", ".heic", "IMG_0.HEIC"),
+            "raw",
+            ("left out of the images: 2 files", ".cr2", "IMG_0.CR2"),
             marks=pytest.mark.extended,
         ),
     ],
@@ -94,9 +94,9 @@ def test_what_is_wrong_is_said(image_root, tmp_path, damage, words):
     elif damage == "cut":
         content = (train / "ant" / "000.jpg").read_bytes()
         (train / "ant" / "cut.jpg").write_bytes(content[: len(content) // 2])
-    elif damage == "heic":
+    elif damage == "raw":
         for number in range(2):
-            (train / "ant" / f"IMG_{number}.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+            (train / "ant" / f"IMG_{number}.CR2").write_bytes(b"II*\0\x10\0\0\0CR")
     else:
         (train / "ant" / "bad.jpg").write_text("text")
     run = preview(root)

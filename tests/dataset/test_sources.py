@@ -269,8 +269,8 @@ def test_validation_images_lie_beside_the_training_ones(image_root):
 
 def test_what_looks_like_an_image_and_is_left_out_is_counted_and_named(broken_copy):
     bee = broken_copy / "train" / "bee"
-    (bee / "a.heic").write_bytes(b"x")
-    (bee / "b.HEIC").write_bytes(b"x")
+    (bee / "a.cr2").write_bytes(b"x")
+    (bee / "b.CR2").write_bytes(b"x")
     (bee / "linked").symlink_to(broken_copy / "train" / "cat")
     (bee / "notes.txt").write_text("no picture")
     os.mkfifo(bee / "pipe.jpg")
@@ -279,12 +279,12 @@ def test_what_looks_like_an_image_and_is_left_out_is_counted_and_named(broken_co
     line = left_out_message(images, "training")
     assert (
         "4 files or folders" in line
-        and ".heic" in line
+        and ".cr2" in line
         and ".jpg" in line
         and "linked folder" in line
     )
     assert (
-        str(bee / "a.heic") in line
+        str(bee / "a.cr2") in line
         and left_out_message(open_images(str(broken_copy / "val"), "val"), "") is None
     )
 
