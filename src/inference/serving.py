@@ -5,7 +5,7 @@ packages starlette and uvicorn are an optional extra.
 """
 
 import asyncio
-import email
+import html
 import resource
 import socket
 import time
@@ -26,6 +26,7 @@ from src.distributed.shutdown import Signals
 from src.inference.backends import Backend, open_backends, with_flip
 from src.inference.checkpoint_model import CheckpointModel
 from src.inference.prediction import Prediction
+from src.inference.server_requests import Figures, openapi, read_request
 from src.runs.checkpoint import choose_checkpoint
 from src.utils.errors import UserError
 from src.utils.log import create_log
@@ -41,6 +42,7 @@ _TIMED = 3
 _BODY_S = 60
 # How long accepted requests are answered after a signal to stop.
 _STOP_S = 60
+_CLASSES_ASKED = 6
 _PAGE = Path(__file__).with_name("serving_page.html")
 
 
@@ -96,6 +98,11 @@ class Batcher:
             ]
             self._fastest[size] = self._backends[int(np.argmin(seconds))]
 
+    @property
+    def waiting(self) -> int:
+        """Number of images that wait for the next batch."""
+        return self._waiting.qsize()
+
     async def classify(self, image: np.ndarray) -> np.ndarray:
         """Probabilities (C,) of an image (S, S, 3). Raises Busy."""
         answer: asyncio.Future[np.ndarray] = asyncio.get_running_loop().create_future()
@@ -145,7 +152,7 @@ def _seconds(backend: Backend, images: np.ndarray) -> float:
 
 
 def create_app(model: CheckpointModel, backends: Sequence[Backend]) -> Any:
-    """The ASGI application: a page at /, POST /predict, GET /health.
+    """The ASGI application: a page at /, POST /predict, GET /health, /metrics and /openapi.json.
 
     Args:
         backends: (B, S, S, 3) uint8 images -> (B, C) logits; all are timed for every batch size.
@@ -164,45 +171,56 @@ def create_app(model: CheckpointModel, backends: Sequence[Backend]) -> Any:
     )
 
     batcher.warm_up()
+    figures = Figures()
     # The default pool has more threads than cores, each of which may hold a large image.
     readers = ThreadPoolExecutor(available_cores(), thread_name_prefix="reader")
 
-    def prepared(body: bytes) -> np.ndarray:
+    question = html.escape(_question(list(sendable)) or model.config.network)
+
+    def prepared(name: str, body: bytes) -> np.ndarray:
         encoded = np.frombuffer(body, np.uint8)
         config = model.config
-        image = decode_image(encoded, "the body", config.max_pixels, eval_least_side(config))
+        image = decode_image(encoded, name, config.max_pixels, eval_least_side(config))
         return eval_transform(image, config)
 
-    async def predict(request: Any) -> Any:
+    async def answer_of(name: str, body: bytes) -> tuple[int, dict[str, Any]]:
+        """(status, answer) for one image."""
+        try:
+            loop = asyncio.get_running_loop()
+            image = await loop.run_in_executor(readers, prepared, name, body)
+            probabilities = await batcher.classify(image)
+        except BadImage as failure:
+            return 400, {"error": str(failure)}
+        except MemoryError:
+            return 503, {"error": "there is too little memory for this image now; try again"}
+        except Busy:
+            return 503, {"error": "too many requests are waiting; try again"}
+        return 200, Prediction.of("", probabilities, model).answer()
+
+    async def answer(request: Any) -> tuple[int, dict[str, Any]]:
         try:
             body = await asyncio.wait_for(_body(request), _BODY_S)
         except asyncio.TimeoutError:
-            return _error(408, f"the image did not arrive within {_BODY_S} s")
+            return 408, {"error": f"the image did not arrive within {_BODY_S} s"}
         if body is None:
-            return _error(413, f"the image has more than {LARGEST_BODY >> 20} MiB")
+            return 413, {"error": f"the image has more than {LARGEST_BODY >> 20} MiB"}
         content_type = request.headers.get("content-type", "")
-        if content_type.lower().startswith("multipart/"):
-            loop = asyncio.get_running_loop()
-            files = await loop.run_in_executor(readers, files_in_form, content_type, body)
-            if len(files) > 1:
-                return _error(400, f"send one image per request; this form has {len(files)} files")
-            body = files[0] if files else b""
-        if not body:
-            return _error(
-                400,
-                "send an image as the body of the request, as curl --data-binary @photo.jpg does, "
-                "or as the file of a form, as curl --form image=@photo.jpg does",
-            )
+        loop = asyncio.get_running_loop()
         try:
-            image = await asyncio.get_running_loop().run_in_executor(readers, prepared, body)
-            probabilities = await batcher.classify(image)
-        except BadImage as failure:
-            return _error(400, str(failure))
-        except MemoryError:
-            return _error(503, "there is too little memory for this image now; try again")
-        except Busy:
-            return _error(503, "too many requests are waiting; try again")
-        return starlette.responses.JSONResponse(Prediction.of("", probabilities, model).answer())
+            sent = await loop.run_in_executor(readers, read_request, content_type, body)
+        except ValueError as failure:
+            return 400, {"error": str(failure)}
+        answers = await asyncio.gather(*(answer_of(*image) for image in sent.images))
+        if not sent.is_list:
+            return answers[0]
+        names = (name for name, _ in sent.images)
+        return 200, {"answers": [{"image": n, **found} for n, (_, found) in zip(names, answers)]}
+
+    async def predict(request: Any) -> Any:
+        started = time.perf_counter()
+        status, found = await answer(request)
+        figures.add(status, time.perf_counter() - started)
+        return starlette.responses.JSONResponse(found, status)
 
     async def health(request: Any) -> Any:
         return starlette.responses.JSONResponse(
@@ -215,13 +233,18 @@ def create_app(model: CheckpointModel, backends: Sequence[Backend]) -> Any:
             }
         )
 
-    async def page(request: Any) -> Any:
-        return starlette.responses.HTMLResponse(
-            _PAGE.read_text(encoding="utf-8").replace("NETWORK", model.config.network)
-        )
+    async def metrics(request: Any) -> Any:
+        text = figures.text(batcher.images, batcher.batches, batcher.waiting)
+        return starlette.responses.PlainTextResponse(text)
 
-    def _error(status: int, text: str) -> Any:
-        return starlette.responses.JSONResponse({"error": text}, status)
+    async def description(request: Any) -> Any:
+        return starlette.responses.JSONResponse(openapi(model.config.network, list(sendable)))
+
+    async def page(request: Any) -> Any:
+        text = _PAGE.read_text(encoding="utf-8")
+        return starlette.responses.HTMLResponse(
+            text.replace("NETWORK", model.config.network).replace("QUESTION", question)
+        )
 
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
@@ -236,6 +259,8 @@ def create_app(model: CheckpointModel, backends: Sequence[Backend]) -> Any:
             route("/", page),
             route("/predict", predict, methods=["POST"]),
             route("/health", health),
+            route("/metrics", metrics),
+            route("/openapi.json", description),
         ],
     )
     app.state.batcher = batcher
@@ -257,17 +282,11 @@ async def _body(request: Any) -> bytes | None:
     return b"".join(parts)
 
 
-def files_in_form(content_type: str, body: bytes) -> list[bytes]:
-    """The files of a multipart/form-data body (RFC 7578), else its first field."""
-    header = f"Content-Type: {content_type}\r\n\r\n".encode("latin-1", "replace")
-    try:
-        form = email.message_from_bytes(header + body)
-    except (RecursionError, LookupError, ValueError):  # parts within parts, unknown character sets
-        return []
-    parts = [part for part in form.walk() if not part.is_multipart()] if form.is_multipart() else []
-    files = [part for part in parts if part.get_filename() is not None]
-    contents = [part.get_payload(decode=True) for part in files or parts[:1]]
-    return [content for content in contents if isinstance(content, bytes)]
+def _question(classes: Sequence[str]) -> str:
+    """ "ant, bee or cat?"; "" for more classes than a title has room for."""
+    if not 2 <= len(classes) <= _CLASSES_ASKED:
+        return ""
+    return f"{', '.join(classes[:-1])} or {classes[-1]}?"
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -1,6 +1,7 @@
 """serve.py: answers as predict.py's, bounds, batches, the end; its page in a browser."""
 
 import asyncio
+import base64
 import http.client
 import json
 import re
@@ -20,7 +21,8 @@ pytest.importorskip("uvicorn")
 from src.inference.backends import MindSporeBackend, open_backends  # noqa: E402
 from src.inference.export import export_checkpoint  # noqa: E402
 from src.inference.onnx import OnnxBackend  # noqa: E402
-from src.inference.serving import LARGEST_BODY, Batcher, Busy, bind, files_in_form  # noqa: E402
+from src.inference.server_requests import files_in_form  # noqa: E402
+from src.inference.serving import LARGEST_BODY, Batcher, Busy, bind  # noqa: E402
 from src.kernels.library import KernelChoice  # noqa: E402
 from src.utils.errors import UserError  # noqa: E402
 
@@ -151,20 +153,87 @@ def test_files_in_forms_arrive_as_they_are():
         data = random.choice(values, random.integers(0, 300)).astype(np.uint8).tobytes()
         form = b'--edge\r\nContent-Disposition: form-data; name="x"; filename="y"\r\n\r\n'
         found = files_in_form("multipart/form-data; boundary=edge", form + data + b"\r\n--edge--")
-        assert found == [data], data
+        assert found == [("y", data)], data
     assert files_in_form("multipart/form-data", b"no boundary") == []
     nested = b"--edge\r\nContent-Type: multipart/mixed; boundary=edge\r\n\r\n" * 3000
     assert files_in_form("multipart/form-data; boundary=edge", nested) is not None
 
 
-def test_a_form_with_two_files_is_refused(server, image_root):
-    photo = (image_root / "val" / "bee" / "000.jpg").read_bytes()
-    part = b'--edge\r\nContent-Disposition: form-data; name="x"; filename="y"\r\n\r\n' + photo
+def test_several_files_of_a_form_have_an_answer_each(server, image_root):
+    photos = [(image_root / "val" / name / "000.jpg").read_bytes() for name in ("bee", "cat")]
     kind = {"Content-Type": "Multipart/Form-Data; boundary=edge"}
-    status, answer = server.request("POST", "/predict", (part + b"\r\n") * 2 + b"--edge--", **kind)
-    assert status == 400 and "this form has 2 files" in answer["error"]
-    status, _ = server.request("POST", "/predict", part + b"\r\n--edge--", **kind)
-    assert status == 200
+
+    def form(*files):
+        head = b'--edge\r\nContent-Disposition: form-data; name="x"; filename="%d.jpg"\r\n\r\n'
+        parts = (head % number + data + b"\r\n" for number, data in enumerate(files))
+        return b"".join(parts) + b"--edge--"
+
+    alone = [server.request("POST", "/predict", photo)[1] for photo in photos]
+    status, found = server.request("POST", "/predict", form(*photos, b"text"), **kind)
+    assert status == 200 and [answer.pop("image") for answer in found["answers"]] == [
+        "0.jpg",
+        "1.jpg",
+        "2.jpg",
+    ]
+    assert found["answers"][:2] == alone
+    assert found["answers"][2]["error"] == "2.jpg is not an image that can be decoded"
+    assert server.request("POST", "/predict", form(photos[0]), **kind) == (200, alone[0])
+    status, found = server.request("POST", "/predict", form(*[b"x"] * 65), **kind)
+    assert status == 400 and "at most 64 images per request" in found["error"]
+
+
+def test_images_in_json(server, image_root):
+    photo = (image_root / "val" / "bee" / "000.jpg").read_bytes()
+    text = base64.b64encode(photo).decode()
+    kind = {"Content-Type": "application/json; charset=utf-8"}
+    alone = server.request("POST", "/predict", photo)
+
+    def ask(content):
+        return server.request("POST", "/predict", content, **kind)
+
+    assert ask(json.dumps({"image": text})) == alone
+    assert ask(json.dumps({"image": f"data:image/jpeg;base64,{text}"})) == alone
+    status, found = ask(json.dumps({"images": [text]}))
+    assert status == 200 and found == {"answers": [{"image": "image 0", **alone[1]}]}
+    for content, words in {
+        "{": "is not JSON",
+        "[" * 100_000: "is not JSON",
+        "[1]": 'send {"image": BASE64}',
+        '{"images": [1]}': 'send {"image": BASE64}',
+        '{"images": {}}': 'send {"image": BASE64}',
+        '{"images": []}': "--data-binary",
+        '{"image": "%"}': "image 0 is not base64",
+    }.items():
+        status, found = ask(content)
+        assert status == 400 and words in found["error"], content
+
+
+def test_figures_for_prometheus_count_requests_and_images(server, image_root):
+    def figures():
+        status, text = server.request("GET", "/metrics")
+        assert status == 200
+        lines = [line.split() for line in text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, value in lines}
+
+    before = figures()
+    server.request("POST", "/predict", (image_root / "val" / "bee" / "000.jpg").read_bytes())
+    server.request("POST", "/predict", b"text")
+    after = figures()
+    risen = {name: value - before.get(name, 0) for name, value in after.items()}
+    assert risen['acnet_requests_total{status="200"}'] == 1
+    assert risen['acnet_requests_total{status="400"}'] == 1
+    assert risen["acnet_request_seconds_count"] == 2 and risen["acnet_request_seconds_sum"] > 0
+    assert risen["acnet_images_total"] == risen["acnet_batches_total"] == 1
+    assert after["acnet_waiting_images"] == 0
+
+
+def test_the_description_names_every_place(server):
+    status, found = server.request("GET", "/openapi.json")
+    assert status == 200 and found["openapi"].startswith("3.1")
+    assert "ant, bee, cat" in found["info"]["description"]
+    for path, methods in found["paths"].items():
+        for method in methods:
+            assert server.request(method.upper(), path)[0] in (200, 400), path
 
 
 def test_other_methods_and_places(server):
@@ -172,7 +241,8 @@ def test_other_methods_and_places(server):
         server.request("GET", "/predict")[0] == 405 and server.request("GET", "/nowhere")[0] == 404
     )
     status, text = server.request("GET", "/")
-    assert status == 200 and "cifar_quick" in text and "NETWORK" not in text
+    assert status == 200 and "cifar_quick" in text and "<h1>ant, bee or cat?</h1>" in text
+    assert "NETWORK" not in text and "QUESTION" not in text
 
 
 def test_what_waits_is_one_batch_and_there_is_a_bound():
@@ -318,7 +388,7 @@ def test_an_address_that_is_not_this_machines_is_refused(host, reason):
 @pytest.mark.extended
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_the_page_in_a_browser(server, image_root, tmp_path):
-    classes = "[...document.querySelectorAll('#classes li')].map(item => item.innerText)"
+    classes = "[...document.querySelectorAll('#answers li')].map(item => item.innerText)"
     settled = (
         "new Promise(done => { const look = () => / ms$/.test(message.textContent) ? done() : "
         "setTimeout(look, 20); look() })"
@@ -335,8 +405,9 @@ def test_the_page_in_a_browser(server, image_root, tmp_path):
         browser.run(f"""(() => {{ message.textContent = ''; const transfer = new DataTransfer();
             const file = new File([new Uint8Array({data})], 'cat.jpg', {{type: 'image/jpeg'}});
             transfer.items.add(file);
-            const drop = new DragEvent('drop', {{dataTransfer: transfer, cancelable: true}});
-            document.getElementById('place').dispatchEvent(drop) }})()""")
+            const settings = {{dataTransfer: transfer, cancelable: true, bubbles: true}};
+            const drop = new DragEvent('drop', settings);
+            document.querySelector('h1').dispatchEvent(drop) }})()""")
         browser.run(settled)
         assert browser.run(classes)[0].startswith("cat")
         assert (
@@ -345,7 +416,8 @@ def test_the_page_in_a_browser(server, image_root, tmp_path):
         (tmp_path / "text.jpg").write_text("text")
         browser.choose_file("input", tmp_path / "text.jpg")
         browser.run(
-            "new Promise(done => { const look = () => message.className === 'bad' ? done() : "
+            "new Promise(done => { const look = () => document.querySelector('.bad') ? done() : "
             "setTimeout(look, 20); look() })"
         )
-        assert "can be decoded" in browser.run("message.textContent") and browser.run(classes) == []
+        said = browser.run("document.querySelector('.bad').textContent")
+        assert said == "text.jpg is not a picture that can be read" and browser.run(classes) == []
