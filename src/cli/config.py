@@ -567,6 +567,18 @@ class _Optimization(_Keys):
         "weight of each class in the cross-entropy: balanced: the inverse of its number of images; "
         "or one number per class, as in 1,2.5,1; scaled to a mean of 1 over the training images",
     )
+    teacher: str = key(
+        "",
+        Affects.TRAINING,
+        "checkpoint of a network for the same classes and image size, from whose predictions to "
+        "learn as well",
+    )
+    teacher_weight: Annotated[float, Field(gt=0, le=1)] = key(
+        0.5,
+        Affects.TRAINING,
+        "part of the targets that the teacher's predictions are; the rest are the labels",
+        needs="teacher",
+    )
     label_smooth_factor: Fraction = key(
         0.1, Affects.GRAPH, "fraction of the target spread over classes; 0: no label smoothing"
     )

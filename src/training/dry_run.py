@@ -72,7 +72,7 @@ def _step_seconds(
     micro_batches = [trainer.batches[step * micro_steps + index] for index in range(micro_steps)]
     reading = max(communicator.all_gather(time.perf_counter() - started))
     started = time.perf_counter()
-    trainer.step(micro_batches, config.lr, step)
+    trainer.step(trainer.taught(micro_batches), config.lr, step)
     return reading, max(communicator.all_gather(time.perf_counter() - started))
 
 

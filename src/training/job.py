@@ -16,6 +16,7 @@ from src.kernels.library import KernelChoice
 from src.models.create import create_network
 from src.runs.recorder import LogOnly, Recorder, RunRecorder
 from src.runs.run_folder import RunFolder, create_run_folder
+from src.training.distillation import open_teacher
 from src.training.dry_run import estimate
 from src.training.resolve import PreparedData, resolve
 from src.training.schedules import create_schedule
@@ -50,6 +51,7 @@ def train(command: Command, data: PreparedData) -> None:
     recorder = create_recorder(config, command, start.run_folder or data.folder)
     trainer = Trainer(network, config, communicator, images, recorder, command.kernels)
     message = start.load_into(trainer)
+    trainer.teacher = open_teacher(config, images.train.class_to_index, command.kernels)
 
     for line in (
         *flags_without_effect(command.flags, config),

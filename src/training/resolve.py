@@ -135,7 +135,7 @@ def resolve_data(config: Config, data: TrainingData) -> Config:
     # Recorded paths are absolute, so that they mean the same wherever a command starts.
     paths = {
         key: os.path.abspath(path)
-        for key in ("data_path", "eval_data_path")
+        for key in ("data_path", "eval_data_path", "teacher")
         if (path := getattr(config, key)) not in ("", DIGITS)
     }
     resolved = config.model_copy(

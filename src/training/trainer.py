@@ -27,6 +27,7 @@ from src.models.weight_files import Arrays
 from src.runs.checkpoint import TrainingState, restore_arrays
 from src.runs.recorder import Recorder
 from src.training.create_step import create_train_step
+from src.training.distillation import Teacher
 from src.training.graph_cache import user_graph_cache
 from src.training.schedules import create_schedule
 from src.training.step import StepResult
@@ -98,9 +99,11 @@ class Trainer:
         threads: number of cores of each rank.
         starts_trained: whether the weights to start from fit the classes, so that their accuracy
             says something.
+        teacher: a network from whose predictions to learn as well, or None.
     """
 
     starts_trained = False
+    teacher: Teacher | None = None
 
     def __init__(
         self,
@@ -190,6 +193,7 @@ class Trainer:
                 started = time.perf_counter()
                 micro_batches = list(islice(batches, micro_steps))
                 fetched = time.perf_counter()
+                micro_batches = self.taught(micro_batches)
                 lr = self.schedule(step, self.steps_per_epoch)
                 result = self.step(micro_batches, lr, step)
                 computed = time.perf_counter()
@@ -226,6 +230,10 @@ class Trainer:
         if self.average is not None:
             self.average.move_to_network()
         return self._rates.total()
+
+    def taught(self, micro_batches: list[Batch]) -> list[Batch]:
+        """The micro-batches with what the teacher says of them."""
+        return micro_batches if self.teacher is None else list(map(self.teacher, micro_batches))
 
     def loss_of_accuracy(self) -> str | None:
         """A warning if training ended below the accuracy of the weights that it began with."""
