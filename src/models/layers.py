@@ -394,7 +394,9 @@ class StochasticAdd(nn.Cell):
     def construct(self, branch: Tensor, shortcut: Tensor, factors: Tensor | None = None) -> Tensor:
         if factors is not None:
             branch = branch * ops.cast(ops.reshape(factors, (-1, 1, 1, 1)), branch.dtype)
-        return self.relu(branch + shortcut)
+        # A difference, because MindSpore's GPU backend would fuse the sum with the batch norm of a
+        # projected shortcut, and ends with "Graph cycle exists".
+        return self.relu(branch - (-shortcut))
 
 
 class StochasticBranch(nn.Cell):

@@ -40,7 +40,10 @@ def assert_trains_and_evaluates(reports):
 def test_networks_train_and_evaluate(null_gpu):
     """Evaluation in O3 failed for each, and resnet18 in its first step."""
     reports = null_gpu.try_networks(
-        "cifar_quick:O0", "cifar_quick+acb:O2", "resnet18:O3", "alexnet+repvgg:O3"
+        "cifar_quick:O0",
+        "cifar_quick+acb:O2",
+        "resnet18:O3:stochastic_depth=0.2",
+        "alexnet+repvgg:O3",
     )
     assert_trains_and_evaluates(reports)
 
@@ -93,6 +96,22 @@ def test_train_evaluate_resume_export(null_gpu, tmp_path):
         f"--result_path={tmp_path}/network.ckpt",
     )
     assert run.status == 0 and (tmp_path / "network.ckpt").is_file(), run
+
+
+@pytest.mark.slow
+def test_the_classifier_alone_then_the_whole_network(null_gpu, trained_run, image_root, tmp_path):
+    flags = (f"--data_path={image_root}/train", f"--pretrained={trained_run}/best.ckpt")
+    run = null_gpu.run(
+        "train.py",
+        "--device_target=GPU",
+        *flags,
+        "--freeze_epochs=1",
+        "--max_epoch=2",
+        "--per_batch_size=16",
+        "--run_eval=1",
+        f"--output_path={tmp_path}",
+    )
+    assert run.status == 0 and "epoch 2/2" in run.out and run.out.count("TOP1") >= 2, run
 
 
 @pytest.mark.slow
