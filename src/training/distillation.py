@@ -38,14 +38,12 @@ class Teacher:
 
 def open_teacher(
     config: Config, class_to_index: Mapping[str, int], kernels: KernelChoice
-) -> Teacher | None:
-    """The network that the key ``teacher`` names; None without one.
+) -> Teacher:
+    """The network that the key ``teacher`` names.
 
     Raises:
         UserError: if it cannot be read, or predicts other classes or for another size of images.
     """
-    if not config.teacher:
-        return None
     path = choose_checkpoint(config.teacher, print_status)
     opened = open_backend(path, {"device_target": config.device_target}, kernels)
     teacher = opened.model

@@ -51,7 +51,8 @@ def train(command: Command, data: PreparedData) -> None:
     recorder = create_recorder(config, command, start.run_folder or data.folder)
     trainer = Trainer(network, config, communicator, images, recorder, command.kernels)
     message = start.load_into(trainer)
-    trainer.teacher = open_teacher(config, images.train.class_to_index, command.kernels)
+    if config.teacher:
+        trainer.teacher = open_teacher(config, images.train.class_to_index, command.kernels)
 
     for line in (
         *flags_without_effect(command.flags, config),
