@@ -30,6 +30,7 @@ METHODS = {
     "ema": ["--ema_decay=0.999"],
     "clip": ["--clip_norm=1"],
     "label_smoothing": ["--label_smooth_factor=0.1"],
+    "aug_repeats": ["--aug_repeats=3"],
     "acb": ["--block=acb"],
 }
 
