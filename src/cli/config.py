@@ -180,7 +180,7 @@ class _Network(_Keys):
         Affects.MODEL,
         "drop probability before the last layers of AlexNet and MobileNetV2, in training only",
         _USES_MODEL,
-        needs="network=alexnet|mobilenet_v2",
+        needs="network=alexnet|mobilenet_v2|mobilenetv2",
     )
     stochastic_depth: Fraction = key(
         0.0,

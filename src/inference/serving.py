@@ -201,9 +201,9 @@ def create_app(model: CheckpointModel, backends: Sequence[Backend]) -> Any:
         try:
             body = await asyncio.wait_for(_body(request), _BODY_S)
         except asyncio.TimeoutError:
-            return 408, {"error": f"the image did not arrive within {_BODY_S} s"}
+            return 408, {"error": f"the request did not arrive within {_BODY_S} s"}
         if body is None:
-            return 413, {"error": f"the image has more than {LARGEST_BODY >> 20} MiB"}
+            return 413, {"error": f"the request has more than {LARGEST_BODY >> 20} MiB"}
         content_type = request.headers.get("content-type", "")
         loop = asyncio.get_running_loop()
         try:
@@ -283,7 +283,7 @@ async def _body(request: Any) -> bytes | None:
 
 
 def _question(classes: Sequence[str]) -> str:
-    """ "ant, bee or cat?"; "" for more classes than a title has room for."""
+    """The classes as a question for a title, or "" if there are too many."""
     if not 2 <= len(classes) <= _CLASSES_ASKED:
         return ""
     return f"{', '.join(classes[:-1])} or {classes[-1]}?"

@@ -14,6 +14,7 @@ from src.models.layers import (
     WEIGHT_INITS,
     ImageClassifier,
     LayerFactory,
+    ResidualBlocks,
     set_parameter_names,
     use_float16,
 )
@@ -106,7 +107,8 @@ def create_model(
     network.network_name = name
     if compute_type == "float16":
         use_float16(network)
-    if stochastic_depth and stochastic_depth not in network.drop_probabilities:
+    has_branches = any(isinstance(cell, ResidualBlocks) for _, cell in network.cells_and_names())
+    if stochastic_depth and not has_branches:
         raise UserError(
             f"stochastic_depth={stochastic_depth:g}: {name} cannot leave out branches; it is for "
             "ResNets"

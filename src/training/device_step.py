@@ -44,7 +44,6 @@ class DeviceTrainStep:
         self._update = optimizer.create_update(reducer.collective)
         self._whole = _Graphs.of(network_with_loss, optimizer, self._update)
         self._classifier_only = _Graphs.of(network_with_loss, optimizer, self._update)
-        self._network.set_train(True)
         self._is_synchronized = True
 
     def __call__(self, micro_batches: Iterable[Batch], lr: float, step: int) -> StepResult:
@@ -152,7 +151,7 @@ class _Graphs:
         cls, network_with_loss: nn.Cell, optimizer: DeviceOptimizer, update: FlatUpdate
     ) -> "_Graphs":
         gradients = FlatGradients(network_with_loss, optimizer.members)
-        return cls(gradients, _WholeStep(gradients, update))
+        return cls(gradients, _WholeStep(gradients, update).set_train(True))
 
 
 class FlatGradients(nn.Cell):

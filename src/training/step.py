@@ -74,7 +74,7 @@ class TrainStep:
         parameters = [*optimizer.parameters, *kernel_statistics]
         self._forward_backward = ForwardBackward(network_with_loss, parameters).set_train(True)
         classifier = [p for p in optimizer.parameters if is_classifier(p.name)]
-        self._classifier_only = ForwardBackward(network_with_loss, classifier)
+        self._classifier_only = ForwardBackward(network_with_loss, classifier).set_train(True)
         self.optimizer, self.reducer = optimizer, reducer
         self._classifier_reducer = reducer.without_overlap()
         # The range of bfloat16 is that of float32: nothing needs to be scaled.

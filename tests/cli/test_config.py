@@ -347,6 +347,8 @@ def test_a_changed_file_of_defaults_is_refused(monkeypatch, tmp_path):
         ({"flip_probability": "0.1", "augmentations": "crop"}, "without --augmentations=flip"),
         ({"flip_probability": "0.1", "augmentations": "crop,flip()"}, None),
         ({"gamma_init": "0.5"}, "without --block=acb|repvgg|dbb"),
+        ({"dropout": "0.3"}, "without --network=alexnet|mobilenet_v2"),
+        ({"dropout": "0.3", "network": "mobilenetv2"}, None),
         ({"loss_scale": "8"}, "without --amp_level=O2|O3"),
         ({"loss_scale": "8", "amp_level": "o2"}, None),
         ({"label_smooth_over": "all", "label_smooth_factor": "0"}, "--label_smooth_factor"),

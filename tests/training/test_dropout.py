@@ -86,8 +86,8 @@ def test_stochastic_depth_leaves_branches_out_and_scales_the_rest(name):
 
 
 def test_stochastic_depth_needs_residual_branches():
-    with pytest.raises(UserError, match="stochastic_depth=0.2: alexnet cannot leave out branches"):
-        create_model("alexnet", 4, image_size=64, stochastic_depth=0.2)
+    with pytest.raises(UserError, match="stochastic_depth=0.5: alexnet cannot leave out branches"):
+        create_model("alexnet", 4, image_size=64, dropout=0.5, stochastic_depth=0.5)
 
 
 def test_dropout_rests_in_evaluation():
