@@ -99,8 +99,10 @@ def test_more_ranks_than_slots_are_shared_out(rig, image_root, tmp_path):
     assert run.status == 0 and placed(run) == {"h1": 2, "h2": 2}, run
 
 
-def test_two_hosts_compute_the_bits_of_one(rig, image_root, tmp_path):
-    """The same seed, data, number of ranks and threads of each."""
+@pytest.mark.parametrize("frozen", [False, True])
+def test_two_hosts_compute_the_bits_of_one(rig, image_root, trained_run, tmp_path, frozen):
+    """The same seed, data, number of ranks and threads of each; also after frozen epochs."""
+    start = [f"--pretrained={trained_run}/best.ckpt", "--freeze_epochs=1"] if frozen else []
     weights = []
     for name, hosts in (
         ("one", ["-n", "2", "--host", "h1:2"]),
@@ -122,6 +124,7 @@ def test_two_hosts_compute_the_bits_of_one(rig, image_root, tmp_path):
                 f"--output_path={tmp_path}/{name}",
                 "--max_epoch=2",
                 "--lr=0.02",
+                *start,
             ],
         )
         assert run.status == 0, run
