@@ -244,8 +244,11 @@ class TrainBatches:
     def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         if self._order[0] != epoch:
             order = self._new_order(epoch)
-            order = np.repeat(order, self.config.aug_repeats)[: len(order)]
-            self._order = epoch, order, _repeats(order)
+            repeats = np.zeros_like(order)
+            if self.config.sampling == "balanced" or self.config.aug_repeats > 1:
+                order = np.repeat(order, self.config.aug_repeats)[: len(order)]
+                repeats = _repeats(order)
+            self._order = epoch, order, repeats
         return self._order[1:]
 
     def _new_order(self, epoch: int) -> np.ndarray:

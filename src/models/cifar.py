@@ -102,8 +102,7 @@ class ResNetCifar(ImageClassifier):
         self, num_classes: int, layers: LayerFactory, blocks_per_stage: int = 9, **unused: Any
     ) -> None:
         super().__init__(layers)
-        drops = layers.drop_probabilities(3 * blocks_per_stage)
-        self.drop_probabilities = drops if layers.stochastic_depth else ()
+        drops = self.drop_probabilities = layers.drop_probabilities(3 * blocks_per_stage)
         self.conv1 = layers.conv_norm_relu(3, 16, 3, padding=1)
         blocks: list[nn.Cell] = []
         in_channels = 16
@@ -168,8 +167,7 @@ class WideResNetCifar(ImageClassifier):
         **unused: Any,
     ) -> None:
         super().__init__(layers)
-        drops = layers.drop_probabilities(3 * blocks_per_stage)
-        self.drop_probabilities = drops if layers.stochastic_depth else ()
+        drops = self.drop_probabilities = layers.drop_probabilities(3 * blocks_per_stage)
         self.conv1 = layers.conv(3, 16, 3, padding=1)
         blocks: list[nn.Cell] = []
         in_channels = 16

@@ -298,7 +298,7 @@ class ImageClassifier(nn.Cell):
         backbone_frozen: whether a graph that is compiled now computes no gradients of the backbone.
         network_name: the network's name in ``networks.NETWORKS``; ``create_model`` sets it.
         drop_probabilities: of what training drops from a sample at random, units or residual
-            branches. If there are any, calls may pass a mask, (N, their number) uint8, 1 for what
+            branches. Unless all are 0, calls may pass a mask, (N, their number) uint8, 1 for what
             stays.
     """
 

@@ -101,8 +101,7 @@ class ResNet(ImageClassifier):
         self.conv1 = layers.conv_norm_relu(3, 64, 7, stride=2, padding=3)
         self.pool = layers.max_pool(3, 2, padding=1)
         in_channels, first = 64, 0
-        drops = layers.drop_probabilities(sum(depths))
-        self.drop_probabilities = drops if layers.stochastic_depth else ()
+        drops = self.drop_probabilities = layers.drop_probabilities(sum(depths))
         for stage, depth in enumerate(depths):
             channels = 64 << stage
             width = cardinality * (channels * base_width // 64)

@@ -265,7 +265,7 @@ def dropout_masks(
     network: ImageClassifier, config: Config, communicator: Communicator
 ) -> ExtraInputs:
     """A function that gives the network its mask, if it drops anything in training."""
-    if not network.drop_probabilities:
+    if not any(network.drop_probabilities):
         return lambda step, micro_step: ()
     masks = DropoutMasks(network.drop_probabilities, config, communicator.rank, communicator.size)
     return lambda step, micro_step: (masks(step, micro_step),)
