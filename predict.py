@@ -19,8 +19,9 @@ def main(command: "Command") -> None:
     # Wrong names of files are reported before the seconds that loading takes.
     check_ending("result_path", command.config.result_path, (".json", ".jsonl", ".csv"))
     check_ending("save_figure", command.config.save_figure, (".png",))
-    command.start_mindspore()
-    from src.inference.prediction import predict
+    if command.needs_mindspore:
+        command.start_mindspore()
+    from src.inference.predict import predict
 
     predict(command)
 

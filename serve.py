@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 def main(command: "Command") -> None:
-    command.start_mindspore()
+    if command.needs_mindspore:
+        command.start_mindspore()
     from src.inference.serving import serve
 
     serve(command)

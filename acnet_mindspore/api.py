@@ -51,7 +51,7 @@ def load(checkpoint: str | Path, **flags: Any) -> "Classifier":
     fetch_weights(str(checkpoint))
     _start_mindspore(config)
     from src.inference.classifier import Classifier
-    from src.runs.checkpoint import choose_checkpoint
+    from src.runs.checkpoint_files import choose_checkpoint
 
     path = choose_checkpoint(str(checkpoint), print_status)
     return Classifier(path, values, choose_kernels(config))

@@ -21,6 +21,7 @@ COMMANDS = {
     "check": ("scripts/check_dataset.py", "find damaged images in a data set"),
     "pack": ("scripts/pack_dataset.py", "pack a data set into few files"),
     "launch": ("scripts/launch.py", "start several processes, also on several machines"),
+    "completion": ("", 'print bash\'s TAB completion: eval "$(acnet completion)"'),
     "setup": ("scripts/finish_setup.sh", "build the kernels for CPU, and prepare mpirun"),
 }
 
@@ -34,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name not in COMMANDS:
         near = errors.suggestion(name, COMMANDS)
         sys.exit(_error(f"unknown command '{name}'{near}; acnet --help lists all"))
+    if name == "completion":
+        package = errors.__name__.removesuffix(".utils.errors")
+        os.execv(sys.executable, [sys.executable, "-m", f"{package}.cli.help", *rest])
     script = ROOT / COMMANDS[name][0]
     if script.suffix == ".sh":
         os.execvp("bash", ["bash", str(script), sys.executable, *rest])
@@ -41,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _help() -> str:
-    lines = [f"  {name:<8} {what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(["acnet COMMAND [ARGUMENT ...]; --help after a command describes it", *lines])
 
 

@@ -72,8 +72,8 @@ def evaluate(options, network):
     prepare_process()
     import numpy as np
 
-    from src.inference.backends import create_backend
-    from src.inference.onnx import onnx_is_installed
+    from src.inference.mindspore_backend import create_backend
+    from src.inference.onnx_backend import onnx_is_installed
     from src.kernels.library import KernelChoice
     from src.models.create import create_network
     from src.models.reparam import fuse

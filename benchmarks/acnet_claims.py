@@ -63,8 +63,9 @@ def claims(path, options):
     from src.cli.recipes import load_config
     from src.dataset.sources import open_images
     from src.distributed.communicator import Communicator
-    from src.inference.backends import MindSporeBackend, open_backend
+    from src.inference.backends import open_backend
     from src.inference.evaluation import Evaluator
+    from src.inference.mindspore_backend import MindSporeBackend
     from src.kernels.library import choose_kernels
     from src.models.create import create_network
     from src.models.reparam import fuse
@@ -76,7 +77,7 @@ def claims(path, options):
     images = open_images(options.data_path, "val")
     network = opened.backend.network
     if opened.model.has_branches:
-        plain = opened.model.create_network()
+        plain = create_network(config, fused=opened.model.fused)
         copy_weights(network, plain)
         network = create_network(config, kernels.library, fused=True)
         copy_weights(fuse(plain), network)

@@ -63,8 +63,8 @@ def study_run(network_name, block, seed, epochs):
     from src.dataset.sources import open_images
     from src.dataset.splits import TrainingData
     from src.distributed.communicator import Communicator
-    from src.inference.backends import MindSporeBackend
     from src.inference.evaluation import Evaluator
+    from src.inference.mindspore_backend import MindSporeBackend
     from src.kernels.library import KernelChoice
     from src.models.create import create_network
     from src.models.reparam import fuse

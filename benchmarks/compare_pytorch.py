@@ -274,7 +274,7 @@ def our_eval(options):
     prepare_process()
     import numpy as np
 
-    from src.inference.backends import create_backend
+    from src.inference.mindspore_backend import create_backend
     from src.kernels.library import choose_kernels
     from src.models.create import create_network
 

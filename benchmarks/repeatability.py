@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.processes import last_line, mpirun_words  # noqa: E402
 from src.cli.run import run_process  # noqa: E402
 from src.cli.start import prepare_rank  # noqa: E402
-from src.distributed.launcher import launched_rank, started_by_mpirun  # noqa: E402
+from src.distributed.launcher import has_launcher, launched_rank  # noqa: E402
 
 _BATCH = 8
 
@@ -29,7 +29,7 @@ def main(arguments):
     parser.add_argument("--networks", default="alexnet,resnet18")
     parser.add_argument("--ranks", default="1,2,4")
     options = parser.parse_args(arguments)
-    if started_by_mpirun():
+    if has_launcher():
         print_losses(options.networks, options.steps)
         return
     for network in options.networks.split(","):

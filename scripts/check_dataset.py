@@ -20,17 +20,18 @@ def main(command):
     from src.dataset.inspection import check_files, check_has_files, summary
     from src.dataset.splits import open_all_parts, set_messages
     from src.utils.errors import PartialFailure
-    from src.utils.files import write_whole
+    from src.utils.files import write_atomically
+    from src.utils.log import create_log
     from src.utils.machine import available_cores
     from src.utils.progress import ProgressBar
 
-    config = command.config
+    config, log = command.config, command.checked(create_log())
     sets = open_all_parts(config)
     check_has_files(config.data_path, sets)
     for part, images in sets.items():
-        print(f"{part}: {summary(images)}")
+        log(f"{part}: {summary(images)}")
         for line in set_messages(images, part):
-            print(line)
+            log(line)
     paths = [path for images in sets.values() for path in images.paths or ()]
     started, findings = time.perf_counter(), []
     workers = config.num_parallel_workers or available_cores()
@@ -45,7 +46,9 @@ def main(command):
     bad = sum(finding.bad for finding in findings)
     if config.result_path:
         text = json.dumps([vars(finding) for finding in findings], indent=1)
-        write_whole(config.result_path, lambda partial: partial.write_text(text, encoding="utf-8"))
+        write_atomically(
+            config.result_path, lambda partial: partial.write_text(text, encoding="utf-8")
+        )
     rate = len(paths) / (time.perf_counter() - started)
     print(
         f"check_dataset: {len(paths)} images, {bad} cannot be decoded, "

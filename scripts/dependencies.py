@@ -1,4 +1,4 @@
-"""Helpers for scripts/setup.sh that need only Python and its pip.
+"""Helpers for scripts/setup.sh and the Dockerfile that need only Python and its pip.
 
 Each command prints its result, one entry per line:
 
@@ -10,6 +10,10 @@ Each command prints its result, one entry per line:
         new constraints: the versions in the reports, with the package index's hashes
     python3 scripts/dependencies.py headers
         the requirements of which only headers are used
+    python3 scripts/dependencies.py serving
+        the requirements of a server of an ONNX file
+    python3 scripts/dependencies.py versions CONSTRAINTS
+        the constraints without their hashes
     python3 scripts/dependencies.py pinned NAME CONSTRAINTS
         that package with its hashes, in pip's format
 """
@@ -45,9 +49,23 @@ def wanted(*extras):
 
 
 def headers():
-    yield from tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["acnet"][
-        "headers"
-    ]
+    yield from settings()["headers"]
+
+
+def serving():
+    left_out = settings()["not_for_serving"]
+    for requirement in wanted("serve", "onnx"):
+        if re.match(r"[\w-]+", requirement)[0] not in left_out:
+            yield requirement
+
+
+def settings():
+    return tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["acnet"]
+
+
+def versions(constraints):
+    for name, version in read_constraints(Path(constraints).read_text(encoding="utf-8")):
+        yield f"{name}=={version}"
 
 
 def pinned(name, constraints):
@@ -145,6 +163,8 @@ if __name__ == "__main__":
         "hashed": hashed,
         "lock": lock,
         "headers": headers,
+        "serving": serving,
+        "versions": versions,
         "pinned": pinned,
     }[command](*arguments):
         print(line)

@@ -27,11 +27,15 @@ from remote_hosts import parse_hosts, share_out, unusable
 
 ROOT = Path(__file__).resolve().parents[1]
 SENT_SIGNAL_FILE = "ACNET_SENT_SIGNAL_FILE"
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Time for the ranks to finish their step and save; then for mpirun to end them.
 STOP_S, KILL_S, EMPTY_S = 120.0, 10.0, 2.0
 # FACTS_FILE: where a run writes what a restart needs. USER_ERROR: the status of an error that only
 # a person can correct. RETURN_S: when to check lost hosts again.
 FACTS_FILE = "ACNET_FACTS_FILE"
+# The user's limit of the processor's instructions, which must be the same for all ranks. A process
+# of this program that starts others keeps it under the first name (src/utils/device.py).
+_ISA_LIMITS = ("ACNET_KERNELS_ISA", "ONEDNN_MAX_CPU_ISA")
 STATE_ENDING = ".state"
 USER_ERROR = 2
 RETURN_S = (3, 10, 20)
@@ -170,8 +174,10 @@ def run(command, environment, sent_signal_file):
         sent_signal_file: where ranks find the number of the signal that was sent.
     """
     received = []
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in PASSED_ON:
         signal.signal(number, lambda number, frame: received.append(number))
+    # Whoever started this program may have blocked them, and left it so.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
     # In a session of its own, because a terminal sends Ctrl-C to every process of the foreground.
     process = subprocess.Popen(
         command,
@@ -193,7 +199,7 @@ def run(command, environment, sent_signal_file):
         time.sleep(LOOK_S)
     kill_session(process.pid)
     errors.join(EMPTY_S)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in PASSED_ON:
         signal.signal(number, signal.SIG_DFL)
     status = 128 - status if status < 0 else status
     return 128 + received[0] if received and status else status, received
@@ -413,7 +419,9 @@ def passed_on(environment):
         for name in changed
         if not name.startswith(("OMPI_", "PRTE_", "BASH_")) and name not in ("_", "SHLVL")
     ]
-    return sorted({"PATH", SENT_SIGNAL_FILE, FACTS_FILE, *of_others})
+    limit = next((name for name in _ISA_LIMITS if name in environment), None)
+    limits = [limit] if limit and environment[limit] else []
+    return sorted({"PATH", SENT_SIGNAL_FILE, FACTS_FILE, *limits, *of_others})
 
 
 def fail(message):

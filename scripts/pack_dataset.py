@@ -22,6 +22,7 @@ from src.utils.errors import UserError  # noqa: E402
 def main(arguments):
     from src.dataset.packed import ENDING, pack
     from src.dataset.sources import open_images
+    from src.dataset.splits import set_messages, validation_path
     from src.utils.device import prepare_process
     from src.utils.files import check_ending
     from src.utils.machine import available_cores
@@ -35,11 +36,19 @@ def main(arguments):
     if options.split == "val" and has_both(options.data_path):
         classes = open_images(options.data_path, "train").class_to_index
     images = open_images(options.data_path, options.split, class_to_index=classes)
+    others = validation_path(options.data_path)
+    if options.split == "val" and others not in (None, options.data_path):
+        raise UserError(
+            f"the validation images of '{options.data_path}' are {others}: pass "
+            f"--data_path={others}"
+        )
     if images.paths is None:
         raise UserError(
-            f"the images of '{options.data_path}' are not files of their own; there is nothing to "
+            f"the images of '{options.data_path}' are not separate files, so there is nothing to "
             "pack"
         )
+    for line in set_messages(images, "training" if options.split == "train" else "validation"):
+        print(line)
     started = time.perf_counter()
     with ProgressBar("packed", len(images), "image") as task:
         pack(

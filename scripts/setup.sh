@@ -70,11 +70,13 @@ fi
 # pip is silent, for minutes where the network is slow.
 waited=0
 while sleep 1 && kill -0 $$ 2>/dev/null; do
-    [ $((++waited % 15)) -ne 0 ] || echo "  after $SECONDS s $venv has $(du -sm "$venv" | cut -f1) MB"
+    [ $((++waited % 10)) -ne 0 ] || echo "  after $SECONDS s $venv has $(du -sm "$venv" | cut -f1) MB"
 done &
 watcher=$!
+# So that bash prints nothing when it is killed.
+disown "$watcher"
 work=
-trap 'kill "$watcher" 2>/dev/null; rm -rf "$work"' EXIT
+trap 'kill -KILL "$watcher" 2>/dev/null; rm -rf "$work"' EXIT
 echo "1 of 3: an environment of Python"
 [ -x "$venv/bin/python" ] && fits "$venv/bin/python" || "$python" -m venv "$venv" 2>/dev/null \
     || { rm -rf "$venv"; "$python" -m pip --version >/dev/null 2>&1 \

@@ -7,7 +7,7 @@ from mindspore import Parameter, Tensor
 
 from src.cli.config import Config, validated
 from src.cli.flags import ALIASES
-from src.cli.recipes import read_layer
+from src.cli.recipes import read_recipe
 from src.dataset.decoding import BadImage, read_image
 from src.dataset.packed import save_part
 from src.dataset.sources import open_images
@@ -118,10 +118,10 @@ def test_configurations(tmp_path):
         b"network: resnet18\nlr: 0.1\ncrop_scale: [0.08, 1.0]\nlr_epochs: [30, 60]\nsync_bn: 0\n"
         b"mean: [0.5, 0.5, 0.5]\nseed: 3\n"
     )
-    defaults = read_layer("default_config.yaml")
+    defaults = read_recipe("default_config.yaml")
 
     def read(path):
-        layer = read_layer(path)
+        layer = read_recipe(path)
         assert set(layer) <= set(Config.model_fields) and not set(layer) & set(ALIASES)
         validated({**defaults, **layer})
 

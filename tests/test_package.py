@@ -63,6 +63,11 @@ def test_commands_train_evaluate_predict_and_export(act, image_root, tmp_path):
     assert run.status == 0 and list(tmp_path.rglob("*.onnx")), run
 
 
+def test_completion_is_printed(act):
+    run = act("acnet", "completion")
+    assert run.status == 0 and "complete -o default -F _acnet_complete" in run.out, run
+
+
 def test_ranks_start_with_mpirun_and_without(act):
     words = ("train", "--run_distribute=1", "--max_steps=2", "--run_eval=0")
     run = act("mpirun", "-n", "2", "acnet", *words)

@@ -11,6 +11,7 @@ from src.utils.device import select_device
 from src.utils.errors import UserError
 from src.utils.gpu import visible_gpus
 from src.utils.log import Log, refuse_warnings
+from src.utils.machine import check_address_space
 from src.utils.progress import print_status
 
 if TYPE_CHECKING:  # it imports numpy, which starts threads (see run.py)
@@ -41,12 +42,22 @@ class Command:
         """``log`` itself, or with --strict=1 a log that turns warnings into errors."""
         return refuse_warnings(log) if self.config.strict else log
 
+    @property
+    def needs_mindspore(self) -> bool:
+        """Whether the command needs MindSpore. ONNX files do not, on CPU."""
+        config = self.config
+        return config.device_target != "CPU" or not config.checkpoint_file_path.endswith(".onnx")
+
     def start_mindspore(self, collectives: bool = False) -> None:
         """Import MindSpore and select this rank's device.
 
         Args:
             collectives: connect the devices of all ranks, for their own collective operations.
+
+        Raises:
+            UserError: if MindSpore cannot run in this process, or cannot use the device.
         """
+        check_address_space()
         if self.communicator.is_root and self.config.checkpoint_file_path:
             print_status(f"loading {self.config.checkpoint_file_path}")
         device = 0
@@ -56,10 +67,6 @@ class Command:
         select_device(
             self.config.device_target, device, prepare, self.communicator.barrier, collectives
         )
-
-
-if TYPE_CHECKING:  # it imports numpy, which starts threads (see src/cli/run.py)
-    from src.distributed.communicator import Communicator
 
 
 def choose_device(config: Config, communicator: "Communicator", collectives: bool) -> int:

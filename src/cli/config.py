@@ -48,13 +48,13 @@ class Affects(Enum):
 
 @dataclass(frozen=True)
 class KeyInfo:
-    """What is written about a key besides its type and default.
+    """Properties of a key other than its type and default.
 
     Attributes:
         commands: the commands that use it.
         help: one line.
-        needs: the setting without which the key changes nothing in training, as "KEY=VALUE" or
-            "KEY=VALUE|VALUE", or "KEY" for one that must be set; KEY may be a property.
+        needs: the setting that must be in effect for the key to matter in training, as "KEY=VALUE"
+            or "KEY=VALUE|VALUE", or "KEY" for one that must be set; KEY may be a property.
     """
 
     affects: Affects
@@ -185,8 +185,8 @@ class _Network(_Keys):
     stochastic_depth: Fraction = key(
         0.0,
         Affects.GRAPH,
-        "probability of leaving out the last residual branch for an image in training; that of the "
-        "others rises to it from 0",
+        "probability of dropping the last residual branch of an image in training; for earlier "
+        "branches it rises linearly from 0",
     )
     weight_init: Annotated[Literal["kaiming_uniform", "kaiming_normal"], Word] = key(
         "kaiming_uniform",
@@ -236,8 +236,8 @@ class _Data(_Keys):
     aug_repeats: Annotated[int, Field(ge=1)] = key(
         1,
         Affects.TRAINING,
-        "how often an epoch has each image that it uses, each time augmented otherwise; the epoch "
-        "stays as long, with as many images fewer",
+        "times that an epoch contains each image it draws, augmented differently each time; the "
+        "epoch keeps its length, so it draws fewer different images",
     )
     bad_samples: Annotated[Literal["error", "replace"], Word] = key(
         "error",
@@ -327,8 +327,8 @@ class _Preprocessing(_Keys):
     eval_resize_mode: Annotated[Literal["square", "shorter_side"], Word] = key(
         "square",
         Affects.MODEL,
-        "square: resize both sides, as the MindSpore seeds; shorter_side: as torchvision, timm, "
-        "ACNet",
+        "square: resize both sides, like the MindSpore seeds; shorter_side: like torchvision, timm "
+        "and ACNet",
     )
     interpolation: Annotated[Literal["bilinear", "bicubic"], Word] = key(
         "bilinear", Affects.MODEL, "bilinear, bicubic; in training too"
@@ -336,13 +336,13 @@ class _Preprocessing(_Keys):
     antialias: bool = key(
         False,
         Affects.MODEL,
-        "1: average over all covered pixels, as Pillow, torchvision and timm; in training too",
+        "1: average over all covered pixels, like Pillow, torchvision and timm; in training too",
     )
     reduced_decoding: Annotated[Literal["never", "train", "all"], Word] = key(
         "train",
         Affects.MODEL,
-        "large JPEG photographs are decoded at 1/2, 1/4 or 1/8 of their sides, which is faster and "
-        "nearly the same; train: in training; all: in evaluation too",
+        "decode large JPEGs at 1/2, 1/4 or 1/8 of their sides: faster, and nearly the same; train: "
+        "in training; all: in evaluation too",
         needs="antialias",
     )
     mean: Rgb = key((0.485, 0.456, 0.406), Affects.MODEL, "RGB mean, for pixels in [0, 1]")
@@ -393,13 +393,13 @@ class _Device(_Keys):
         ("train", "eval", "predict", "serve", "report"),
     )
     loss_scale: Annotated[float, Field(ge=1)] = key(
-        1024.0, Affects.TRAINING, "for O2 and O3", needs="precision=O2|O3"
+        1024.0, Affects.TRAINING, "for O2 and O3 on GPU and Ascend", needs="scales_loss"
     )
     is_dynamic_loss_scale: bool = key(
         False,
         Affects.TRAINING,
         "1: halve the loss scale when gradients overflow, double it after 2000 good steps",
-        needs="precision=O2|O3",
+        needs="scales_loss",
     )
     reducer: Annotated[str, Word] = key(
         "auto",
@@ -480,7 +480,10 @@ class _Optimization(_Keys):
         needs="lr_scheduler=cosine_annealing|cosine_restarts|exponential_decay",
     )
     warmup_epochs: NonNegativeReal = key(
-        1.0, Affects.TRAINING, "epochs over which the learning rate rises linearly from 0"
+        1.0,
+        Affects.TRAINING,
+        "epochs over which the learning rate rises linearly from 0",
+        needs="lr_scheduler=cosine_annealing|cosine_restarts|exponential|exponential_decay|step",
     )
     T_max: NonNegativeReal = key(
         0.0,
@@ -516,7 +519,10 @@ class _Optimization(_Keys):
         1e-4, Affects.TRAINING, "L2 coefficient; decoupled for adamw"
     )
     decay_norm_and_bias: bool = key(
-        False, Affects.TRAINING, "1: weight decay for batch norm and biases too"
+        False,
+        Affects.TRAINING,
+        "1: weight decay for batch norm and biases too",
+        needs="weight_decay",
     )
     bias_lr_factor: PositiveReal = key(
         1.0,
@@ -526,8 +532,7 @@ class _Optimization(_Keys):
     clip_norm: NonNegativeReal = key(
         0.0,
         Affects.TRAINING,
-        "the gradient of all parameters together, a mean over ranks, is scaled down to at most "
-        "this norm; 0: no limit",
+        "maximum norm of the global gradient (all parameters, averaged over ranks); 0: no clipping",
     )
     ema_decay: Fraction = key(
         0.0,
@@ -538,8 +543,8 @@ class _Optimization(_Keys):
     freeze_epochs: NonNegative = key(
         0,
         Affects.TRAINING,
-        "first epochs that train only the classifier; the backbone, with its running statistics, "
-        "stays as it is",
+        "number of initial epochs that train only the classifier; the backbone and its running "
+        "statistics stay frozen",
     )
     backbone_lr_factor: PositiveReal = key(
         1.0, Affects.TRAINING, "learning rate of everything but the classifier, relative to lr"
@@ -547,13 +552,14 @@ class _Optimization(_Keys):
     layer_decay: Annotated[float, Field(gt=0, le=1)] = key(
         1.0,
         Affects.TRAINING,
-        "factor on the learning rate from each layer or residual block to the one below it; 1: the "
-        "same for all",
+        "layer-wise learning-rate decay: factor from each layer or residual block to the one "
+        "before it; 1: none",
     )
     early_stopping: NonNegative = key(
         0,
-        Affects.TRAINING,
+        Affects.RUN,
         "stop after this many evaluations without improvement (top-1, then loss); 0: never",
+        _TRAIN,
     )
     loss: Annotated[str, Word] = key(
         "cross_entropy",
@@ -570,13 +576,12 @@ class _Optimization(_Keys):
     teacher: str = key(
         "",
         Affects.TRAINING,
-        "checkpoint of a network for the same classes and image size, from whose predictions to "
-        "learn as well",
+        "checkpoint to distil from (knowledge distillation), for the same classes and image size",
     )
     teacher_weight: Annotated[float, Field(gt=0, le=1)] = key(
         0.5,
         Affects.TRAINING,
-        "part of the targets that the teacher's predictions are; the rest are the labels",
+        "weight of the teacher's predictions in the targets; the labels have the rest",
         needs="teacher",
     )
     label_smooth_factor: Fraction = key(
@@ -585,7 +590,7 @@ class _Optimization(_Keys):
     label_smooth_over: Annotated[Literal["others", "all"], Word] = key(
         "others",
         Affects.GRAPH,
-        "others: spread over the other classes, as the model zoo; all: over all, as PyTorch",
+        "others: spread over the other classes, like the model zoo; all: over all, like PyTorch",
         needs="label_smooth_factor",
     )
 
@@ -661,7 +666,7 @@ class _Output(_Keys):
     log_interval: Positive = key(
         50,
         Affects.PROCESS,
-        "steps between log lines without a terminal; there is also a line every 30 s",
+        "steps between log lines without a terminal; there is also a line every 10 s",
         _TRAIN,
     )
     result_path: str = key(
@@ -674,7 +679,7 @@ class _Output(_Keys):
     unsure: Fraction = key(
         0.0,
         Affects.PROCESS,
-        "mark predictions whose likeliest class is less probable than this, such as 0.6; 0: none",
+        "mark predictions whose top class has a lower probability than this, such as 0.6; 0: none",
         ("predict", "serve"),
     )
     test_flip: bool = key(
@@ -689,6 +694,13 @@ class _Output(_Keys):
         "CKPT, MINDIR, ONNX, SAFETENSORS (with torchvision's names)",
         ("export",),
     )
+    onnx_preprocessing: bool = key(
+        False,
+        Affects.RUN,
+        "1: the ONNX file resizes, crops and normalises images itself; it takes uint8 RGB of any "
+        "size",
+        ("export",),
+    )
     quantize: Annotated[Literal["none", "int8"], Word] = key(
         "none",
         Affects.RUN,
@@ -701,8 +713,8 @@ class _Output(_Keys):
     temperature: Annotated[Literal["auto"] | PositiveReal, Word] = key(
         1.0,
         Affects.RUN,
-        "divide the network's outputs by this number, so that its probabilities fit its accuracy; "
-        "auto: find it on the validation images",
+        "divide the logits by this number to calibrate the probabilities; auto: fit it on the "
+        "validation images",
         ("export",),
     )
     fuse: bool = key(True, Affects.RUN, "fuse blocks into plain convolutions", ("export",))
@@ -715,6 +727,12 @@ class _Output(_Keys):
     )
     port: Annotated[int, Field(ge=0, le=65535)] = key(
         8000, Affects.PROCESS, "port to listen on; 0: any free port", ("serve",)
+    )
+    heat_maps: Annotated[int, Field(ge=0)] = key(
+        12,
+        Affects.PROCESS,
+        "number of mistakes that the report shows with an occlusion heat map; 0: none",
+        ("report",),
     )
     save_figure: str = key(
         "",
@@ -744,10 +762,6 @@ class Config(_Output, _Optimization, _Device, _Preprocessing, _Augmentation, _Da
             raise ValueError(
                 f"crop_ratio={list(self.crop_ratio)} must be two rising positive numbers"
             )
-        if self.eval_resize and self.eval_resize < self.image_size:
-            raise ValueError(
-                f"eval_resize={self.eval_resize} must not be below image_size={self.image_size}"
-            )
         if self.eta_min > self.lr:
             raise ValueError(
                 f"eta_min={self.eta_min:g} must not be above lr={self.lr:g}, from which the "
@@ -757,6 +771,10 @@ class Config(_Output, _Optimization, _Device, _Preprocessing, _Augmentation, _Da
             raise ValueError(f"lr_epochs={self.lr_epochs} must be rising")
         if self.quantize != "none" and self.file_format != "ONNX":
             raise ValueError(f"quantize={self.quantize} writes ONNX: add --file_format=ONNX")
+        if self.onnx_preprocessing and self.file_format != "ONNX":
+            raise ValueError("onnx_preprocessing=1 writes ONNX: add --file_format=ONNX")
+        if self.onnx_preprocessing and self.quantize != "none":
+            raise ValueError("onnx_preprocessing=1 and quantize exclude each other: export twice")
         return self
 
     @property
@@ -793,6 +811,11 @@ class Config(_Output, _Optimization, _Device, _Preprocessing, _Augmentation, _Da
         if self.amp_level != "auto":
             return self.amp_level
         return "O0" if self.device_target == "CPU" else "O3"
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether gradients need a loss scale: those of float16 do, those of bfloat16 do not."""
+        return self.compute_type == "float16"
 
     @property
     def compute_type(self) -> str:

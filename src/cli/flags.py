@@ -71,10 +71,12 @@ _SYNONYMS = {
     "world_size": "ranks",
     "gpus": "ranks",
 }
-# Keys of earlier versions and of the seeds that are part of another key now. Recipes, flags and
-# checkpoints may still have them; ``current_keys`` translates them.
+# Keys of earlier versions and of the seeds that were merged into another key. Recipes, flags and
+# checkpoints may still contain them; ``current_keys`` translates them.
 FORMER_KEYS = {"label_smooth": "label_smooth_factor"}
-# Flags that launchers add to a command; our launcher says the same through the environment.
+# Keys, and the key that overrules them if it is set.
+OVERRULED_BY = {"crop_pct": "eval_resize", "per_batch_size": "global_batch_size"}
+# Flags that launchers add to a command; our launcher passes them in environment variables.
 _IGNORED_FLAGS = ("local_rank",)
 # Keys, and the augmentations whose own arguments overrule them.
 _ARGUMENTS = (
@@ -185,26 +187,31 @@ def misplaced_flags(flags: Mapping[str, Any], command: str) -> list[str]:
     ]
 
 
-def flags_without_effect(flags: Mapping[str, Any], config: Config) -> list[str]:
-    """A warning for each flag that changes nothing in a training run of ``config``."""
+def flags_without_effect(flags: Mapping[str, Any], config: Config, ranks: int) -> list[str]:
+    """A warning for each flag that changes nothing in a training run of ``config`` on ``ranks``."""
     without = {
-        name: f"without --{_as_flag(needs)}"
+        name: f"without --{_as_flag(missing)}"
         for name in flags
-        if name in Config.model_fields
-        and (needs := key_info(name).needs)
-        and not _is_set(needs, config)
+        if name in Config.model_fields and (missing := _missing_setting(name, config))
     }
     return [
         f"{WARNING}--{name} changes nothing {reason}"
-        for name, reason in {**without, **_overruled(flags, config)}.items()
+        for name, reason in {**without, **_overruled(flags, config, ranks)}.items()
     ]
 
 
-def _overruled(flags: Mapping[str, Any], config: Config) -> dict[str, str]:
-    """{flag: why} of the flags that another flag or key overrules."""
+def _overruled(flags: Mapping[str, Any], config: Config, ranks: int) -> dict[str, str]:
+    """{flag: why} of the flags that another flag or key overrules, or the number of ranks."""
     reasons = {}
+    if "gradient_compression" in flags and config.gradient_compression != "none" and ranks == 1:
+        reasons["gradient_compression"] = "on a single rank"
+    if "momentum" in flags and "momentum" in parse_spec("optimizer", config.optimizer)[1]:
+        reasons["momentum"] = f"with --optimizer={config.optimizer}"
     if "run_eval" in flags and config.val_split and not config.run_eval:
         reasons["run_eval"] = "with --val_split, which evaluates"
+    for name, other in OVERRULED_BY.items():
+        if name in flags and other in flags and getattr(config, other):
+            reasons[name] = f"with --{other}"
     for name, augmentation, arguments in _ARGUMENTS:
         for spec in config.augmentations:
             found, given = parse_spec("augmentations", spec)
@@ -213,9 +220,20 @@ def _overruled(flags: Mapping[str, Any], config: Config) -> dict[str, str]:
     return reasons
 
 
+def _missing_setting(name: str, config: Config) -> str:
+    """The setting without which a key changes nothing in ``config``, or ""."""
+    needs = key_info(name).needs
+    if not needs or not _is_set(needs, config):
+        return needs
+    # The setting that it needs may itself need another one.
+    other = needs.partition("=")[0]
+    return _missing_setting(other, config) if other in Config.model_fields else ""
+
+
 def _as_flag(needs: str) -> str:
     """The flag of a KeyInfo's ``needs``, which may name a property."""
-    return {"evaluates": "run_eval=1"}.get(needs, needs.replace("precision", "amp_level"))
+    properties = {"evaluates": "run_eval=1", "scales_loss": "amp_level=O2 on GPU or Ascend"}
+    return properties.get(needs, needs)
 
 
 def _is_set(needs: str, config: Config) -> bool:

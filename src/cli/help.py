@@ -1,7 +1,8 @@
 """Prints ``--help`` and ``--list``, and writes the script of bash's TAB completion.
 
-`python3 -m src.cli.help` prints that script; scripts/setup.sh saves it. shtab and argcomplete
-complete a program by its own name, but here the program is python3 and the command its argument.
+`python3 -m src.cli.help` prints that script; scripts/setup.sh saves it, and `acnet completion`
+prints it too. shtab and argcomplete complete a program by its own name, but here the program is
+python3 and the command its argument.
 """
 
 import re
@@ -17,11 +18,18 @@ from src.models.published_weights import published_weights
 from src.utils.errors import UserError
 
 _WIDTH = 100
+# Commands that only the installed package has (acnet_mindspore/command.py).
+_PACKAGE_COMMANDS = ("preview", "check", "pack", "launch", "setup", "completion")
 _COMPLETION = """\
 _acnet_complete() {{
     local word=${{COMP_WORDS[COMP_CWORD]}} before=${{COMP_WORDS[COMP_CWORD - 1]}}
     local key="" known=" {commands} " script
     COMPREPLY=()
+    if [ "${{COMP_WORDS[0]}}" = acnet ] && [ "$COMP_CWORD" = 1 ]; then
+        COMPREPLY=($(compgen -W "{package_commands}" -- "$word"))
+        return
+    fi
+    [ "${{COMP_WORDS[0]}}" != acnet ] || known=" {package_commands} "
     for script in "${{COMP_WORDS[@]:1:3}}"; do
         case "$known" in *" ${{script##*/}} "*) key=found ;; esac
     done
@@ -40,7 +48,7 @@ _acnet_complete() {{
 {values}
     esac
 }}
-complete -o default -F _acnet_complete python3 python
+complete -o default -F _acnet_complete python3 python acnet
 """
 
 
@@ -124,9 +132,12 @@ def completion_script() -> str:
         for key, choices in values.items()
         if choices
     ]
-    scripts = (f"{command}.py" for command in COMMANDS if not command.endswith("_dataset"))
+    commands = [command for command in COMMANDS if not command.endswith("_dataset")]
     return _COMPLETION.format(
-        commands=" ".join(scripts), keys=" ".join(keys), values="\n".join(lines)
+        commands=" ".join(f"{command}.py" for command in commands),
+        package_commands=" ".join([*commands, *_PACKAGE_COMMANDS]),
+        keys=" ".join(keys),
+        values="\n".join(lines),
     )
 
 

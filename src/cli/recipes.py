@@ -1,14 +1,15 @@
-"""From recipes, checkpoints and flags to one configuration."""
+"""Resolves defaults, checkpoints, recipes and flags into one configuration."""
 
 import os
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from src.cli.config import DEFAULT_CONFIG, DIGITS, RECIPES, Config, default_yaml, validated
-from src.cli.flags import ALIASES, current_keys, empty_to_none, known_keys
+from src.cli.flags import ALIASES, OVERRULED_BY, current_keys, empty_to_none, known_keys
 from src.models.networks import network_settings, recipe_of_alias
 from src.utils.errors import UserError, suggestion
 
@@ -18,7 +19,7 @@ class _DoubleKey(Exception):
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """YAML as people mean it: a key once, and numbers as on the command line.
+    """Refuses duplicate keys, and reads numbers as the command line does.
 
     YAML 1.1 reads 010 as 8 and 1:30 as 90, and takes the last of two equal keys.
     """
@@ -52,8 +53,8 @@ def load_config(
     1. the defaults, 2. the network's own settings, 3. what a checkpoint or pretrained weights
     record, 4. the recipe, 5. the flags.
 
-    Without a recipe, data and checkpoint, the recipe is that of the bundled digits. ACNet's short
-    names (``-a sres18``) stand for their recipes.
+    Without a recipe, a data path or a checkpoint, the recipe of the bundled digits is used. ACNet's
+    short names (``-a sres18``) stand for their recipes.
 
     Args:
         flags: {key: value}, as from ``parse_flags``; "config_path" names the recipe.
@@ -68,16 +69,44 @@ def load_config(
     recipe = flags.pop("config_path", "")
     if not recipe and "network" not in (checkpoint_layer or {}):
         recipe = _implied_recipe(flags, with_digits=checkpoint_layer is None)
-    if "per_batch_size" in flags and "global_batch_size" not in flags:
-        # An explicit --per_batch_size overrides the recipe's global_batch_size.
-        flags["global_batch_size"] = 0
-    values = {
-        **(checkpoint_layer or {}),
-        **(pretrained_layer or {}),
-        **(read_layer(find_recipe(recipe)) if recipe else {}),
-        **empty_to_none(flags),
+    layers = [
+        checkpoint_layer or {},
+        pretrained_layer or {},
+        read_recipe(find_recipe(recipe)) if recipe else {},
+        empty_to_none(flags),
+    ]
+    network = next((layer["network"] for layer in reversed(layers) if "network" in layer), "")
+    config = validated(reduce(merge_layers, layers, network_settings(network)))
+    has_weights = checkpoint_layer is not None or pretrained_layer is not None
+    # Until the settings of those weights are read, the image size is unknown.
+    is_known = has_weights or not config.checkpoint_file_path
+    if is_known and 0 < config.eval_resize < config.image_size:
+        raise UserError(
+            f"eval_resize={config.eval_resize} must not be below image_size={config.image_size}"
+        )
+    return config
+
+
+def merge_layers(below: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
+    """The {key: value} of ``below`` with those of ``layer`` on top.
+
+    A key of ``layer`` also wins over another key of ``below`` that would overrule it. With another
+    image_size, eval_resize keeps its ratio to it.
+    """
+    below = current_keys(below)
+    overruling = {
+        other: 0 for key, other in OVERRULED_BY.items() if key in layer and other not in layer
     }
-    return validated(current_keys({**network_settings(values.get("network", "")), **values}))
+    return current_keys({**below, **_scaled_resize(below, layer), **overruling, **layer})
+
+
+def _scaled_resize(below: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, int]:
+    """{"eval_resize": pixels} if ``layer`` changes the image_size that it was chosen for."""
+    resize, before = below.get("eval_resize"), below.get("image_size")
+    size = str(layer.get("image_size", ""))
+    if not (isinstance(resize, int) and isinstance(before, int) and before and size.isdigit()):
+        return {}
+    return {"eval_resize": round(resize * int(size) / before)}
 
 
 def check_default_config() -> None:
@@ -90,25 +119,28 @@ def check_default_config() -> None:
         )
 
 
-def read_layer(path: str | Path) -> dict[str, Any]:
+def read_recipe(path: str | Path) -> dict[str, Any]:
     """{key: value} of a YAML file, on top of the recipe that its ``extends`` names.
 
     Raises:
         UserError: for an unreadable file, an unknown key, or recipes that extend each other.
     """
-    return _with_extended(Path(path), ())
+    return _read_with_base(Path(path), ())
 
 
-def find_recipe(recipe: str, relative_to: Path = DEFAULT_CONFIG) -> Path:
+def find_recipe(recipe: str, extending: Path | None = None) -> Path:
     """The file of a recipe given by name or path.
 
+    A path is relative to the current folder, or to that of this program.
+
     Args:
-        relative_to: a file; the path may be relative to its folder.
+        extending: the file that names the recipe; a path is relative to its folder first.
 
     Raises:
         UserError: if there is no such file.
     """
-    for path in (RECIPES / f"{recipe}.yaml", relative_to.parent / recipe, Path(recipe)):
+    folders = [*([extending.parent] if extending else []), Path(), DEFAULT_CONFIG.parent]
+    for path in (RECIPES / f"{recipe}.yaml", *(folder / recipe for folder in folders)):
         if os.path.isfile(path):
             return path
     names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -116,23 +148,25 @@ def find_recipe(recipe: str, relative_to: Path = DEFAULT_CONFIG) -> Path:
     raise UserError(f"no configuration file '{recipe}'{near}; recipes by name: {', '.join(names)}")
 
 
-def _with_extended(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
+def _read_with_base(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
     layer = _read_yaml(path)
     extended = layer.pop("extends", None)
     for key in layer:
         if key not in known_keys():
             near = suggestion(key, (*known_keys(), "extends"))
             raise UserError(f"{path}: unknown key '{key}'{near}")
-    own = {ALIASES.get(key, key): value for key, value in layer.items()}
-    if "per_batch_size" in own:
-        # As on the command line, it goes before the global_batch_size of the other recipe.
-        own.setdefault("global_batch_size", 0)
+    own: dict[str, Any] = {}
+    for key, value in layer.items():
+        name = ALIASES.get(key, key)
+        if name in own:
+            raise UserError(f"{path} has '{name}' twice, once under another name; keep one")
+        own[name] = value
     if extended is None:
         return own
-    base = find_recipe(str(extended), relative_to=path)
+    base = find_recipe(str(extended), path)
     if base.resolve() in (file.resolve() for file in (path, *extending)):
         raise UserError(f"{path}: 'extends: {extended}' leads back to this recipe")
-    return {**_with_extended(base, (path, *extending)), **own}
+    return merge_layers(_read_with_base(base, (path, *extending)), own)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

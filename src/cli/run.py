@@ -38,6 +38,7 @@ _MEMORY_WORDS = (
     "std::bad_alloc",
     "Cannot allocate memory",
 )
+_THREAD_WORDS = ("can't start new thread", "Resource temporarily unavailable")
 _MEMORY_HINT = (
     "free some, or use a smaller --per_batch_size, fewer --num_parallel_workers or a smaller "
     "--max_pixels"
@@ -112,25 +113,10 @@ def run_process(action: Callable[[Signals], object], rank: int = 0) -> None:
             # Rank 0 first: the launcher reports the status of the rank that ends first.
             time.sleep(PATIENCE_S)
         os._exit(128 + stop.signal)
-    except ImportError as failure:
-        hint = "run 'bash scripts/setup.sh', then 'source .venv/bin/activate'"
-        if _is_lack_of_memory(failure):
-            hint = _MEMORY_HINT
-        end_process(f"error: {failure}; {hint}", 2, rank)
-    except OSError as failure:
-        if _is_lack_of_memory(failure):
-            end_process(f"error: {_prefix(rank)}too little memory; {_MEMORY_HINT}", 2, rank)
-        path = f" '{failure.filename}'" if failure.filename else ""
-        reason = failure.strerror or failure
-        end_process(f"error: {_prefix(rank)}cannot access{path}: {reason}", 2, rank)
-    except Exception as failure:  # a defect, or too little memory: one line, no rank hangs
-        if _is_lack_of_memory(failure):
-            end_process(f"error: {_prefix(rank)}too little memory; {_MEMORY_HINT}", 2, rank)
-        if os.environ.get("ACNET_TRACEBACK"):
-            traceback.print_exc()
-        what = f"{type(failure).__name__}: {_reason(failure)}"
-        whose = _prefix(rank) or "rank 0: "
-        end_process(f"error: {whose}{what} (ACNET_TRACEBACK=1 shows where)", 1, rank)
+    except Exception as failure:  # one line, and no rank hangs
+        text, status = _explain(failure)
+        whose = _prefix(rank) or ("rank 0: " if status == 1 else "")
+        end_process(f"error: {whose}{text}", status, rank)
     # Run the exit handlers of Python and the libraries, such as MPI's finalisation. Skip
     # MindSpore's teardown of its libraries, which takes 0.5 s.
     atexit._run_exitfuncs()
@@ -139,9 +125,21 @@ def run_process(action: Callable[[Signals], object], rank: int = 0) -> None:
     os._exit(0)
 
 
-def _is_lack_of_memory(failure: Exception) -> bool:
-    """Whether a library could not get memory; each says so in its own words."""
-    return isinstance(failure, MemoryError) or any(words in str(failure) for words in _MEMORY_WORDS)
+def _explain(failure: Exception) -> tuple[str, int]:
+    """The text and the exit status of an exception that no command expects: 1 for a defect."""
+    # Each library says in its own words that it got no memory or no thread.
+    if isinstance(failure, MemoryError) or any(words in str(failure) for words in _MEMORY_WORDS):
+        return f"too little memory; {_MEMORY_HINT}", 2
+    if isinstance(failure, RuntimeError) and any(words in str(failure) for words in _THREAD_WORDS):
+        return "no more threads can start; allow more processes (ulimit -u), or free memory", 2
+    if isinstance(failure, ImportError):
+        return f"{failure}; run 'bash scripts/setup.sh', then 'source .venv/bin/activate'", 2
+    if isinstance(failure, OSError):
+        path = f" '{failure.filename}'" if failure.filename else ""
+        return f"cannot access{path}: {failure.strerror or failure}", 2
+    if os.environ.get("ACNET_TRACEBACK"):
+        traceback.print_exception(failure)
+    return f"{type(failure).__name__}: {_reason(failure)} (ACNET_TRACEBACK=1 shows where)", 1
 
 
 def _reason(failure: Exception) -> str:
@@ -171,7 +169,7 @@ def _show_damaged_images() -> None:
             print(f"{WARNING}{escaped(message)}", file=sys.stderr, flush=True)
         elif number == _DAMAGED_NAMED + 1:
             print(
-                f"{WARNING}other images are damaged too; scripts/check_dataset.py lists them",
+                f"{WARNING}more images are damaged; scripts/check_dataset.py lists all of them",
                 file=sys.stderr,
                 flush=True,
             )

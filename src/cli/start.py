@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 from src.cli.command import Command
@@ -13,7 +14,13 @@ from src.dataset.augmentations import check_augmentations
 from src.dataset.batches import global_batch_size
 from src.dataset.sources import check_source
 from src.distributed.communicator import Communicator, check_ranks_agree, connect
-from src.distributed.launcher import hand_over, hand_over_from_torch, started_by_mpirun
+from src.distributed.launcher import (
+    exec_launcher,
+    exec_launcher_under_torchrun,
+    has_launcher,
+    launched_here,
+    launched_ranks,
+)
 from src.distributed.reducers import check_reducer
 from src.distributed.shutdown import Signals
 from src.inference.formats import check_format
@@ -25,7 +32,7 @@ from src.training.losses import check_loss
 from src.training.schedules import create_schedule
 from src.training.update_rules import create_update_rule
 from src.utils.device import prepare_process
-from src.utils.errors import UserError
+from src.utils.errors import DamagedImage, UserError
 from src.utils.machine import available_cores, set_cpu_affinity, software_versions
 from src.utils.progress import print_status
 
@@ -44,15 +51,17 @@ def start(
             one that differs between ranks.
     """
     if distributed:
-        hand_over_from_torch()
+        exec_launcher_under_torchrun()
     flags, names = parse_flags(arguments)
     _check_positional(names, positional)
     check_default_config()
     config = load_config(flags)
     _check_names(config)
     fetch_weights(config.checkpoint_file_path)
-    if distributed and config.ranks and not started_by_mpirun():
+    if distributed and config.ranks and not has_launcher():
         _launch_ranks(config)
+    if distributed and isinstance(config.ranks, int) and has_launcher():
+        _check_rank_count(config.ranks)
     communicator = connect(config.run_distribute) if distributed else Communicator()
     communicator.watch_for_stalls(config.stall_timeout_s)
     may_differ = keys_affecting(Affects.IMAGES, Affects.PROCESS)
@@ -61,12 +70,20 @@ def start(
         communicator, software_versions(), "install the same on every host, or share one folder"
     )
     prepare_rank(communicator, config.device_target, config.threads)
+    if config.strict:
+        warnings.simplefilter("error", DamagedImage)
     check_ranks_agree(
         communicator,
         {"cores of each rank": available_cores()},
         "pass the same --threads=N to all of them, such as --threads=1",
     )
     kernels = choose_kernels(config)
+    check_ranks_agree(
+        communicator,
+        {"kernels": kernels.name},
+        "build them on every host, or pass --kernels=mindspore; a limit such as "
+        "ONEDNN_MAX_CPU_ISA=AVX2 makes processors of different age compute the same",
+    )
     command = Command(flags, names, config, communicator, kernels, signals)
     if communicator.is_root:
         for message in misplaced_flags(flags, _command_name()):
@@ -145,6 +162,15 @@ def _check_names(config: Config) -> None:
     check_format(config.file_format)
 
 
+def _check_rank_count(ranks: int) -> None:
+    """Raise UserError if the launcher started another number of ranks, in all and here."""
+    if launched_here() and ranks not in (0, launched_ranks(), launched_here()):
+        raise UserError(
+            f"ranks={ranks}, but the launcher started {launched_ranks()}; pass the number to one "
+            "of them only"
+        )
+
+
 def _launch_ranks(config: Config) -> None:
     """Re-execute under scripts/launch.py with ``config.ranks`` ranks and the same global batch.
 
@@ -179,9 +205,9 @@ def _launch_ranks(config: Config) -> None:
     trains = _command_name() != "eval"
     if trains and micro_batch % ranks and not config.fit_batch:
         raise UserError(
-            f"{batch} images per step cannot be shared out evenly to ranks={ranks}; pass "
+            f"{batch} images per step cannot be divided evenly among ranks={ranks}; pass "
             f"--global_batch_size=N, a multiple of {ranks * config.accumulation_steps}"
         )
     if ranks > 1:
         same_batch = [f"--global_batch_size={batch}"] if trains else []
-        hand_over(ranks, [*sys.argv, "--run_distribute=1", *same_batch])
+        exec_launcher(ranks, [*sys.argv, "--run_distribute=1", *same_batch])

@@ -94,7 +94,7 @@ class Crop(Augmentation):
         )
 
     @property
-    def least_side(self) -> float:
+    def min_side(self) -> float:
         """The shorter side, in pixels, of images whose smallest part need not be enlarged."""
         if self.kind != "random_resized":
             return self.size
@@ -110,7 +110,7 @@ class Crop(Augmentation):
 
 @pydantic.dataclasses.dataclass(frozen=True, config=FORBID_EXTRA)
 class Flip(Augmentation):
-    """Exchange left and right with probability flip_probability."""
+    """Flip left and right with ``probability`` (default: the key flip_probability)."""
 
     probability: Probability
 
@@ -124,7 +124,7 @@ class Flip(Augmentation):
 
 @pydantic.dataclasses.dataclass(frozen=True, config=FORBID_EXTRA)
 class ColorJitter(Augmentation):
-    """Random brightness, contrast and saturation with the strengths of the key color_jitter."""
+    """Random brightness, contrast and saturation (default strengths: the key color_jitter)."""
 
     brightness: Probability
     contrast: Probability
@@ -329,7 +329,7 @@ class Augmenter:
 
     Attributes:
         mixes: whether samples have class probabilities as targets instead of a label.
-        least_side: how many pixels the shorter side of a loaded image must keep if a smaller one
+        min_side: how many pixels the shorter side of a loaded image must keep if a smaller one
             may be loaded; 0: only the whole image.
     """
 
@@ -338,7 +338,7 @@ class Augmenter:
         self._seed, self._size, self._resize = config.seed, config.image_size, Resizing.of(config)
         self._stages = _stages(config)
         self.mixes = any(stage.augmentation.mixes for stage in self._stages)
-        self.least_side = self._least_side(config)
+        self.min_side = self._min_side(config)
 
     def sample(self, load: Load, epoch: int, index: int) -> tuple[np.ndarray, Any]:
         """Sample ``index`` in ``epoch``.
@@ -358,14 +358,14 @@ class Augmenter:
             )
         return self._resize(image, self._size, self._size), label
 
-    def _least_side(self, config: Config) -> int:
+    def _min_side(self, config: Config) -> int:
         # Without antialiasing, samples are made of single pixels of the whole image.
         if config.reduced_decoding == "never" or not config.antialias:
             return 0
         first = self._stages[0].augmentation if self._stages else None
         if not isinstance(first, Crop):
             return 0
-        return math.ceil(REDUCED_MARGIN * first.least_side)
+        return math.ceil(REDUCED_MARGIN * first.min_side)
 
     def _mixed(
         self, load: Load, epoch: int, index: int, stages: int

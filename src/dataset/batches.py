@@ -18,7 +18,7 @@ from src.cli.config import Config
 from src.dataset.augmentations import Augmenter
 from src.dataset.decoding import BadImage
 from src.dataset.image_set import ImageSet
-from src.dataset.transforms import eval_least_side, eval_transform
+from src.dataset.transforms import eval_min_side, eval_transform
 from src.utils.errors import UserError
 from src.utils.machine import available_bytes, available_cores
 
@@ -73,7 +73,7 @@ def micro_batch_size(config: Config, world_size: int) -> int:
     """Images in one forward pass of one rank: per_batch_size, or its part of global_batch_size.
 
     Raises:
-        UserError: if global_batch_size cannot be shared out evenly.
+        UserError: if global_batch_size cannot be divided evenly.
     """
     if not config.global_batch_size:
         return config.per_batch_size
@@ -100,10 +100,10 @@ def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def balanced_order(seed: int, epoch: int, labels: np.ndarray) -> np.ndarray:
-    """As many samples as there are, (N,) int64, in which each class occurs equally often.
+    """As many samples as the data set has, (N,) int64, with every class equally often.
 
-    A function of (seed, epoch). Within a class each sample occurs equally often too, up to one: the
-    samples of small classes are repeated, and others of large classes left out.
+    A function of (seed, epoch). Within a class, samples also occur equally often (up to one more):
+    samples of small classes are repeated, and some of large classes are left out.
     """
     count, present = len(labels), np.unique(labels)
     order = epoch_order(seed, epoch, count)
@@ -148,7 +148,7 @@ def steps_per_epoch(images: int, config: Config, size: int) -> int:
 
 
 class TrainBatches:
-    """Training batches of one rank over all epochs: number i is the i-th forward batch of the run.
+    """Training batches of one rank over all epochs: number i is the i-th micro-batch of the run.
 
     The global batch of a step is the same for any number of ranks. The last incomplete global batch
     of an epoch is left out. With bad_samples=replace, the next image of the data set that can be
@@ -233,7 +233,7 @@ class TrainBatches:
     def _decoded(self, index: int) -> np.ndarray:
         image = self._kept.get(index)
         if image is None:
-            image = self.images.load(index, self._augmenter.least_side)
+            image = self.images.load(index, self._augmenter.min_side)
             # The next epoch gets the same array.
             image.flags.writeable = False
             if image.nbytes <= min(_KEPT_IMAGE_BYTES, self._keepable_bytes):
@@ -269,7 +269,7 @@ class EvalBatches:
     def __init__(self, images: ImageSet, config: Config, rank: int, size: int, batch: int) -> None:
         self.images, self.config, self.batch = images, config, batch
         self.indices = shard(np.arange(len(images)), rank, size)
-        self._least_side = eval_least_side(config)
+        self._min_side = eval_min_side(config)
         self._threads = _Threads(config.num_parallel_workers or available_cores())
 
     def __len__(self) -> int:
@@ -281,7 +281,7 @@ class EvalBatches:
 
         def make(index: int) -> tuple[Any, int]:
             try:
-                image = self.images.load(index, self._least_side)
+                image = self.images.load(index, self._min_side)
                 return eval_transform(image, self.config), int(self.images.labels[index])
             except BadImage as failure:
                 undecodable[index] = str(failure)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from src.dataset.image_set import ImageSet, follow_classes
+from src.dataset.image_set import ImageSet, are_numbers, follow_classes
 from src.utils.errors import UserError
 
 _PIXELS = 3 * 32 * 32
@@ -20,6 +20,10 @@ _HARMLESS = {
     ("_codecs", "encode"),
     ("numpy.core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "scalar"),
+    ("numpy.core.numeric", "_frombuffer"),
+    ("numpy._core.numeric", "_frombuffer"),
 }
 
 
@@ -102,12 +106,19 @@ class Cifar:
         )
         names = self._class_names(folder / form.meta, form)
         own = {name: label for label, name in enumerate(names)}
-        known = class_to_index or own
-        if len(known) == len(own) and (_are_numbers(own) or _are_numbers(known)):
-            # One side does not know the names, which these files may lack.
-            own = dict(known)
+        known, notes = class_to_index or own, []
+        has_numbers = are_numbers(names) or are_numbers(known)
+        if has_numbers and len(known) == len(own) and set(known) != set(own):
+            # One side does not know the names, which the files may lack.
+            numbers = {str(label): label for label in own.values()}
+            own = numbers if set(known) == set(numbers) else dict(known)
+            first = min(own, key=own.__getitem__)
+            notes.append(
+                f"the classes of {folder} or those of training have no names, so '{names[0]}' is "
+                f"taken for '{first}', and so on in order"
+            )
         classes, labels = follow_classes(labels, own, class_to_index, folder)
-        return ImageSet(classes, labels, pixels=np.ascontiguousarray(pixels))
+        return ImageSet(classes, labels, pixels=np.ascontiguousarray(pixels), notes=tuple(notes))
 
     def _read(self, file: Path, form: CifarForm) -> tuple[np.ndarray, np.ndarray]:
         """Labels (N,) and pixels (N, 3072) uint8 of a file."""
@@ -116,20 +127,21 @@ class Cifar:
             size = self.label_bytes + _PIXELS
             if not content or len(content) % size:
                 raise UserError(
-                    f"{file} has {len(content)} bytes, which is no whole number of {self.name} "
+                    f"{file} has {len(content)} bytes, which is not a whole number of {self.name} "
                     "records; fetch it again"
                 )
             records = np.frombuffer(content, np.uint8).reshape(-1, size)
             return records[:, self.label_bytes - 1], records[:, self.label_bytes :]
         found = _unpickle(content, file)
         try:
-            labels, pixels = np.array(found[self.labels_key], np.int64), found["data"]
+            labels, pixels = np.array(found[self.labels_key]), found["data"]
             if (
-                pixels.dtype == np.uint8
+                labels.dtype.kind in "iu"
+                and pixels.dtype == np.uint8
                 and pixels.shape == (len(labels), _PIXELS)
                 and labels.ndim == 1
             ):
-                return labels, pixels
+                return labels.astype(np.int64), pixels
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             pass
         raise UserError(
@@ -145,10 +157,6 @@ class Cifar:
             else [str(name) for name in _unpickle(_content(file), file).get(self.names_key, ())]
         )
         return tuple(names) if len(set(names)) == len(names) == len(self.classes) else self.classes
-
-
-def _are_numbers(classes: Mapping[str, int]) -> bool:
-    return all(name == str(label) for name, label in classes.items())
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -175,7 +183,8 @@ def _unpickle(content: bytes, file: Path) -> dict[str, Any]:
         raise UserError(f"{file} is damaged: {type(failure).__name__}; fetch it again") from None
     if not isinstance(found, dict):
         raise UserError(f"{file} does not hold a table; fetch it again")
-    return found
+    # Python 3 keeps the keys of Python 2 as bytes if it was asked to.
+    return {k.decode("latin1") if isinstance(k, bytes) else k: v for k, v in found.items()}
 
 
 _TEN = tuple(f"data_batch_{number}" for number in range(1, 6))

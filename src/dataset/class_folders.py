@@ -48,8 +48,20 @@ _LITTER = (
     "#recycle",
     "#snapshot",
     "$recycle.bin",
+    "recycler",
     "system volume information",
+    "found.000",
     "lost+found",
+    "network trash folder",
+    "temporary items",
+    "thevolumesettingsfolder",
+    "~snapshot",
+    "@recently-snapshot",
+    "@transcode",
+    "@sharebin",
+    "@__thumb",
+    "_gsdata_",
+    "__pycache__",
 )
 # What people keep next to pictures. Any other file may be meant as a picture, so it is reported.
 _TEXTS = (
@@ -63,10 +75,17 @@ def open_class_folders(
     path: Path, split: str, class_to_index: Mapping[str, int] | None
 ) -> ImageSet:
     """The images of the class folders in ``path``, or in its part ``split`` if it has parts."""
-    root = find_split(path, split) or path
+    part = find_split(path, split)
+    train = find_part(path, "train") if part is None and split == "val" else None
+    if train is not None:
+        raise UserError(
+            f"'{path}' holds training images and no others in class folders, so there is nothing "
+            f"to evaluate on; pass --data_path={train} to evaluate on those"
+        )
+    root = part or path
     entries = _folders(root)
     folders = [name for name in entries if not is_litter(name)]
-    litter = [str(root / name) for name in entries if is_litter(name) and name[0] != "."]
+    litter = [str(root / name) for name in entries if is_litter(name) and _is_told(root / name)]
     if not folders:
         what = "is empty: it has no class folders"
         if list_images(root)[0]:
@@ -147,10 +166,11 @@ def find_split(path: Path, split: str) -> Path | None:
 
 
 def find_part(path: Path, split: str) -> Path | None:
-    """The folder in ``path`` that has a name of ``split`` in SPLITS, in any case, and folders.
+    """The folder of part ``split`` in ``path``: a name in SPLITS (in any case), with subfolders.
 
     Raises:
-        UserError: if it has pictures only. Such a test set is passed over: it has no labels.
+        UserError: if a folder of that name has images only. A test set without class folders is
+            skipped instead: it has no labels.
     """
     folders = _folders(path)
     found = [path / name for names in SPLITS[split] for name in folders if name.lower() in names]
@@ -168,7 +188,7 @@ def find_part(path: Path, split: str) -> Path | None:
             return folder
         if only_parts and folder.name.lower() in SPLITS[split][0] and _has_pictures(folder):
             raise UserError(
-                f"'{folder}' has images but no class folders, which say what they show; move it "
+                f"'{folder}' has images but no class folders, so their labels are unknown; move it "
                 "away, or put its images into one folder per class"
             )
     return None
@@ -179,15 +199,20 @@ def is_litter(name: str) -> bool:
     return name.startswith((".", "~$")) or name.lower() in _LITTER
 
 
+def _is_told(folder: Path) -> bool:
+    """Whether to report litter: hidden folders only if they contain images."""
+    return folder.name.lower() in _LITTER or (folder.is_dir() and _has_pictures(folder))
+
+
 def list_images(folder: Path | str) -> tuple[list[str], list[str]]:
-    """(image files in ``folder`` and below, sorted; other files there, except texts)."""
+    """(image files in ``folder`` and below, sorted; other files there, except text files)."""
     images: list[str] = []
     left_out: list[str] = []
     folders: list[str] = []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         name = entry.name.lower()
         if is_litter(name):
-            if name.endswith(EXTENSIONS) or name in _LITTER:
+            if name.endswith(EXTENSIONS) or _is_told(Path(entry.path)):
                 left_out.append(entry.path)
         elif entry.is_dir(follow_symlinks=False):
             folders.append(entry.path)
@@ -203,7 +228,7 @@ def list_images(folder: Path | str) -> tuple[list[str], list[str]]:
 
 
 def unread(paths: Sequence[str]) -> str:
-    """Words for files and folders that are left out: how many, of which kinds, one of them."""
+    """Describes skipped files and folders: how many, of which kinds, and one example."""
     kinds = sorted({_kind(path) for path in paths})
     named = [*kinds[:_KINDS_NAMED], *(["..."] * (len(kinds) > _KINDS_NAMED))]
     heif = [kind for kind in kinds if kind in HEIF_ENDINGS]
@@ -217,12 +242,16 @@ def unread(paths: Sequence[str]) -> str:
 def _kind(path: str) -> str:
     """A word for a file or folder that is left out."""
     if is_litter(os.path.basename(path)):
-        return "left by another program"
+        return "a hidden folder" if _is_hidden_folder(path) else "left by another program"
     if os.path.islink(path) and not os.path.exists(path):
         return "a broken link"
     if os.path.isdir(path):
         return "a linked folder"
     return os.path.splitext(path)[1].lower() or "no ending"
+
+
+def _is_hidden_folder(path: str) -> bool:
+    return os.path.basename(path).startswith(".") and os.path.isdir(path)
 
 
 def _is_split(name: str) -> bool:

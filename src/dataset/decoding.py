@@ -5,6 +5,7 @@ import io
 import os
 import stat
 import warnings
+import zlib
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -26,13 +27,14 @@ _FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "PPM", "GIF", "AVIF", "
 # High Efficiency Image Files: photographs of iPhones. They need the package pillow-heif.
 HEIF_ENDINGS = (".heic", ".heif", ".hif")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+_BRANDS_END = 40
 # What the last bytes of a complete file contain; cameras may append some bytes.
 _ENDS = {_JPEG: b"\xff\xd9", _PNG: b"IEND"}
 _LAST_BYTES = 64
 _LARGEST_FILE = 1 << 28
 # Of 3 bytes each.
-MOST_PIXELS = 1 << 26
-_TOO_MANY = "too many pixels, as a decompression bomb has"
+DEFAULT_MAX_PIXELS = 1 << 26
+_TOO_MANY = "too many pixels (possibly a decompression bomb)"
 _ORIENTATION = 0x0112
 # EXIF orientation -> what turns the picture upright.
 _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
@@ -46,18 +48,25 @@ _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 }
 _STRIP_ROWS = 256
 # Tags of TIFF 6.0, and what Pillow reads of it.
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR_CONFIGURATION = 258, 262, 284
+_BITS_PER_SAMPLE, _COMPRESSION, _PHOTOMETRIC, _PLANAR_CONFIGURATION = 258, 259, 262, 284
+_COLOR_MAP, _SAMPLE_FORMAT, _SUBSAMPLING = 320, 339, 530
+_UNCOMPRESSED, _YCBCR, _SIGNED = 1, 6, 2
 _TIFF_BITS = {1, 2, 4, 8, 16}
+# The byte of a TGA that has the number of bits for transparency (TGA 2.0, field 5.6).
+_TGA_DESCRIPTOR, _TGA_ALPHA_BITS = 17, 0x0F
 # The byte of a PNG that has its bits per sample; its colour type follows (PNG, section 11.2.2).
 _PNG_DEPTH = 24
 _GREY, _RGB = 0, 2
 _PLAIN_MODES = ("RGB", "L")
 # Cameras append small versions of a picture, which makes a JPEG an MPO for Pillow.
 _JPEG_FORMATS = ("JPEG", "MPO")
-# OpenCV takes the numbers in netpbm, TIFF and BMP files for bytes, whatever their range.
-_OPENCV_FORMATS = ("PNG", "WEBP")
+# OpenCV takes the numbers in netpbm, TIFF and BMP files for bytes, whatever their range, and shows
+# a part of a damaged WebP without a word.
+_OPENCV_FORMAT = "PNG"
 # By what the sides of a JPEG can be divided while it is decoded.
 _REDUCTIONS = (8, 4, 2)
+# Bytes of a chunk besides its content: length, kind and checksum.
+_PNG_CHUNK = 12
 # Formats whose Pillow mode "I" holds 16-bit values. In others it holds 32-bit ones, of any range.
 _SIXTEEN_BIT_FORMATS = ("PNG", "PPM")
 
@@ -66,7 +75,7 @@ class BadImage(UserError):
     """An image file that cannot be read or decoded."""
 
 
-def read_image(path: str, max_pixels: int = MOST_PIXELS, least_side: int = 0) -> np.ndarray:
+def read_image(path: str, max_pixels: int = DEFAULT_MAX_PIXELS, min_side: int = 0) -> np.ndarray:
     """An image file as (H, W, 3) uint8 RGB; see ``decode_image``.
 
     Raises:
@@ -82,7 +91,7 @@ def read_image(path: str, max_pixels: int = MOST_PIXELS, least_side: int = 0) ->
         raise BadImage(
             f"cannot read the image {path}: {getattr(failure, 'strerror', failure)}"
         ) from None
-    return decode_image(encoded, path, max_pixels, least_side)
+    return decode_image(encoded, path, max_pixels, min_side)
 
 
 def open_regular(path: str) -> io.FileIO:
@@ -95,7 +104,7 @@ def open_regular(path: str) -> io.FileIO:
 
 
 def decode_image(
-    encoded: np.ndarray, name: str, max_pixels: int = MOST_PIXELS, least_side: int = 0
+    encoded: np.ndarray, name: str, max_pixels: int = DEFAULT_MAX_PIXELS, min_side: int = 0
 ) -> np.ndarray:
     """Decode the content of an image file, (N,) uint8, to (H, W, 3) uint8 RGB.
 
@@ -106,7 +115,7 @@ def decode_image(
 
     Args:
         name: what to call it in a message.
-        least_side: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its sides if they keep as many
+        min_side: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its sides if they keep as many
             pixels; 0: never.
 
     Raises:
@@ -135,9 +144,11 @@ def decode_image(
                 "sets the limit"
             )
         try:
-            return _decoded(picture, encoded, name, _reduction(picture, least_side))
+            return _decoded(picture, encoded, name, _reduction(picture, min_side))
         except (BadImage, MemoryError):
             raise
+        except DamagedImage as warning:  # an error because of --strict=1
+            raise BadImage(str(warning)) from None
         except Exception as failure:  # as above
             raise BadImage(f"{name} is not an image that can be decoded") from failure
 
@@ -146,11 +157,11 @@ def picture_pixels(picture: Image.Image) -> np.ndarray:
     """A Pillow image as (H, W, 3) uint8 RGB, with the pixels that its file would give.
 
     Raises:
-        BadImage: if Pillow cannot load it, or for values of which it does not know the range.
+        BadImage: if Pillow cannot load it, or if the range of its values is unknown.
     """
     name = f"the Pillow image of mode {picture.mode}"
     if "transparency" in picture.info and picture.mode != "P":
-        # Its range is that of the file, which may have had 2, 4 or 16 bits per sample.
+        # The colour has the range of the file, which may have had 2, 4 or 16 bits per sample.
         raise BadImage(f"{name} has a transparent colour; convert it to RGBA")
     try:
         _check_values(picture, name)
@@ -175,7 +186,9 @@ def reads_heif() -> bool:
 
 
 def _is_heif(content: bytes | memoryview) -> bool:
-    return bytes(content[4:8]) == b"ftyp" and bytes(content[8:12]) in _HEIF_BRANDS
+    # Any kind of image in this container may begin with mif1; the brands that follow tell which.
+    is_avif = b"avif" in bytes(content[8:_BRANDS_END])
+    return bytes(content[4:8]) == b"ftyp" and bytes(content[8:12]) in _HEIF_BRANDS and not is_avif
 
 
 @cache
@@ -188,11 +201,11 @@ def _register_heif() -> None:
     pillow_heif.register_heif_opener(thumbnails=False)
 
 
-def _reduction(picture: Image.Image, least_side: int) -> int:
-    """By what to divide the sides of a picture while it is decoded: 1, 2, 4 or 8."""
-    if picture.format not in _JPEG_FORMATS or not least_side:
+def _reduction(picture: Image.Image, min_side: int) -> int:
+    """The divisor of a picture's sides while it is decoded: 1, 2, 4 or 8."""
+    if picture.format not in _JPEG_FORMATS or not min_side:
         return 1
-    fraction = min(picture.size) // least_side
+    fraction = min(picture.size) // min_side
     return next((reduction for reduction in _REDUCTIONS if reduction <= fraction), 1)
 
 
@@ -210,7 +223,7 @@ def _decoded(picture: Image.Image, encoded: np.ndarray, name: str, reduction: in
     # Pillow shows what can be read of a damaged JPEG, and refuses one that was cut off.
     pixels = _as_seen(picture, encoded, name)
     if damage:
-        message = f"{name} is damaged, and only a part is right: {damage}"
+        message = f"{name} is damaged, and a part of it may be wrong: {damage}"
         warnings.warn(message, DamagedImage, 3)
     return pixels
 
@@ -231,31 +244,60 @@ def _decoded_jpeg(encoded: np.ndarray, picture: Image.Image, reduction: int) -> 
 def _decoded_by_opencv(encoded: np.ndarray, name: str) -> np.ndarray:
     """Faster than Pillow, and the same picture if it is upright, opaque and of 8 bits."""
     try:
-        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        image = cv2.imdecode(_without_metadata(encoded), flags)
     except cv2.error as failure:
         if failure.code == cv2.Error.StsNoMem:
             raise MemoryError(f"not enough memory to decode {name}") from None
         image = None
+    except ValueError as failure:
+        raise BadImage(f"{name} cannot be decoded: {failure}") from None
     if image is None:
         raise BadImage(f"{name} is not an image that can be decoded")
     return image
 
 
+def _without_metadata(encoded: np.ndarray) -> np.ndarray:
+    """A PNG with the chunks alone that decide its pixels; another file as it is.
+
+    libpng writes to standard error about each colour profile and date that it does not like, and
+    about damage, which is found here first.
+
+    Raises:
+        ValueError: if a chunk is damaged, or the file was cut off.
+    """
+    content = encoded.data
+    if content[:4] != _PNG:
+        return encoded
+    kept, start, kind = [content[:8]], 8, b""
+    while kind != b"IEND":
+        end = start + _PNG_CHUNK + int.from_bytes(content[start : start + 4], "big")
+        kind = bytes(content[start + 4 : start + 8])
+        # Chunks in capitals are critical (PNG specification, section 5.4).
+        if end > len(content) or kind[:1].isupper() or kind == b"tRNS":
+            stored = int.from_bytes(content[end - 4 : end], "big")
+            if end > len(content) or stored != zlib.crc32(content[start + 4 : end - 4]):
+                raise ValueError("the file is damaged, or was cut off")
+            kept.append(content[start:end])
+        start = end
+    return np.frombuffer(b"".join(kept), np.uint8)
+
+
 def _is_plain(picture: Image.Image) -> bool:
-    """Whether a picture is upright, opaque, of 8 bits and of one of OpenCV's formats.
+    """Whether a picture is upright, opaque, of 8 bits and of OpenCV's format.
 
     Only its header was read.
     """
     return (
         picture.mode in _PLAIN_MODES
-        and picture.format in _OPENCV_FORMATS
+        and picture.format == _OPENCV_FORMAT
         and "transparency" not in picture.info
         and _orientation(picture) == 1
     )
 
 
 def _orientation(picture: Image.Image) -> int:
-    """The EXIF orientation, 1 for upright. Metadata that cannot be read says nothing."""
+    """The EXIF orientation; 1 (upright) if the metadata cannot be read."""
     try:
         return picture.getexif().get(_ORIENTATION, 1)
     except MemoryError:
@@ -267,7 +309,33 @@ def _orientation(picture: Image.Image) -> int:
 def _as_seen(picture: Image.Image, encoded: np.ndarray, name: str) -> np.ndarray:
     _check_values(picture, name)
     _scale_color_key(picture, encoded)
+    _scale_color_map(picture)
+    if _has_unused_alpha(picture, encoded):
+        return np.asarray(picture.convert("RGB"))
     return _upright(picture, _sixteen_bit_transparency(picture, encoded))
+
+
+def _has_unused_alpha(picture: Image.Image, encoded: np.ndarray) -> bool:
+    """Whether the alpha channel is unused: a TGA's header tells, and in such a BMP it is all 0.
+
+    Such a BMP would be wholly transparent; other programs show its colours.
+    """
+    if picture.mode != "RGBA":
+        return False
+    if picture.format == "TGA":
+        return not encoded[_TGA_DESCRIPTOR] & _TGA_ALPHA_BITS
+    return picture.format in ("BMP", "DIB") and picture.getchannel("A").getextrema() == (0, 0)
+
+
+def _scale_color_map(picture: Image.Image) -> None:
+    """Correct the palette of a TIFF that has 8-bit values, where the format and Pillow expect 16.
+
+    libtiff decides in the same way: no value is above 255.
+    """
+    colors = _tiff_tag(picture, _COLOR_MAP)
+    if picture.mode == "P" and colors and max(colors) <= 255:
+        picture.load()
+        picture.putpalette(bytes(colors), "RGB;L")
 
 
 def _upright(picture: Image.Image, transparent: np.ndarray | None = None) -> np.ndarray:
@@ -324,6 +392,15 @@ def _check_values(picture: Image.Image, name: str) -> None:
         bits = set(_tiff_tag(picture, _BITS_PER_SAMPLE) or (1,))
         if not bits <= _TIFF_BITS:
             raise BadImage(f"{name} has {max(bits)} bits per value; convert it to 8 or 16 bits")
+        if _SIGNED in (_tiff_tag(picture, _SAMPLE_FORMAT) or ()):
+            raise BadImage(f"{name} has signed values; convert it to unsigned ones")
+        is_raw = _tiff_tag(picture, _COMPRESSION) == _UNCOMPRESSED
+        is_ycbcr = _tiff_tag(picture, _PHOTOMETRIC) == _YCBCR
+        if is_raw and is_ycbcr and _tiff_tag(picture, _SUBSAMPLING) != (1, 1):
+            raise BadImage(
+                f"{name} has YCbCr values with subsampled colours and no compression, which is not "
+                "read; convert it to RGB"
+            )
         if bits == {16} and _tiff_tag(picture, _PLANAR_CONFIGURATION) == 2:
             raise BadImage(f"{name} has 16-bit values in separate planes; convert it to 8 bits")
 
@@ -351,7 +428,7 @@ def _sixteen_bit_transparency(picture: Image.Image, encoded: np.ndarray) -> np.n
     if kind == (16, _GREY):
         return np.asarray(picture) == picture.info["transparency"]
     flags = cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION
-    return cv2.imdecode(encoded, flags)[..., 3] == 0
+    return cv2.imdecode(_without_metadata(encoded), flags)[..., 3] == 0
 
 
 def _png_kind(picture: Image.Image, encoded: np.ndarray) -> tuple[int, int] | None:

@@ -5,13 +5,13 @@ import os
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
-from src.dataset.decoding import MOST_PIXELS, decode_image, open_regular, read_image
+from src.dataset.decoding import DEFAULT_MAX_PIXELS, decode_image, open_regular, read_image
 from src.utils.errors import UserError
 from src.utils.log import WARNING
 
@@ -54,6 +54,8 @@ class ImageSet:
         left_out: files and linked folders that are not read.
         notes: other sentences that the user should read.
         max_pixels: larger images are refused.
+        most_classes: the classes of the network, if some at the end have no name here.
+        is_list: whether somebody wrote the labels down, so that they count and not the class names.
     """
 
     class_to_index: dict[str, int]
@@ -64,14 +66,17 @@ class ImageSet:
     rows: np.ndarray | None = None
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    max_pixels: int = MOST_PIXELS
+    max_pixels: int = DEFAULT_MAX_PIXELS
+    most_classes: int = 0
+    is_list: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def num_classes(self) -> int:
-        return max(self.class_to_index.values()) + 1
+        """One more than the highest label that an image can have."""
+        return max(self.most_classes, max(self.class_to_index.values()) + 1)
 
     def name(self, index: int) -> str:
         """What to call image ``index`` in a message."""
@@ -84,7 +89,7 @@ class ImageSet:
         )
 
     def summary(self, what: str) -> dict[str, Any]:
-        """What ranks compare of their images: counts, labels and classes.
+        """What ranks compare of their images: counts, labels, classes, names and sizes.
 
         Args:
             what: a word for the set, as in "training".
@@ -101,13 +106,14 @@ class ImageSet:
                 "\0".join(classes).encode("utf-8", "surrogatepass")
             ),
             f"checksum of {what} labels": zlib.crc32(self.labels.data),
+            f"checksum of names and sizes of {what} images": self.fingerprint(),
         }
 
     def fingerprint(self) -> int:
-        """Checksum by which other images, labels or classes are recognised.
+        """Checksum that changes if images, labels or classes change.
 
-        Of files it covers the name with the folder and, unless there are very many, the size: the
-        same images may lie elsewhere on another machine.
+        For files it covers the names with their folders and, unless there are very many, the
+        sizes, but not the path: the same images may be at another place on another machine.
         """
         classes = sorted(self.class_to_index.items(), key=lambda item: item[1])
         checksum = zlib.crc32(repr(classes).encode("utf-8", "surrogatepass"))
@@ -132,11 +138,11 @@ class ImageSet:
         except UserError:
             return False
 
-    def load(self, index: int, least_side: int = 0) -> np.ndarray:
+    def load(self, index: int, min_side: int = 0) -> np.ndarray:
         """Image ``index`` as (H, W, 3) uint8 RGB.
 
         Args:
-            least_side: see ``decode_image``.
+            min_side: see ``decode_image``.
 
         Raises:
             BadImage: if its file cannot be decoded.
@@ -145,8 +151,8 @@ class ImageSet:
             return self.pixels[self._row(index)]
         if self.packed is not None:
             encoded = self.packed.encoded(self._row(index))
-            return decode_image(encoded, self.name(index), self.max_pixels, least_side)
-        return read_image(self.name(index), self.max_pixels, least_side)
+            return decode_image(encoded, self.name(index), self.max_pixels, min_side)
+        return read_image(self.name(index), self.max_pixels, min_side)
 
     def split(self, fraction: float, seed: int) -> tuple["ImageSet", "ImageSet"]:
         """(the other images, images drawn by ``seed``): a random split, stratified by class.
@@ -180,10 +186,10 @@ class ImageSet:
 
 
 def content_keys(sets: Sequence[ImageSet]) -> list[list[bytes | None]]:
-    """For each image of each set: a key that only files with the same content share.
+    """For each set, the keys of its images: files share a key only if they have the same content.
 
-    None for an image that is no file, or whose size is its own. All are None if there are very many
-    files, or reading them would take long.
+    None for an image that is not a file, or whose size no other file has. All keys are None if
+    there are too many files, or if comparing them would take too long.
     """
     sizes = [[_size(path) for path in images.paths or ()] for images in sets]
     counts = Counter(size for part in sizes for size in part if size > 0)
@@ -209,7 +215,7 @@ def _content_key(path: str) -> bytes | None:
         return None
 
 
-def copies_messages(train: ImageSet, validation: ImageSet | None) -> list[str]:
+def duplicate_messages(train: ImageSet, validation: ImageSet | None) -> list[str]:
     """Messages on images that are in two classes, or in both training and validation."""
     of_train, *others = content_keys([train] if validation is None else [train, validation])
     found = [_contradiction_message(train, of_train)]
@@ -218,7 +224,7 @@ def copies_messages(train: ImageSet, validation: ImageSet | None) -> list[str]:
     return [message for message in found if message]
 
 
-def seen_message(train: ImageSet, validation: ImageSet) -> str | None:
+def overlap_message(train: ImageSet, validation: ImageSet) -> str | None:
     """A message on validation images that are training images too; None if there are none."""
     of_train, of_validation = content_keys([train, validation])
     return _seen_message(train, of_train, validation, of_validation)
@@ -237,7 +243,7 @@ def _seen_message(
         return None
     return (
         f"{WARNING}{len(copies)} of {len(validation)} validation images are training images too, "
-        f"such as {copies[0]}; the accuracy says little about others"
+        f"such as {copies[0]}; the accuracy says little about unseen images"
     )
 
 
@@ -288,6 +294,27 @@ def follow_classes(
     return dict(known), new_labels[labels]
 
 
+def check_labels(
+    labels: np.ndarray, own: Mapping[str, int], known: Mapping[str, int], where: object
+) -> None:
+    """Check labels that were written down, which count as they are.
+
+    Raises:
+        UserError: if a class has another label in ``known``, or if a label is not there.
+    """
+    names = composed(known)
+    for name, label in composed(own).items():
+        if name != str(label) and names.get(name, label) != label:
+            raise UserError(
+                f"{where} labels the class '{name}' {label}, and it is class {names[name]} in "
+                "training"
+            )
+    if labels.max() > max(known.values()):
+        raise UserError(
+            f"{where} has label {labels.max()}, outside the {len(known)} training classes"
+        )
+
+
 def find_class(name: str, known: Mapping[str, int], where: object) -> int:
     """The label of a class. Letters with accents may be written in any form of Unicode.
 
@@ -300,6 +327,18 @@ def find_class(name: str, known: Mapping[str, int], where: object) -> int:
     if label is None:
         raise UserError(f"class '{name}' in {where} is none of the {len(known)} training classes")
     return label
+
+
+def are_numbers(names: Iterable[str]) -> bool:
+    """Whether class names are nothing but numbers."""
+    return all(name.isascii() and name.isdigit() for name in names)
+
+
+def are_numbers_sorted_as_text(classes: Mapping[str, int]) -> bool:
+    """Whether class names are numbers, and labels follow the order of text: 0, 1, 10, 11, 2."""
+    if not are_numbers(classes):
+        return False
+    return sorted(classes, key=classes.__getitem__) != sorted(classes, key=int)
 
 
 def composed(classes: Mapping[str, int]) -> dict[str, int]:

@@ -204,7 +204,7 @@ class _Folder:
     """The class folders of an ImageSet as an ImageFolderDataset.
 
     Raises:
-        UserError: if the images are no class folders, or MindSpore finds other files in them.
+        UserError: if the images are not in class folders, or MindSpore finds other files in them.
     """
 
     def __init__(self, images: ImageSet, config: Config) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from src.cli.config import Config
 from src.dataset.augmentations import Augmenter
 from src.dataset.decoding import (
-    MOST_PIXELS,
+    DEFAULT_MAX_PIXELS,
     BadImage,
     decode_image,
     looks_whole,
@@ -26,9 +26,9 @@ from src.dataset.decoding import (
 )
 from src.dataset.image_set import ImageSet
 from src.dataset.splits import left_out_message
-from src.dataset.transforms import eval_least_side, eval_transform, thumbnail
+from src.dataset.transforms import eval_min_side, eval_transform, thumbnail
 from src.utils.errors import UserError
-from src.utils.files import write_whole
+from src.utils.files import write_atomically
 from src.utils.log import escaped
 
 _CHUNK = 32
@@ -44,15 +44,15 @@ class Finding:
 
 
 def check_has_files(data_path: str, sets: Mapping[str, ImageSet]) -> None:
-    """Raise UserError if the images are not files of their own."""
+    """Raise UserError if the images are not separate files."""
     if all(images.paths is None for images in sets.values()):
         raise UserError(
-            f"the images of '{data_path}' are not files of their own; there is nothing to check"
+            f"the images of '{data_path}' are not separate files, so there is nothing to check"
         )
 
 
 def check_files(
-    paths: Sequence[str], workers: int, max_pixels: int = MOST_PIXELS
+    paths: Sequence[str], workers: int, max_pixels: int = DEFAULT_MAX_PIXELS
 ) -> Iterator[Finding | None]:
     """Yield a Finding or None for each of ``paths``, in order, decoded by ``workers`` processes."""
     check = partial(_check_file, max_pixels=max_pixels)
@@ -167,17 +167,17 @@ def draw(sets: Mapping[str, ImageSet], config: Config, path: str) -> None:
     augmenter = Augmenter(config, len(train), train.num_classes)
 
     def augmented(index: int) -> list[np.ndarray]:
-        image = train.load(index, augmenter.least_side)
+        image = train.load(index, augmenter.min_side)
 
         def load(at: int) -> tuple[np.ndarray, int]:
-            other = train.load(at, augmenter.least_side) if at != index else image
+            other = train.load(at, augmenter.min_side) if at != index else image
             return other, int(train.labels[at])
 
         samples = (augmenter.sample(load, epoch, index)[0] for epoch in range(_AUGMENTED))
         return [thumbnail(image), *samples]
 
     def evaluated(index: int) -> list[np.ndarray]:
-        image = validation.load(index, eval_least_side(config))
+        image = validation.load(index, eval_min_side(config))
         return [thumbnail(image), eval_transform(image, config)]
 
     _grid(left, train, names, augmented)
@@ -197,7 +197,7 @@ def draw(sets: Mapping[str, ImageSet], config: Config, path: str) -> None:
             ha="right",
             parse_math=False,
         )
-    write_whole(path, lambda partial: figure.savefig(partial, dpi=90, format="png"))
+    write_atomically(path, lambda partial: figure.savefig(partial, dpi=90, format="png"))
 
 
 def _grid(

@@ -27,6 +27,9 @@ def open_list(path: Path, split: str, class_to_index: Mapping[str, int] | None) 
     """The images of a list file, or of ``split``_list.txt in the folder ``path``."""
     list_file = path if path.is_file() else path / f"{split}_list.txt"
     root = list_file.parent.resolve()
+    # The name of a list tells which part it is of, whatever the command wants it for.
+    named = [part for part in ("train", "val") if list_file.name == f"{part}_list.txt"]
+    part = named[0] if named else split
     try:
         # Some editors begin UTF-8 with a byte-order mark.
         lines = list_file.read_text(encoding="utf-8-sig").splitlines()
@@ -37,7 +40,7 @@ def open_list(path: Path, split: str, class_to_index: Mapping[str, int] | None) 
     listed: list[int] = []
     for number, line in enumerate(lines, 1):
         if line.strip():
-            image, label = _parse_line(line, f"{list_file} line {number}", root, split)
+            image, label = _parse_line(line, f"{list_file} line {number}", root, part)
             paths.append(image)
             listed.append(label)
     if not paths:
@@ -62,16 +65,18 @@ def open_list(path: Path, split: str, class_to_index: Mapping[str, int] | None) 
             f"{list_file} has label {outside[0]}, outside the {len(known)} training classes"
         )
     notes = [*_repetition_note(list_file, paths), *_folder_note(list_file, paths, labels, known)]
-    return ImageSet(dict(known), labels, paths, notes=tuple(notes))
+    if labels.min() == 1:
+        notes.append(f"{list_file} has no label 0; if its labels begin at 1, subtract 1 from each")
+    return ImageSet(dict(known), labels, paths, notes=tuple(notes), is_list=True)
 
 
 def _check_gaps(list_file: Path, labels: np.ndarray) -> None:
-    """Raise UserError for labels that are probably no labels: few, and very large."""
+    """Raise UserError for numbers that are probably not labels: few, and very large."""
     different, largest = len(np.unique(labels)), int(labels.max())
     if largest >= _LARGE_LABEL and largest >= _LABELS_PER_CLASS * different:
         raise UserError(
-            f"{list_file} has the label {largest} and only {different} different ones; labels "
-            "count the classes: 0, 1, 2 and so on"
+            f"{list_file} has label {largest} but only {different} different labels; labels must "
+            "number the classes: 0, 1, 2 and so on"
         )
 
 
@@ -79,9 +84,7 @@ def _repetition_note(list_file: Path, paths: Sequence[str]) -> list[str]:
     repeated = len(paths) - len(set(paths))
     if not repeated:
         return []
-    return [
-        f"{repeated} of {len(paths)} lines in {list_file} name an image again; each line counts"
-    ]
+    return [f"{repeated} of {len(paths)} lines in {list_file} repeat an image; every line counts"]
 
 
 def _folder_note(
@@ -96,8 +99,8 @@ def _folder_note(
     name = unknown[0]
     expected = next(other for other, label in known.items() if label == folders[name])
     return [
-        f"{list_file} has images of the folder '{name}' labelled {folders[name]}, which is "
-        f"'{expected}' in training; the labels are believed"
+        f"{list_file} labels images of the folder '{name}' as {folders[name]}, which is "
+        f"'{expected}' in training; the labels in the list are used"
     ]
 
 
@@ -150,7 +153,7 @@ def _parse_line(line: str, where: str, root: Path, split: str) -> tuple[str, int
         raise UserError(f"{where}: '{shown}' is not 'PATH LABEL' with a label from 0")
     full = os.path.normpath(os.path.join(root, path))
     if "\0" in path or not full.startswith(str(root) + os.sep):
-        raise UserError(f"{where}: '{path[:_SHOWN_CHARACTERS]}' leaves the folder of the list")
+        raise UserError(f"{where}: '{path[:_SHOWN_CHARACTERS]}' is outside the list's folder")
     # Lists are written both ways: relative to the tree, and relative to its train/ or val/ folder.
     in_split = os.path.join(root, split, path)
     if not os.path.exists(full) and os.path.exists(in_split):

@@ -2,7 +2,7 @@
 
 A set is ``NAME.safetensors`` and, beyond 5,000 images, further parts ``NAME.safetensors.1`` and so
 on. Each part is a safetensors file with the encoded images one after another, the position where
-each ends, and their labels.
+each ends, its checksum, and their labels. Older sets have no checksums.
 """
 
 import json
@@ -19,15 +19,18 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from src.dataset.decoding import BadImage
 from src.dataset.image_set import ImageSet
 from src.utils.errors import UserError
-from src.utils.files import check_writable, write_whole
+from src.utils.files import check_writable, write_atomically
 from src.utils.log import escaped
 
 ENDING = ".safetensors"
 # Ending of packed sets of version 0.2. They are no longer read, only recognised for a clear error.
 _EARLIER_ENDING = ".mindrecord"
-_MOST_CLASSES = 10**6
+_MAX_CLASSES = 10**6
+# Of libjpeg.
+_LONGEST_JPEG = 65500
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class PackedFile:
         images: the bytes of all encoded images, uint8, mapped into memory.
         ends: (N + 1,) int64, 0 and then where each image ends.
         labels: (N,) int32.
-        names: N file names, for messages.
+        checksums: (N,) uint32, the CRC-32 of each encoded image; None in older sets.
+        names: N file names with their folders, for messages.
         description: class_to_index, parts, images in the whole set, source, packing options.
     """
 
@@ -46,12 +50,23 @@ class PackedFile:
     images: np.ndarray
     ends: np.ndarray
     labels: np.ndarray
+    checksums: np.ndarray | None
     names: list[str]
     description: dict[str, Any]
 
     def encoded(self, index: int) -> np.ndarray:
-        """The bytes of an image file, (N,) uint8."""
-        return self.images[self.ends[index] : self.ends[index + 1]]
+        """The bytes of an image file, (N,) uint8. Raises BadImage if they have changed."""
+        content = self.images[self.ends[index] : self.ends[index + 1]]
+        if self.checksums is not None and zlib.crc32(content.data) != self.checksums[index]:
+            raise BadImage(
+                f"{self.name(index)} has changed since it was packed; check the disk, and pack the "
+                "data set again"
+            )
+        return content
+
+    def name(self, index: int) -> str:
+        """What to call an image in a message."""
+        return f"{self.names[index]} in {self.path}"
 
 
 class PackedImages:
@@ -65,6 +80,7 @@ class PackedImages:
         first = open_part(path)
         self.class_to_index = first.description["class_to_index"]
         self.checksum = first.description["source"]
+        self.is_list = bool(first.description.get("is_list"))
         self._parts = [first] + [
             open_part(part_name(path, number)) for number in range(1, first.description["parts"])
         ]
@@ -82,13 +98,13 @@ class PackedImages:
             )
 
     def encoded(self, index: int) -> np.ndarray:
-        """The bytes of image ``index``, (N,) uint8."""
+        """The bytes of image ``index``, (N,) uint8. Raises BadImage if they have changed."""
         part, inside = self._place(index)
         return part.encoded(inside)
 
     def name(self, index: int) -> str:
         part, inside = self._place(index)
-        return f"{part.names[inside]} in {part.path}"
+        return part.name(inside)
 
     def _place(self, index: int) -> tuple[PackedFile, int]:
         part = int(np.searchsorted(self._first_of_part, index, side="right")) - 1
@@ -113,21 +129,22 @@ def save_part(
     description: dict[str, Any],
 ) -> None:
     """Write what ``open_part`` reads. Raises OSError."""
-    tensors = {
+    tensors: dict[str, np.ndarray] = {
         "images": np.frombuffer(b"".join(encoded), np.uint8),
         "labels": labels.astype(np.int32),
         "ends": np.cumsum([0, *map(len, encoded)], dtype=np.int64),
+        "checksums": np.array(list(map(zlib.crc32, encoded)), np.uint32),
     }
+    index = {"names": json.dumps(names), "description": json.dumps(description)}
+    index["checksum"] = str(_index_checksum(tensors, index))
     try:
-        safetensors.numpy.save_file(
-            tensors, path, {"names": json.dumps(names), "description": json.dumps(description)}
-        )
+        safetensors.numpy.save_file(tensors, path, index)
     except safetensors.SafetensorError as failure:
         raise OSError(str(failure)) from None
 
 
 def open_part(path: str | Path) -> PackedFile:
-    """A PackedFile.
+    """Open one part of a packed set.
 
     Raises:
         UserError: if the file is missing or damaged.
@@ -135,7 +152,10 @@ def open_part(path: str | Path) -> PackedFile:
     try:
         file = safetensors.safe_open(path, "numpy")
         ends, labels = file.get_tensor("ends"), file.get_tensor("labels")
-        names, description = (json.loads(file.metadata()[key]) for key in ("names", "description"))
+        names_of_tensors = file.keys()
+        checksums = file.get_tensor("checksums") if "checksums" in names_of_tensors else None
+        index = file.metadata()
+        names, description = (json.loads(index[key]) for key in ("names", "description"))
         classes = description["class_to_index"].values()
         size = int(ends[-1])
         whole = (
@@ -147,8 +167,9 @@ def open_part(path: str | Path) -> PackedFile:
             and file.get_slice("images").get_shape() == [size]
             and len(ends) - 1 == len(labels) == len(names) > 0
             and set(labels.tolist()) <= set(classes)
-            and all(type(label) is int and 0 <= label < _MOST_CLASSES for label in classes)
+            and all(type(label) is int and 0 <= label < _MAX_CLASSES for label in classes)
             and all(type(description[key]) is int for key in ("parts", "images", "source"))
+            and (checksums is None or _has_its_checksum(ends, labels, checksums, index))
         )
         images = (
             np.asarray(np.memmap(path, np.uint8, "r", _offset(path), (size,)))
@@ -171,10 +192,31 @@ def open_part(path: str | Path) -> PackedFile:
         ) from None
     if not whole:
         raise UserError(
-            f"'{path}' is damaged: its index does not fit; pack it again with "
+            f"'{path}' is damaged: its index is inconsistent; pack it again with "
             "scripts/pack_dataset.py"
         )
-    return PackedFile(str(path), images, ends, labels, names, description)
+    return PackedFile(str(path), images, ends, labels, checksums, names, description)
+
+
+def _has_its_checksum(
+    ends: np.ndarray, labels: np.ndarray, checksums: np.ndarray, index: dict[str, str]
+) -> bool:
+    tensors = {"labels": labels, "ends": ends, "checksums": checksums}
+    return (
+        checksums.dtype == np.uint32
+        and len(checksums) == len(labels)
+        and index["checksum"] == str(_index_checksum(tensors, index))
+    )
+
+
+def _index_checksum(tensors: dict[str, np.ndarray], index: dict[str, str]) -> int:
+    """The CRC-32 of all in a part but its images."""
+    checksum = 0
+    for name in ("labels", "ends", "checksums"):
+        checksum = zlib.crc32(tensors[name].data, checksum)
+    for name in ("names", "description"):
+        checksum = zlib.crc32(index[name].encode(), checksum)
+    return checksum
 
 
 def _offset(path: str | Path) -> int:
@@ -227,6 +269,7 @@ def pack(
         "source": source,
         "short_side": short_side,
         "quality": quality,
+        **({"is_list": True} if images.is_list else {}),
     }
     for number in range(parts):
         target, indices = (
@@ -283,13 +326,13 @@ def _write_part(
             encoded += pool.map(lambda index: encode(images, index, short_side, quality), chunk)
             progress(len(chunk))
     labels = images.labels[indices.start : indices.stop]
-    names = [escaped(os.path.basename(images.name(index))) for index in indices]
+    names = [escaped("/".join(Path(images.name(index)).parts[-2:])) for index in indices]
 
     def write(partial: Path) -> None:
         save_part(partial, encoded, labels, names, description)
         _verify(partial, encoded, labels)
 
-    write_whole(target, write)
+    write_atomically(target, write)
 
 
 def _verify(path: Path, encoded: list[bytes], labels: np.ndarray) -> None:
@@ -308,4 +351,9 @@ def encode(images: ImageSet, index: int, short_side: int, quality: int) -> bytes
     scale = short_side / min(height, width)
     size = max(round(width * scale), short_side), max(round(height * scale), short_side)
     resized = cv2.cvtColor(cv2.resize(image, size, interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2BGR)
+    if max(size) > _LONGEST_JPEG:
+        raise BadImage(
+            f"{images.name(index)} would have {size[0]} x {size[1]} pixels, and a JPEG has at most "
+            f"{_LONGEST_JPEG} in a row or column; leave it out, or pack with --short_side=0"
+        )
     return cv2.imencode(".jpg", resized, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()

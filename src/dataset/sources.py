@@ -1,13 +1,14 @@
 """The table of data sources, and the function that opens any of them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from src.dataset.cifar import CIFAR10, CIFAR100, Cifar
-from src.dataset.class_folders import open_class_folders
-from src.dataset.image_set import ImageSet, follow_classes
+from src.dataset.class_folders import SPLITS, is_litter, open_class_folders
+from src.dataset.image_set import ImageSet, check_labels, follow_classes
 from src.dataset.list_files import is_list, open_list
+from src.dataset.packed import ENDING as PACKED
 from src.dataset.packed import PackedImages, is_packed
 from src.utils.errors import UserError, suggestion
 
@@ -54,7 +55,11 @@ def open_images(
             "class)"
         )
     check_source(dataset_format)
-    path = DIGITS_FOLDER if data_path == "digits" else Path(data_path)
+    if data_path == "digits":
+        bundled = _source_of(DIGITS_FOLDER, split, dataset_format)
+        images = bundled.open(DIGITS_FOLDER, split, class_to_index)
+        return replace(images, notes=(*images.notes, *_other_digits()))
+    path = Path(data_path)
     if not path.exists():
         raise UserError(
             f"data_path '{data_path}' does not exist; pass --data_path=DIR, or link your data to "
@@ -67,8 +72,20 @@ def _source_of(path: Path, split: str, dataset_format: str) -> DataSource:
     named = {**SOURCES, "folder": FALLBACK}.get(dataset_format)
     if named is not None and (path.is_dir() or named.may_be_file):
         return named
+    if all(cifar.find(path) for cifar in (CIFAR10, CIFAR100)):
+        raise UserError(
+            f"'{path}' holds both CIFAR-10 and CIFAR-100; choose with --dataset_format=cifar10 or "
+            "cifar100, or name the folder of one"
+        )
     recognised = (source for source in SOURCES.values() if source.recognise(path, split))
     return next(recognised, FALLBACK)
+
+
+def _other_digits() -> list[str]:
+    """A note if "digits" may have been meant as a folder."""
+    if not Path("digits").is_dir() or Path("digits").resolve() == DIGITS_FOLDER:
+        return []
+    return ["--data_path=digits is the bundled digits; --data_path=./digits is the folder here"]
 
 
 def check_source(dataset_format: str) -> None:
@@ -86,9 +103,26 @@ def holds_cifar(path: Path) -> bool:
     return any(cifar.find(path) for cifar in (CIFAR10, CIFAR100))
 
 
+def find_packed(path: Path, split: str) -> Path | None:
+    """The packed set at ``path``, or the one for ``split`` in a folder without class folders."""
+    if not path.is_dir():
+        return path if is_packed(path) else None
+    names = (f"{name}{PACKED}" for group in SPLITS[split] for name in group)
+    found = next((path / name for name in names if (path / name).is_file()), None)
+    if found and any(entry.is_dir() and not is_litter(entry.name) for entry in path.iterdir()):
+        return None
+    return found
+
+
 def _open_packed(path: Path, split: str, class_to_index: Classes) -> ImageSet:
+    path = find_packed(path, split) or path
     packed = PackedImages(path)
-    classes, labels = follow_classes(packed.labels, packed.class_to_index, class_to_index, path)
+    labels, classes = packed.labels, packed.class_to_index
+    if packed.is_list:
+        if class_to_index is not None:
+            check_labels(labels, classes, class_to_index, path)
+        return ImageSet(dict(class_to_index or classes), labels, packed=packed, is_list=True)
+    classes, labels = follow_classes(labels, classes, class_to_index, path)
     return ImageSet(classes, labels, packed=packed)
 
 
@@ -99,7 +133,7 @@ def _cifar_source(cifar: Cifar) -> DataSource:
 # Tried in this order.
 SOURCES: dict[str, DataSource] = {
     "packed": DataSource(
-        lambda path, split: path.is_file() and is_packed(path), _open_packed, may_be_file=True
+        lambda path, split: find_packed(path, split) is not None, _open_packed, may_be_file=True
     ),
     "cifar10": _cifar_source(CIFAR10),
     "cifar100": _cifar_source(CIFAR100),

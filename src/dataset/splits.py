@@ -12,7 +12,7 @@ from src.dataset.class_folders import SPLITS, find_part, find_split, unread
 from src.dataset.decoding import BadImage, looks_whole_file, read_image
 from src.dataset.image_set import ImageSet, class_names
 from src.dataset.packed import ENDING as PACKED
-from src.dataset.sources import Classes, holds_cifar, open_images
+from src.dataset.sources import Classes, find_packed, holds_cifar, open_images
 from src.distributed.communicator import Communicator, check_ranks_agree
 from src.utils.errors import UserError
 from src.utils.log import WARNING
@@ -123,7 +123,9 @@ def validation_path(data_path: str) -> str | None:
     A root holds both parts. Next to ``.../train`` is ``.../val``, under any of the names in SPLITS.
     """
     path = Path(data_path)
-    has_part = find_split(path, "val") is not None
+    has_part = find_split(path, "val") is not None or (
+        path.is_dir() and find_packed(path, "val") is not None
+    )
     if data_path == DIGITS or has_part or (path / "val_list.txt").is_file() or holds_cifar(path):
         return data_path
     if path.name in ("train_list.txt", f"train{PACKED}"):

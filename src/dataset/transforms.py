@@ -12,7 +12,7 @@ from src.cli.config import Config
 _CROP_ATTEMPTS = 10
 THUMBNAIL_SIDE = 256
 # If the resized image has more pixels than this and than the original, only the crop is computed.
-_MOST_RESIZED_PIXELS = 1 << 22
+_MAX_RESIZED_PIXELS = 1 << 22
 # An image that was decoded at a reduced scale keeps at least this many times the pixels, along each
 # side, that it is then resized to. See benchmarks/large_photographs.py for what it costs.
 REDUCED_MARGIN = 2
@@ -46,6 +46,24 @@ class Resizing:
             )
         return cv2.resize(image, (width, height), interpolation=_OPENCV[self.interpolation])
 
+    def part(
+        self, image: np.ndarray, whole: tuple[int, int], start: tuple[int, int], side: int
+    ) -> np.ndarray:
+        """The square of ``side`` at ``start`` in the image resized to ``whole``, (height, width).
+
+        Only that part is computed: of a picture of 1 x 8000 pixels, the whole would take gigabytes.
+        """
+        if self.antialias:
+            scales = image.shape[0] / whole[0], image.shape[1] / whole[1]
+            top, left = start[0] * scales[0], start[1] * scales[1]
+            box = (left, top, left + side * scales[1], top + side * scales[0])
+            resized = Image.fromarray(image).resize((side, side), _PILLOW[self.interpolation], box)
+            return np.asarray(resized)
+        # The longer axis first, which leaves less to compute.
+        for axis in sorted((0, 1), key=lambda axis: -image.shape[axis]):
+            image = _sampled(image, axis, whole[axis], start[axis], side, self.interpolation)
+        return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
 
 def eval_transform(image: np.ndarray, config: Config) -> np.ndarray:
     """(H, W, 3) -> (image_size, image_size, 3): resize, then crop the centre.
@@ -58,14 +76,14 @@ def eval_transform(image: np.ndarray, config: Config) -> np.ndarray:
     height, width = eval_size(image.shape[0], image.shape[1], config)
     side = config.image_size
     top, left = round((height - side) / 2), round((width - side) / 2)
-    if height * width > max(_MOST_RESIZED_PIXELS, image.shape[0] * image.shape[1]):
-        return _resized_part(image, (height, width), (top, left), side, config.interpolation)
+    if height * width > max(_MAX_RESIZED_PIXELS, image.shape[0] * image.shape[1]):
+        return Resizing.of(config).part(image, (height, width), (top, left), side)
     image = Resizing.of(config)(image, height, width)
     return image[top : top + side, left : left + side]
 
 
-def eval_least_side(config: Config) -> int:
-    """``least_side`` of ``decode_image`` for an image that evaluation takes."""
+def eval_min_side(config: Config) -> int:
+    """``min_side`` of ``decode_image`` for an image that evaluation takes."""
     if config.reduced_decoding != "all" or not config.antialias:
         return 0
     return REDUCED_MARGIN * config.resized_side
@@ -89,19 +107,33 @@ def thumbnail(image: np.ndarray) -> np.ndarray:
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
 
 
-def _resized_part(
-    image: np.ndarray, whole: tuple[int, int], start: tuple[int, int], side: int, interpolation: str
+def _sampled(
+    image: np.ndarray, axis: int, size: int, start: int, count: int, interpolation: str
 ) -> np.ndarray:
-    """The square of ``side`` at ``start`` in the image resized to ``whole``, (height, width).
+    """``count`` rows or columns from ``start``, of the image resized to ``size`` along ``axis``.
 
-    Only that part is computed: of a picture of 1 x 8000 pixels, the whole would take gigabytes.
-    Such a picture is enlarged, where antialiasing changes nothing.
+    In float32, by OpenCV's formulas (modules/imgproc/src/resize.cpp, without antialiasing).
     """
-    scales = image.shape[0] / whole[0], image.shape[1] / whole[1]
-    top, left = start[0] * scales[0], start[1] * scales[1]
-    box = (left, top, left + side * scales[1], top + side * scales[0])
-    resized = Image.fromarray(image).resize((side, side), _PILLOW[interpolation], box)
-    return np.asarray(resized)
+    length = image.shape[axis]
+    at = (np.arange(start, start + count) + 0.5) * (length / size) - 0.5
+    first = np.floor(at).astype(np.int64)
+    x = (at - first).astype(np.float32)
+    weights = {0: 1 - x, 1: x}
+    if interpolation == "bicubic":
+        weights = {offset: _cubic(np.abs(x - offset)) for offset in (-1, 0, 1, 2)}
+    shape = [-1 if dimension == axis else 1 for dimension in range(image.ndim)]
+    total: np.ndarray | float = 0.0
+    for offset, weight in weights.items():
+        pixels = np.take(image, np.clip(first + offset, 0, length - 1), axis)
+        total = total + pixels * weight.reshape(shape)
+    return np.asarray(total)
+
+
+def _cubic(distance: np.ndarray) -> np.ndarray:
+    """Weight of a pixel at a distance below 2 (Keys 1981, with OpenCV's a = -0.75)."""
+    a, d = -0.75, distance
+    near = ((a + 2) * d - (a + 3)) * d * d + 1
+    return np.where(d <= 1, near, ((a * d - 5 * a) * d + 8 * a) * d - 4 * a)
 
 
 def random_resized_crop(

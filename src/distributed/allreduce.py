@@ -1,9 +1,9 @@
 """Hierarchical all-reduce over several hosts, in chunks, optionally compressed.
 
-Within each host gradients are summed up, between hosts they are exchanged, and within each host the
-means are broadcast. Arrays are cut into chunks that follow each other, so that both directions of a
-link are in use all the time. Back-to-back Allreduces use the two directions in turn, and need twice
-the time (benchmarks/slow_links.py).
+Within each host gradients are summed, between hosts the sums are exchanged, and within each host
+the means are broadcast. Arrays are split into pipelined chunks, which keeps both directions of a
+link busy. Back-to-back Allreduces use one direction at a time and take twice as long
+(benchmarks/slow_links.py).
 """
 
 import math
@@ -19,8 +19,10 @@ import numpy as np
 
 _CHUNK_BYTES = 1 << 19
 _MAX_IN_FLIGHT = 128
-# Between two looks at what has arrived: most of a core stays free for computing.
+# Seconds between polls: long enough to leave most of the core to computation.
 POLL_S = 2e-4
+# Phases of a chunk: the four of _phases, and the end.
+_DONE = 5
 # Smaller arrays share a bucket: they cost latency, not bandwidth.
 BUCKET_BYTES = 1 << 20
 _TAGS = 1 << 14
@@ -218,10 +220,6 @@ class _Chunk:
         self._requests = next(self._phases, [])
         self.phase += 1
         return True
-
-
-# Phases of a chunk: the four below, and the end.
-_DONE = 5
 
 
 def _phases(

@@ -27,7 +27,7 @@ from src.distributed.allreduce import (
     make_buckets,
     unflatten,
 )
-from src.distributed.launcher import launched_ranks, on_one_machine, started_by_mpirun
+from src.distributed.launcher import has_launcher, launched_ranks, on_one_machine
 from src.distributed.watchdog import StallWatchdog
 from src.utils.errors import UserError
 
@@ -93,7 +93,7 @@ class Communicator:
 
         mpirun may put a terminal of its own in front of ranks whose output goes to files.
         """
-        return self.is_root and sys.stderr.isatty() and not started_by_mpirun()
+        return self.is_root and sys.stderr.isatty() and not has_launcher()
 
     @property
     def hosts(self) -> list[str]:
@@ -238,7 +238,7 @@ def connect(run_distribute: bool | None) -> Communicator:
         UserError: if that contradicts how the process was started, or MPI is missing.
     """
     ranks = launched_ranks()
-    if run_distribute and not started_by_mpirun():
+    if run_distribute and not has_launcher():
         raise UserError(
             "run_distribute=1 needs mpirun: start it as 'mpirun -n 8 python3 train.py "
             "--run_distribute=1 ...', or use --run_distribute=0 for one process"

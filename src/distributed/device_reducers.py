@@ -18,8 +18,8 @@ class DeviceReducer:
     between the graph of the gradients and that of the update.
 
     Attributes:
-        collective: a Cell, gradient -> its mean over ranks; None if ranks do not meet in the graph.
-        is_in_graph: whether ``reduce`` has nothing to do.
+        collective: a Cell, gradient -> its mean over ranks; None if the graph averages nothing.
+        is_in_graph: whether the graph does the whole reduction, so that ``reduce`` does nothing.
     """
 
     is_in_graph: ClassVar[bool] = True

@@ -2,9 +2,9 @@
 
 Between hosts the all-reduce overlaps with the backward pass and the optimizer update:
 
-backward pass:  gradients become ready, last layer first        | done
-sending thread:      buckets of ready gradients are all-reduced  | the rest
-optimizer:                                                        updates what has arrived
+backward pass:   gradients become ready, last layer first         | done
+sending thread:  all-reduces buckets of ready gradients           | the rest
+optimizer:                                                        | updates reduced parameters
 """
 
 import ctypes
@@ -30,7 +30,7 @@ _IDLE_S = 0.02
 
 
 class ReducedGradients:
-    """Indices of gradients, in the order in which they have been averaged. Iterating waits.
+    """Indices of gradients, in the order in which they have been averaged. Iterating blocks.
 
     Attributes:
         waited: seconds spent waiting.
@@ -166,7 +166,7 @@ class _Sender(threading.Thread):
         self._has_rest = threading.Event()
 
     def send_rest(self, gradients: Sequence[np.ndarray], statistics: Sequence[np.ndarray]) -> None:
-        """All gradients, and statistics to average without compression."""
+        """Hand over all gradients, and statistics, which are averaged without compression."""
         self._rest = gradients, statistics
         self._has_rest.set()
 
@@ -233,7 +233,7 @@ def _array_at(address: int, size: int) -> np.ndarray:
 
 
 class HostReducer:
-    """MPI on the tensors' own memory: on CPU asnumpy() is that memory, and writable.
+    """Averages tensors in place with MPI: on CPU asnumpy() is a tensor's own, writable memory.
 
     Args:
         overlap: averages gradients while others are computed; None waits for all of them.

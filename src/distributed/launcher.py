@@ -1,4 +1,4 @@
-"""The launcher of this process (mpirun, or srun with PMIx): what it says, and how to talk to it.
+"""The launcher of this process (mpirun, or srun with PMIx): its environment, and messages to it.
 
 Nothing here needs MPI to have started.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from src.utils.errors import UserError
-from src.utils.files import write_whole
+from src.utils.files import write_atomically
 
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
 _RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
@@ -31,16 +31,21 @@ def launched_ranks() -> int:
 
 
 def launched_rank() -> int:
-    """This process's number among them; 0 without a launcher."""
+    """This process's rank; 0 without a launcher."""
     return _first_number(_RANKS, 0)
+
+
+def launched_here() -> int:
+    """Number of those processes on this machine; 0 if the launcher does not say."""
+    return _first_number(("OMPI_COMM_WORLD_LOCAL_SIZE",), 0)
 
 
 def on_one_machine() -> bool:
     """True if the launcher says that all processes are on this machine."""
-    return _first_number(("OMPI_COMM_WORLD_LOCAL_SIZE",), 0) == launched_ranks()
+    return launched_here() == launched_ranks()
 
 
-def started_by_mpirun() -> bool:
+def has_launcher() -> bool:
     """True under a launcher, even of a single process."""
     return any(name in os.environ for name in (*_SIZES, "PMIX_RANK"))
 
@@ -51,13 +56,13 @@ def _first_number(names: Sequence[str], default: int) -> int:
     )
 
 
-# Where a run writes facts for who started it.
+# Environment variable that names the file through which a run informs scripts/launch.py.
 FACTS_FILE = "ACNET_FACTS_FILE"
 STATE_SUFFIX = ".state"
 LAUNCHERS = ("prterun", "prted", "mpirun", "orted", "mpiexec")
 # System call of Linux 5.6 and later, the same number on x86-64 and aarch64.
 _PIDFD_GETFD = 438
-# Time for a launcher to end what is left of its job.
+# Time for a launcher to clean up its job.
 LAUNCHER_GRACE_S = 20
 _LAUNCH = Path(__file__).resolve().parents[2] / "scripts" / "launch.py"
 
@@ -126,13 +131,13 @@ def tell_launcher(**facts: Any) -> None:
     file = os.environ.get(FACTS_FILE)
     if file:
         with suppress(OSError):  # on a host that shares no folder with the launcher's
-            write_whole(
+            write_atomically(
                 file, lambda partial: partial.write_text(json.dumps(facts), encoding="utf-8")
             )
 
 
 def read_facts(file: Path) -> dict[str, Any]:
-    """What a run has told with ``tell_launcher``; {} if nothing."""
+    """The facts that a run passed to ``tell_launcher``; {} if none."""
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
@@ -166,7 +171,7 @@ def hides_output(command: Sequence[str]) -> bool:
     return False
 
 
-def hand_over_from_torch() -> None:
+def exec_launcher_under_torchrun() -> None:
     """Under torch.distributed.launch or torchrun, become scripts/launch.py with as many ranks.
 
     The first of several processes does so. The others end, and nothing waits for them.
@@ -177,7 +182,7 @@ def hand_over_from_torch() -> None:
     size, on_this_machine = (
         int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
     )
-    if size == 1 or "TORCHELASTIC_RUN_ID" not in os.environ or started_by_mpirun():
+    if size == 1 or "TORCHELASTIC_RUN_ID" not in os.environ or has_launcher():
         return
     if size != on_this_machine:
         raise UserError(
@@ -189,10 +194,10 @@ def hand_over_from_torch() -> None:
     if os.environ.get("OMP_NUM_THREADS") == "1":
         # Torch's launcher sets it; ranks here take the cores that they are given.
         del os.environ["OMP_NUM_THREADS"]
-    hand_over(size, sys.argv)
+    exec_launcher(size, sys.argv)
 
 
-def hand_over(ranks: int, argv: Sequence[str]) -> NoReturn:
+def exec_launcher(ranks: int, argv: Sequence[str]) -> NoReturn:
     """Become scripts/launch.py, which starts ``ranks`` ranks of the command ``argv``."""
     sys.stdout.flush()
     # A new program inherits the blocked signals, and the launcher must receive them itself.

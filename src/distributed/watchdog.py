@@ -15,7 +15,7 @@ _QUESTION, _WAITING, _BUSY = b"?", b"w", b"b"
 
 
 class Watched(Protocol):
-    """What the watchdog reads of its rank's communicator."""
+    """The attributes of a communicator that the watchdog reads."""
 
     rank: int
     size: int
@@ -26,7 +26,7 @@ class Watched(Protocol):
 class StallWatchdog(threading.Thread):
     """A thread that checks whether its rank has waited in a collective operation for too long.
 
-    The first rank that has asks the watchdogs of the others whether they are waiting too. The rank
+    The first rank to notice asks the other watchdogs whether their ranks are waiting too. The rank
     at fault is one that answers that it is busy, or does not answer at all (stopped, or lost with
     its machine).
 

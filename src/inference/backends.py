@@ -1,48 +1,36 @@
-"""Backends: (B, S, S, 3) uint8 RGB images -> (B, num_classes) float32 logits."""
+"""Backends: (B, S, S, 3) uint8 RGB images -> (B, num_classes) float32 logits.
+
+MindSpore is imported for the files that need it only: ONNX files do not.
+"""
 
 import json
+import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import mindspore
 import numpy as np
-from mindspore import Tensor, nn, ops
 
 from src.cli.config import Config
 from src.inference.checkpoint_model import CheckpointModel
-from src.inference.onnx import OnnxBackend, import_onnxruntime, onnx_is_installed
+from src.inference.onnx_backend import OnnxBackend, onnx_is_installed, open_file
 from src.kernels.library import KernelChoice
-from src.models.create import create_network
-from src.models.layers import ImageClassifier, LayerFactory
-from src.models.weight_files import METADATA, quiet_mindspore, read_weights
-from src.models.weights import assign_weights, copy_weights
+from src.models.weight_files import METADATA
 from src.utils.errors import UserError
+from src.utils.files import checksum
+
+_MINDSPORE = "src.inference.mindspore_backend"
+# Where the file next to a .mindir records the checksum of the .mindir.
+MINDIR_CHECKSUM = "mindir_checksum"
+# How far the sum of float32 probabilities may be from 1.
+_SUMS_TO_1 = 1e-3
 
 
 class Backend(Protocol):
     """Images (B, S, S, 3) uint8 RGB -> logits (B, num_classes) float32."""
 
     def __call__(self, images: np.ndarray) -> np.ndarray: ...
-
-
-class MindSporeBackend:
-    """Inference in MindSpore. Restores training mode after each call."""
-
-    def __init__(self, network: nn.Cell, config: Config) -> None:
-        self.network = network
-        # The network of a MindIR file does not know its layers.
-        layers = network.layers if isinstance(network, ImageClassifier) else LayerFactory()
-        normalizer = layers.input_normalizer(config.mean, config.std)
-        self._classifier = _NormalizedNetwork(network, normalizer)
-
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        was_training = self.network.training
-        self._classifier.set_train(False)
-        logits = self._classifier(Tensor(images)).asnumpy()
-        self.network.set_train(was_training)
-        return logits
 
 
 @dataclass(frozen=True)
@@ -80,34 +68,14 @@ def open_backend(
         UserError: if the file cannot be read or does not fit.
     """
     path = Path(path)
-    if path.suffix in (".onnx", ".mindir"):
-        return _open_exported(path, flags)
-    arrays, metadata = read_weights(path)
-    model = CheckpointModel.of(arrays, metadata, flags, path)
-    if reuse and reuse.model == model and isinstance(reuse.backend, MindSporeBackend):
-        assign_weights(reuse.backend.network, arrays, path)
-        return OpenedModel(model, reuse.backend, metadata)
-    library = None if _takes_onnx(model.config, kernels) else kernels.library
-    network = model.create_network(library)
-    assign_weights(network, arrays, path)
-    return OpenedModel(model, create_backend(network, model.config, kernels), metadata)
-
-
-def create_backend(network: ImageClassifier, config: Config, kernels: KernelChoice) -> Backend:
-    """The backend of ``network`` that the key eval_engine names.
-
-    "auto" is MindSpore with oneDNN's kernels; without those it is onnxruntime on CPU, if installed.
-    Both compute the same to rounding, two to three times as fast as MindSpore's own kernels
-    (benchmarks/README.md).
-    """
-    if not _takes_onnx(config, kernels):
-        return MindSporeBackend(network, config)
-    if network.layers.uses_blocked_layout or config.compute_type != "float32":
-        float32 = config.model_copy(update={"amp_level": "O0"})
-        plain = create_network(float32, None, fused=network.layers.fused)
-        copy_weights(network, plain)
-        network = plain
-    return OnnxBackend.of_network(network, config)
+    if path.suffix == ".onnx":
+        metadata = exported_metadata(path)
+        model = CheckpointModel.of({}, metadata, flags, path)
+        backend: Backend = OnnxBackend(path, model.config)
+        if not metadata:
+            backend = refusing_probabilities(backend)
+        return OpenedModel(model, naming_file(backend, path), metadata)
+    return pkgutil.resolve_name(f"{_MINDSPORE}:open_file")(path, flags, kernels, reuse)
 
 
 def open_backends(
@@ -119,12 +87,9 @@ def open_backends(
     They agree to rounding.
     """
     opened = open_backend(path, flags, kernels)
-    config, backends = opened.model.config, [opened.backend]
-    on_cpu = config.eval_engine == "auto" and config.device_target == "CPU"
-    first = opened.backend
-    if on_cpu and onnx_is_installed() and isinstance(first, MindSporeBackend):
-        onnx_config = config.model_copy(update={"eval_engine": "onnx"})
-        backends.append(create_backend(first.network, onnx_config, kernels))
+    backends = [opened.backend]
+    if Path(path).suffix != ".onnx":
+        backends += pkgutil.resolve_name(f"{_MINDSPORE}:other_backends")(opened, kernels)
     return opened.model, backends
 
 
@@ -140,7 +105,7 @@ def with_flip(backend: Backend) -> Backend:
 
 def faster_backend_hint(config: Config, kernels: KernelChoice) -> str | None:
     """A hint if evaluation could be faster, else None."""
-    is_slow = config.eval_engine == "auto" and not _takes_onnx(config, kernels)
+    is_slow = config.eval_engine == "auto" and not takes_onnx(config, kernels)
     return kernels.hint if is_slow else None
 
 
@@ -148,25 +113,33 @@ def exported_metadata(path: Path) -> dict[str, Any]:
     """The metadata of an exported file: inside the .onnx, or in FILE.json next to the .mindir.
 
     Raises:
-        UserError: if it cannot be read.
+        UserError: if it cannot be read, or belongs to another .mindir.
     """
     if not path.is_file():
         raise UserError(f"'{path}' does not exist")
-    if path.suffix == ".onnx":
-        runtime = import_onnxruntime()
-        try:
-            session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-            text = session.get_modelmeta().custom_metadata_map.get(METADATA, "{}")
-        except Exception as failure:  # onnxruntime has an exception for each status code
-            reason = str(failure).splitlines()[0]
-            raise UserError(f"'{path}' is damaged or not an ONNX model: {reason}") from None
-    else:
-        sidecar = mindir_sidecar(path)
-        text = sidecar.read_text(encoding="utf-8") if sidecar.is_file() else "{}"
     try:
-        return json.loads(text)
-    except ValueError:
+        metadata = json.loads(_metadata_text(path))
+    except ValueError:  # no JSON, or no UTF-8
         raise UserError(f"the metadata of '{path}' is damaged; export it again") from None
+    recorded = metadata.get(MINDIR_CHECKSUM)
+    if recorded is not None and recorded != checksum(path):
+        raise UserError(
+            f"'{mindir_sidecar(path)}' belongs to another '{path.name}', or one of the two is "
+            "damaged; export it again"
+        )
+    return metadata
+
+
+def _metadata_text(path: Path) -> str:
+    if path.suffix == ".onnx":
+        return open_file(path).get_modelmeta().custom_metadata_map.get(METADATA, "{}")
+    sidecar = mindir_sidecar(path)
+    if not sidecar.is_file():
+        raise UserError(
+            f"'{sidecar}' is missing, which records the network, preprocessing and classes of "
+            f"'{path.name}'; copy it too, or export again"
+        )
+    return sidecar.read_text(encoding="utf-8")
 
 
 def mindir_sidecar(path: Path) -> Path:
@@ -174,24 +147,16 @@ def mindir_sidecar(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def load_mindir(path: Path) -> nn.Cell:
-    """A Cell: normalised (N, 3, S, S) float32 images -> logits. Raises UserError if damaged."""
-    try:
-        with quiet_mindspore():
-            return nn.GraphCell(mindspore.load(str(path)))
-    except Exception as failure:  # MindSpore raises many kinds for damaged files
-        raise UserError(f"'{path}' is damaged or not a MindIR model") from failure
+def refusing_probabilities(backend: Backend) -> Backend:
+    """Raises UserError for outputs that are probabilities: logits are expected."""
 
+    def checked(images: np.ndarray) -> np.ndarray:
+        outputs = backend(images)
+        if (outputs >= 0).all() and (np.abs(outputs.sum(axis=1) - 1) < _SUMS_TO_1).all():
+            raise UserError("its outputs are probabilities; export it without the softmax")
+        return outputs
 
-def _open_exported(path: Path, flags: Mapping[str, Any]) -> OpenedModel:
-    metadata = exported_metadata(path)
-    model = CheckpointModel.of({}, metadata, flags, path)
-    backend: Backend
-    if path.suffix == ".onnx":
-        backend = OnnxBackend(path, model.config)
-    else:
-        backend = MindSporeBackend(load_mindir(path), model.config)
-    return OpenedModel(model, naming_file(backend, path), metadata)
+    return checked
 
 
 def naming_file(backend: Backend, path: Path) -> Backend:
@@ -210,17 +175,9 @@ def naming_file(backend: Backend, path: Path) -> Backend:
     return checked
 
 
-def _takes_onnx(config: Config, kernels: KernelChoice) -> bool:
+def takes_onnx(config: Config, kernels: KernelChoice) -> bool:
+    """Whether networks are computed by onnxruntime, as the key eval_engine says."""
     if config.eval_engine == "auto":
         without_kernels = config.device_target == "CPU" and kernels.library is None
         return without_kernels and onnx_is_installed()
     return config.eval_engine == "onnx"
-
-
-class _NormalizedNetwork(nn.Cell):
-    def __init__(self, network: nn.Cell, normalizer: nn.Cell) -> None:
-        super().__init__(auto_prefix=False)
-        self.network, self.normalizer = network, normalizer
-
-    def construct(self, images: Tensor) -> Tensor:
-        return ops.cast(self.network(self.normalizer(images)), mindspore.float32)

@@ -8,12 +8,13 @@ from scipy.optimize import minimize_scalar
 
 from src.dataset.batches import EvalBatches, prefetch
 from src.inference.backends import OpenedModel
-from src.inference.evaluation import nonfinite_message, split_message
+from src.inference.evaluation import held_out_message
 from src.inference.metrics import (
     calibration_error,
     count_confidence,
     count_nonfinite,
     cross_entropy_sum,
+    nonfinite_message,
 )
 from src.models.layers import ImageClassifier
 from src.utils.errors import UserError
@@ -46,9 +47,9 @@ def calibrate(opened: OpenedModel, log: Log) -> Calibration:
         log: gets a warning if training has seen some of the images.
 
     Raises:
-        UserError: if there are no such images, training has seen all of them, or they do not tell:
-            none can be decoded, outputs are not finite, every prediction is right, or the
-            probabilities would fit the accuracy less than before.
+        UserError: if there are no such images, training has seen all of them, or they are
+            unsuitable: none can be decoded, outputs are not finite, every prediction is right, or
+            the calibration would get worse.
     """
     config = opened.model.config
     images = opened.model.open_images()
@@ -58,7 +59,7 @@ def calibrate(opened: OpenedModel, log: Log) -> Calibration:
             "temperature=auto needs images that training has not seen; pass --data_path=DIR with "
             "others, or a number"
         )
-    if message := split_message(opened.model, opened.metadata, images):
+    if message := held_out_message(opened.model, opened.metadata, images):
         log(message)
     parts = []
     for batch in prefetch(batches):
@@ -71,7 +72,7 @@ def calibration_of(logits: np.ndarray, labels: np.ndarray) -> Calibration:
     """The best temperature of logits (N, C) for images of these labels, (N,) int.
 
     Raises:
-        UserError: if they do not tell; see ``calibrate``.
+        UserError: if they are unsuitable; see ``calibrate``.
     """
     if not len(labels):
         raise UserError("temperature=auto: none of the validation images can be decoded")
@@ -79,8 +80,8 @@ def calibration_of(logits: np.ndarray, labels: np.ndarray) -> Calibration:
         raise UserError(nonfinite_message(nonfinite, len(logits)))
     if (logits.argmax(axis=1) == labels).all():
         raise UserError(
-            f"temperature=auto cannot tell from {len(labels)} images that are all right how sure "
-            "the network should be; pass --data_path=DIR with more images, or a number"
+            f"temperature=auto cannot be fitted to {len(labels)} images that are all right: no "
+            "confidence is then too high; pass --data_path=DIR with more images, or a number"
         )
     temperature = best_temperature(logits, labels)
     before, after = (

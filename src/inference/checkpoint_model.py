@@ -2,28 +2,24 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from operator import index
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from src.cli.config import DIGITS, Affects, Config, keys_affecting, validated
-from src.cli.flags import current_keys
+from src.cli.flags import current_keys, flags_without_effect
 from src.cli.recipes import load_config
 from src.dataset.batches import global_batch_size
-from src.dataset.image_set import ImageSet
-from src.dataset.list_files import is_list
+from src.dataset.image_set import ImageSet, are_numbers
 from src.dataset.splits import open_eval_part, open_train_part, validation_path
-from src.kernels.library import KernelLibrary
 from src.models.blocks import BLOCKS, find_block, recognise_block
-from src.models.create import create_network
-from src.models.layers import ImageClassifier
-from src.models.networks import NETWORKS, aliases
-from src.models.published_weights import published_at
+from src.models.networks import NETWORKS, aliases, count_classes
+from src.models.published_weights import published_as, published_at
 from src.models.weight_files import Arrays
-from src.models.weights import count_classes
 from src.utils.errors import UserError
 from src.utils.log import WARNING
 
@@ -34,8 +30,10 @@ _FORMER_SETTINGS: dict[str, Any] = {
     "interpolation": "bilinear",
     "antialias": False,
 }
+# Up to this number of folders 0, 1, 2 ... the order of text is that of numbers.
+_ONE_DIGIT = 10
 # Listing more training images than this takes long.
-_MOST_COMPARED = 100_000
+_MAX_COMPARED = 100_000
 # How torchvision, timm and the ACNet repository evaluate.
 _FOREIGN_SETTINGS = {
     "eval_resize_mode": "shorter_side",
@@ -57,11 +55,13 @@ class CheckpointModel:
         config: its resolved configuration.
         fused: whether its blocks are fused.
         class_to_index: its class map, or None.
+        notes: sentences that the user should read.
     """
 
     config: Config
     fused: bool
     class_to_index: dict[str, int] | None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -104,28 +104,21 @@ class CheckpointModel:
         class_to_index: dict[str, int] | None
         if config.class_names:
             class_to_index = read_class_names(config.class_names, config.num_classes)
-            own = metadata.get("class_to_index") or class_to_index
-            if set(own) == set(class_to_index) and own != class_to_index:
+            own = metadata.get("class_to_index") or {}
+            if any(own.get(name, label) != label for name, label in class_to_index.items()):
                 raise UserError(
-                    f"--class_names has the class names of '{path}' in another order than training "
-                    "had"
+                    f"--class_names lists the class names of '{path}' in a different order from "
+                    "training"
                 )
         else:
-            class_to_index = (
-                metadata.get("class_to_index")
-                or _class_map_beside(path, config.num_classes)
-                or _timm_class_map(path, config.num_classes)
-            )
-        return cls(config, fused, class_to_index)
+            class_to_index = recorded_classes(metadata, path, config.num_classes)
+        notes = _notes(config, metadata.get("config", {}), flags, path)
+        return cls(config, fused, class_to_index, tuple(notes))
 
     @property
     def has_branches(self) -> bool:
         """Whether its network has blocks that can be fused."""
         return bool(find_block(self.config.block).kernels) and not self.fused
-
-    def create_network(self, kernels: KernelLibrary | None = None) -> ImageClassifier:
-        """The network with random weights."""
-        return create_network(self.config, kernels, fused=self.fused)
 
     def open_training_images(self) -> ImageSet:
         """The images that it was trained on, or those of --data_path.
@@ -147,7 +140,7 @@ class CheckpointModel:
             return None
         try:
             config = validated(current_keys(recorded))
-            if steps * global_batch_size(config, metadata["world_size"]) > _MOST_COMPARED:
+            if steps * global_batch_size(config, metadata["world_size"]) > _MAX_COMPARED:
                 return None
             images = open_train_part(config, self.class_to_index)
         except UserError:
@@ -179,12 +172,13 @@ class CheckpointModel:
         """
         path = Path(self.config.eval_data_path or self.config.data_path)
         names, classes = images.class_to_index, self.config.num_classes
-        has_labels = images.packed is None and is_list(path, "val")
-        if has_labels or str(path) == DIGITS:
+        if images.is_list or str(path) == DIGITS:
             return images
-        are_numbers = _are_numbers(names)
-        counts_from_1 = are_numbers and sorted(map(int, names)) == [*range(1, len(names) + 1)]
-        if are_numbers and not counts_from_1 and all(int(name) < classes for name in names):
+        numbered = are_numbers(names)
+        counts_from_1 = numbered and sorted(map(int, names)) == [*range(1, len(names) + 1)]
+        if numbered and len(set(map(int, names))) < len(names):
+            raise UserError(f"'{path}' has two class folders of one number, as 1 and 01 are")
+        if numbered and not counts_from_1 and all(int(name) < classes for name in names):
             numbers = np.zeros(images.num_classes, np.int32)
             for name, label in names.items():
                 numbers[label] = int(name)
@@ -192,8 +186,9 @@ class CheckpointModel:
                 images,
                 class_to_index={name: int(name) for name in names},
                 labels=numbers[images.labels],
+                most_classes=classes,
             )
-        if len(names) != classes or (are_numbers and sorted(names, key=int) != list(names)):
+        if len(names) != classes or (numbered and sorted(names, key=int) != list(names)):
             raise UserError(
                 f"the network has {classes} classes without names and '{path}' has {len(names)} "
                 "class folders, so it is unknown which class each folder is; pass "
@@ -202,21 +197,74 @@ class CheckpointModel:
         return images
 
 
-def first_label_message(model: CheckpointModel, images: ImageSet) -> str | None:
-    """A message if folders are taken as labels and may count from 1; None otherwise."""
-    names = images.class_to_index
-    if model.class_to_index or not _are_numbers(names):
-        return None
-    if "0" in names or any(label != int(name) for name, label in names.items()):
+def _notes(
+    config: Config, recorded: Mapping[str, Any], flags: Mapping[str, Any], path: Path | None
+) -> list[str]:
+    """Warnings on what the recipe and the flags change, and on flags that change nothing."""
+    evaluation = ("crop_pct", "eval_resize", "reduced_decoding")
+    preprocessing = {key: flags[key] for key in evaluation if key in flags}
+    notes = flags_without_effect(preprocessing, config, ranks=1)
+    is_onnx = config.eval_engine == "onnx" or (path is not None and path.suffix == ".onnx")
+    if is_onnx and "amp_level" in flags and config.amp_level not in ("auto", "O0"):
+        notes.append(f"{WARNING}--amp_level changes nothing with onnxruntime, which uses float32")
+    warning = _recipe_warning(config, recorded, flags)
+    return [*notes, *([warning] if warning else [])]
+
+
+def _recipe_warning(
+    config: Config, recorded: Mapping[str, Any], flags: Mapping[str, Any]
+) -> str | None:
+    """A warning if the recipe changes the network or preprocessing that a checkpoint records."""
+    recipe, present = flags.get("config_path"), config.model_dump(mode="json")
+    before = current_keys(recorded)
+    changed = [
+        key
+        for key in sorted(keys_affecting(Affects.MODEL) & before.keys())
+        if key not in flags and before[key] != present[key]
+    ]
+    if not recipe or not changed:
         return None
     return (
-        f"{WARNING}the class folders {', '.join([*names][:3])} ... are taken as labels that count "
-        "from 0; if they count from 1, pass --class_names=FILE"
+        f"{WARNING}--config_path={recipe} changes {', '.join(changed)} from what the checkpoint "
+        "records; leave it out to keep the recorded values"
     )
 
 
-def _are_numbers(names: Iterable[str]) -> bool:
-    return all(name.isascii() and name.isdigit() for name in names)
+def recorded_classes(
+    metadata: Mapping[str, Any], path: Path | None, classes: int
+) -> dict[str, int] | None:
+    """The class map in a file of weights, in class_indexing.json or timm's config.json next to it.
+
+    None if there is none.
+
+    Raises:
+        UserError: if it does not have ``classes`` names.
+    """
+    return (
+        metadata.get("class_to_index")
+        or _class_map_beside(path, classes)
+        or _timm_class_map(path, classes)
+    )
+
+
+def first_label_message(model: CheckpointModel, images: ImageSet) -> str | None:
+    """A message if folders are taken as labels and may count from 1; None otherwise."""
+    names = images.class_to_index
+    if model.class_to_index or images.is_list or images.pixels is not None:
+        return None
+    if not are_numbers(names):
+        return None
+    if any(label != int(name) for name, label in names.items()):
+        return None
+    shown = f"{WARNING}the class folders {', '.join([*names][:3])} ... are taken as labels"
+    if min(map(int, names)) > 0:
+        return f"{shown} that count from 0; if they count from 1, pass --class_names=FILE"
+    if model.config.num_classes > _ONE_DIGIT:
+        return (
+            f"{shown}, the folder 10 as label 10; if the network was trained on folders in the "
+            "order of text (0, 1, 10, 11, ...), as torchvision sorts them, pass --class_names=FILE"
+        )
+    return None
 
 
 def infer_model_settings(
@@ -291,11 +339,20 @@ def _recorded_data(metadata: Mapping[str, Any], flags: Mapping[str, Any]) -> dic
     kept = keys_affecting(Affects.IMAGES, Affects.BATCH) | {"seed"}
     recorded = {k: v for k, v in metadata.get("config", {}).items() if k in kept}
     data_path = recorded.get("data_path")
+    if flags.get("eval_data_path"):
+        if flags.get("val_split", "auto") != "auto" and float(flags["val_split"]):
+            raise UserError(
+                "val_split and eval_data_path both choose the validation images; give only one of "
+                "them"
+            )
+        recorded.pop("val_split", None)
+        recorded.pop("dataset_format", None)
     if "data_path" in flags:
         recorded.pop("eval_data_path", None)
         # Keep the split if the data is the training folder: evaluate on the held-out part.
         if os.path.realpath(flags["data_path"]) != os.path.realpath(data_path or os.devnull):
             recorded.pop("val_split", None)
+            recorded.pop("dataset_format", None)
     elif data_path and not recorded.get("eval_data_path") and not recorded.get("val_split"):
         recorded["eval_data_path"] = validation_path(data_path) or ""
     return recorded
@@ -346,20 +403,18 @@ def _timm_settings(path: Path, flags: Mapping[str, Any], network: str | None) ->
     changes = timm.get("model_args") or {}
     if changes:
         raise UserError(
-            f"{file} has model_args={changes}, which change the network; here it exists only as it "
-            "is by default"
+            f"{file} has model_args={changes}, which change the network; only its default form is "
+            "supported"
         )
     if timm.get("global_pool", "avg") != "avg":
         raise UserError(
-            f"{file} has global_pool={timm['global_pool']}, which does not exist here: networks "
-            "average"
+            f"{file} has global_pool={timm['global_pool']}; only average pooling is supported"
         )
     for word, key, values in _TIMM_WORDS:
         if word in timm and key not in flags:
             if timm[word] not in values:
                 raise UserError(
-                    f"{file} has {word}={timm[word]}, which does not exist here; choose with "
-                    f"--{key}"
+                    f"{file} has {word}={timm[word]}, which is not supported; choose with --{key}"
                 )
             settings[key] = values[timm[word]]
     size = timm.get("input_size")
@@ -389,7 +444,7 @@ def _timm_class_map(path: Path | None, classes: int) -> dict[str, int] | None:
         return None
     file = path.with_name("config.json")
     if not isinstance(names, list):
-        raise UserError(f"{file} has label_names that are no list; pass --class_names=FILE")
+        raise UserError(f"{file} has label_names that are not a list; pass --class_names=FILE")
     class_to_index = {str(name): label for label, name in enumerate(names)}
     if len(class_to_index) < len(names) or len(names) != classes:
         raise UserError(
@@ -404,6 +459,8 @@ def _read_timm_config(path: Path) -> dict[str, Any]:
     if published := published_at(path):
         return published.timm_config
     file = path.with_name("config.json")
+    if not file.is_file() and (published := published_as(path.name)):
+        return published.timm_config
     try:
         content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         if not isinstance(content, dict):
@@ -428,7 +485,7 @@ def _class_map_beside(path: Path | None, classes: int) -> dict[str, int] | None:
 
 def _parse_class_map(text: str, file: Path, classes: int) -> dict[str, int]:
     try:
-        class_to_index = {str(name): int(label) for name, label in json.loads(text).items()}
+        class_to_index = {str(name): index(label) for name, label in json.loads(text).items()}
     except (ValueError, AttributeError, TypeError):
         raise UserError(
             f'{file} must map class names to indices, as in {{"cat": 0, "dog": 1}}'

@@ -1,7 +1,10 @@
 """A trained network for use from Python: photos in, classes out."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -10,14 +13,15 @@ from scipy.special import softmax
 
 from src.dataset.decoding import picture_pixels, read_image
 from src.dataset.image_set import class_names
-from src.dataset.transforms import eval_least_side, eval_transform
+from src.dataset.transforms import eval_min_side, eval_transform
 from src.distributed.communicator import Communicator
-from src.inference.backends import open_backend
-from src.inference.evaluation import EvalData, nonfinite_message, undecodable_message
-from src.inference.metrics import count_nonfinite
+from src.inference.backends import Backend, OpenedModel, open_backend
+from src.inference.evaluation import EvalData, undecodable_message
+from src.inference.metrics import count_nonfinite, nonfinite_message
 from src.inference.prediction import Prediction, find_images
 from src.kernels.library import KernelChoice
 from src.utils.errors import UserError
+from src.utils.log import refuse_warnings
 from src.utils.progress import print_status
 
 # A file, a Pillow image, or (H, W, 3) uint8 RGB.
@@ -29,7 +33,7 @@ _BATCH = 16
 
 
 class Classifier:
-    """A checkpoint or an exported file that is ready to classify.
+    """A checkpoint or an exported file that is ready to classify. Threads may share one.
 
     Args:
         path: the file.
@@ -44,10 +48,16 @@ class Classifier:
         UserError: if the file cannot be read or does not fit.
     """
 
+    # MindSpore does not compute for two threads at once, not even two networks.
+    _computing = Lock()
+
     def __init__(self, path: Path, flags: Mapping[str, str], kernels: KernelChoice) -> None:
         self.path, self._flags, self._kernels = path, dict(flags), kernels
-        self._opened = open_backend(path, flags, kernels)
+        self._opened = self._open(flags)
         self.config = self._opened.model.config
+        self._log = refuse_warnings(print_status) if self.config.strict else print_status
+        for note in self._opened.model.notes:
+            self._log(note)
         classes = self._opened.model.class_to_index or {}
         self.class_names = class_names(classes, self.config.num_classes)
 
@@ -64,7 +74,7 @@ class Classifier:
         if isinstance(photos, _ONE_PHOTO) and not _is_folder(photos):
             return self.predict([photos])[0]
         listed = _expanded(photos)
-        probabilities = softmax(self.logits(listed), axis=1)
+        probabilities = softmax(self.logits(listed).astype(np.float64), axis=1)
         names = [str(photo) if isinstance(photo, (str, Path)) else "" for photo in listed]
         return [Prediction.of(*pair, self._opened.model) for pair in zip(names, probabilities)]
 
@@ -100,20 +110,30 @@ class Classifier:
             UserError: if there are no images, or they do not fit the network.
         """
         flags = {**self._flags, **({"data_path": str(data_path)} if data_path else {})}
-        opened = open_backend(self.path, flags, self._kernels)
-        data = EvalData(opened, Communicator(), print_status)
+        opened = self._open(flags)
+        data = EvalData(opened, Communicator(), self._log)
+        data.say_whether_seen(opened, "")
         result = data.evaluate(opened)
         if result.nonfinite:
             raise UserError(nonfinite_message(result.nonfinite, result.images))
         if result.undecodable:
-            print_status(undecodable_message(result))
+            self._log(undecodable_message(result))
         return data.values(self.path, opened, result)
+
+    def _open(self, flags: Mapping[str, Any]) -> OpenedModel:
+        with self._computing:
+            opened = open_backend(self.path, flags, self._kernels)
+        return replace(opened, backend=partial(self._compute, opened.backend))
+
+    def _compute(self, backend: Backend, images: np.ndarray) -> np.ndarray:
+        with self._computing:
+            return backend(images)
 
     def _prepared(self, photo: Photo) -> np.ndarray:
         """The network's input for a photo: (image_size, image_size, 3) uint8."""
         config = self.config
         if isinstance(photo, (str, Path)):
-            pixels = read_image(str(photo), config.max_pixels, eval_least_side(config))
+            pixels = read_image(str(photo), config.max_pixels, eval_min_side(config))
         elif isinstance(photo, Image.Image):
             pixels = picture_pixels(photo)
         else:

@@ -1,6 +1,5 @@
 """Evaluation: every image counts exactly once, for any number of ranks."""
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from src.cli.command import Command
-from src.cli.config import Config
+from src.cli.config import Affects, Config, keys_affecting
 from src.dataset.batches import PADDING_LABEL, EvalBatches, prefetch
-from src.dataset.image_set import ImageSet, class_names, seen_message
+from src.dataset.image_set import ImageSet, class_names, overlap_message
 from src.dataset.imagefolder import MindSporeEvalBatches
 from src.dataset.splits import set_messages, split_fraction
 from src.distributed.communicator import Communicator, check_ranks_agree
@@ -21,13 +20,15 @@ from src.inference.metrics import (
     EvalResult,
     EvalSums,
     interval,
+    nonfinite_message,
     report_line,
     seeds_line,
     summary_lines,
+    write_results,
 )
-from src.runs.checkpoint import find_checkpoints, in_order
+from src.runs.checkpoint_files import find_checkpoints, in_order
 from src.utils.errors import PartialFailure, UserError
-from src.utils.files import checksum, write_whole
+from src.utils.files import checksum
 from src.utils.log import LINE_S, WARNING, Log, create_log, no_log
 from src.utils.progress import ProgressBar
 
@@ -43,7 +44,8 @@ def evaluate(command: Command) -> None:
     if hint := faster_backend_hint(config, command.kernels):
         log(hint)
     results, failures = evaluate_checkpoints(paths, command, log)
-    best = max(results, key=lambda result: result["top1"])
+    # As in training: of equal accuracies the lower loss is better.
+    best = max(results, key=lambda result: (result["top1"], -result["loss"]))
     if len(results) > 1:
         log("best: " + report_line(best))
     log("\n".join(summary_lines(best)))
@@ -53,7 +55,7 @@ def evaluate(command: Command) -> None:
         log(f"results in {config.result_path}")
     if failures:
         raise PartialFailure(
-            f"{len(failures)} of {len(paths)} checkpoints could not be evaluated, the first is "
+            f"{len(failures)} of {len(paths)} checkpoints could not be evaluated, the first: "
             f"{failures[0]}"
         )
 
@@ -150,7 +152,13 @@ def evaluate_checkpoints(
             leave_out(path, failure)
             continue
         if data is None or not data.fits(opened):
-            data = EvalData(opened, communicator, log)
+            before, data = data, EvalData(opened, communicator, log)
+            if before is not None and before.images.fingerprint() != data.images.fingerprint():
+                log(
+                    f"{WARNING}{path.name} is evaluated on other images than the checkpoint before "
+                    "it, so their accuracies cannot be compared"
+                )
+        data.say_whether_seen(opened, path.name if len(paths) > 1 else "")
         result = data.evaluate(opened)
         if result.nonfinite:
             leave_out(path, UserError(nonfinite_message(result.nonfinite, result.images)))
@@ -170,18 +178,37 @@ class EvalData:
     def __init__(self, opened: OpenedModel, communicator: Communicator, log: Log) -> None:
         self._model = opened.model
         config = opened.model.config
+        may_differ = keys_affecting(Affects.IMAGES, Affects.PROCESS)
+        check_ranks_agree(communicator, config.model_dump(mode="json", exclude=may_differ))
         self.images = opened.model.open_images()
         check_ranks_agree(communicator, self.images.summary("validation"))
-        if line := first_label_message(opened.model, self.images):
+        lines = [*opened.model.notes, first_label_message(opened.model, self.images)]
+        for line in (*filter(None, lines), *set_messages(self.images, "validation")):
             log(line)
-        for line in set_messages(self.images, "validation"):
-            log(line)
-        if message := split_message(opened.model, opened.metadata, self.images):
-            log(message)
+        self._log, self._compared = log, set[tuple[Any, ...]]()
         self._evaluator = Evaluator(self.images, config, communicator, log)
 
     def fits(self, opened: OpenedModel) -> bool:
         return opened.model == self._model
+
+    def say_whether_seen(self, opened: OpenedModel, name: str) -> None:
+        """Log whether training has seen the images, once for checkpoints of the same training.
+
+        Args:
+            name: what to call the checkpoint, or "".
+        """
+        recorded = opened.metadata.get("config", {})
+        training = (
+            opened.metadata.get("images"),
+            *(str(recorded.get(key)) for key in ("data_path", "val_split", "seed")),
+        )
+        if training in self._compared:
+            return
+        self._compared.add(training)
+        if message := held_out_message(opened.model, opened.metadata, self.images):
+            text = message.removeprefix(WARNING)
+            prefix = WARNING if text != message else ""
+            self._log(f"{prefix}{f'{name}: ' if name else ''}{text}")
 
     def evaluate(self, opened: OpenedModel) -> EvalResult:
         return self._evaluator(opened.classify)
@@ -212,7 +239,7 @@ class EvalData:
         return values
 
 
-def split_message(
+def held_out_message(
     model: CheckpointModel, metadata: Mapping[str, Any], images: ImageSet
 ) -> str | None:
     """A message on whether training has seen ``images``; None if there is nothing to say.
@@ -225,7 +252,7 @@ def split_message(
     if trained is not None and images.fingerprint() == trained:
         return (
             f"{WARNING}these look like the images that training used (the same names and sizes); "
-            "on others the accuracy may be lower"
+            "on unseen images the accuracy may be lower"
         )
     if split_fraction(config):
         if trained is None:
@@ -235,9 +262,11 @@ def split_message(
                 f"evaluating on the {len(images)} images of {config.data_path} that training held "
                 "out for validation"
             )
+        is_recorded = config.data_path == recorded.get("data_path")
+        seen = "it has seen some of them" if is_recorded else "it may have seen some of them"
         return (
             f"{WARNING}the {len(images)} images that --val_split takes from {config.data_path} are "
-            "not those that training held out: it has seen some of them"
+            f"not those that training held out: {seen}"
         )
     fraction = recorded.get("val_split")
     if trained is not None and isinstance(fraction, float) and fraction:
@@ -248,7 +277,7 @@ def split_message(
                 f"--val_split={fraction:g} evaluates on those only"
             )
     trained_images = model.open_recorded_training_images(metadata)
-    return seen_message(trained_images, images) if trained_images is not None else None
+    return overlap_message(trained_images, images) if trained_images is not None else None
 
 
 def undecodable_message(result: EvalResult) -> str:
@@ -259,17 +288,3 @@ def undecodable_message(result: EvalResult) -> str:
         f"{WARNING}{len(result.undecodable)} of {result.images} images cannot be decoded and count "
         f"as wrong: {shown}{more} (the figures of each class leave them out)"
     )
-
-
-def nonfinite_message(count: int, images: int) -> str:
-    """Message for images with outputs that are not finite."""
-    return (
-        f"the network's outputs for {count} of {images} images are not finite; its weights are too "
-        "large or damaged"
-    )
-
-
-def write_results(path: str, results: Sequence[Mapping[str, Any]]) -> None:
-    """Write results as a JSON list. Raises UserError if the file cannot be written."""
-    text = json.dumps(results, indent=1, allow_nan=False)
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))

@@ -15,12 +15,13 @@ from src.dataset.image_set import ImageSet, class_names
 from src.dataset.sources import open_images
 from src.dataset.transforms import eval_transform
 from src.distributed.communicator import Communicator
-from src.inference.backends import create_backend, load_mindir, mindir_sidecar, open_backend
+from src.inference.backends import MINDIR_CHECKSUM, mindir_sidecar, open_backend
 from src.inference.calibration import calibrate, scale_outputs
 from src.inference.checkpoint_model import CheckpointModel
 from src.inference.evaluation import Evaluator
 from src.inference.formats import create_format
 from src.inference.metrics import class_table, tops
+from src.inference.mindspore_backend import create_backend, load_mindir
 from src.inference.model_card import Exported, write_card
 from src.inference.onnx import export_quietly
 from src.inference.quantization import quantize
@@ -31,14 +32,15 @@ from src.models.layers import ImageClassifier, InputNormalizer
 from src.models.networks import NetworkSize, torch_name
 from src.models.published_weights import place_for_output
 from src.models.reparam import fuse
-from src.models.weight_files import METADATA, Arrays, read_weights
+from src.models.weight_files import CHECKSUM, METADATA, Arrays, read_weights, text_checksum
 from src.models.weights import assign_weights
-from src.runs.checkpoint import choose_checkpoint, save_checkpoint
+from src.runs.checkpoint import save_checkpoint
+from src.runs.checkpoint_files import choose_checkpoint
 from src.runs.recorder import Recorder
 from src.runs.run_folder import RunFolder
 from src.utils.errors import UserError
-from src.utils.files import write_whole
-from src.utils.log import Log, create_log
+from src.utils.files import checksum, staged, write_atomically
+from src.utils.log import WARNING, Log, create_log
 from src.utils.progress import print_status
 
 _TOLERANCE = 1e-4
@@ -55,15 +57,22 @@ def export(command: Command) -> None:
     exported = export_checkpoint(
         path, command.flags, config.file_format, config.result_path, config.fuse, temperature
     )
+    for note in exported.model.notes:
+        log(note)
     for title, size in (("checkpoint", exported.original), ("exported", exported.exported)):
         log(
             f"{title}: {size.parameters:,} parameters, {size.multiply_adds / 1e9:.3f} G "
             "multiply-adds per image"
         )
     log(f"file sizes: {_file_size(path)}, {_file_size(exported.path)}")
+    if config.file_format == "SAFETENSORS" and exported.is_fused:
+        log(
+            f"{WARNING}its fused convolutions have biases and no batch norms, so networks of "
+            "torchvision do not load it; this program does"
+        )
     log(f"exported to {exported.path}: largest relative difference {exported.difference:.1e}")
     card = write_card(exported, path)
-    log(f"what it is, for whoever receives it: {card}")
+    log(f"model card: {card}")
     if config.quantize == "int8":
         _quantize(exported, command, log)
 
@@ -87,8 +96,8 @@ def export_checkpoint(
         temperature: what the outputs are divided by.
 
     Raises:
-        UserError: if it cannot be written, or differs from the checkpoint by more than 1e-4; then
-            it is removed.
+        UserError: if it cannot be written, or differs from the checkpoint by more than 1e-4; a file
+            that was there before stays.
     """
     arrays, recorded = read_weights(path)
     model = CheckpointModel.of(arrays, recorded, flags, path)
@@ -109,11 +118,11 @@ def export_checkpoint(
     file = Path(target) if target else _default_file(path, file_format, "_fused" if fuses else "")
     _check_target(file, path, file_format)
     writer, size = create_format(file_format), model.config.image_size
-    writer.write(written_network, file, metadata, size)
-    try:
+    with staged(file) as partial:
+        writer.write(written_network, partial, metadata, size)
         inputs = _probe_inputs(model.config)
         expected = network(Tensor(inputs)).asnumpy()
-        found = writer.logits(file, model, inputs)
+        found = writer.logits(partial, model, inputs)
         largest = max(np.abs(expected).max(), np.finfo(np.float32).tiny)
         difference = float(np.abs(found - expected).max() / largest)
         if not difference <= _TOLERANCE:
@@ -121,12 +130,9 @@ def export_checkpoint(
                 f"the exported file differs from the checkpoint by {difference:.1e}, above "
                 f"{_TOLERANCE:g}"
             )
-    except UserError:
-        for leftover in (file, mindir_sidecar(file)):
-            leftover.unlink(missing_ok=True)
-        raise
     sizes = network_size(network, size), network_size(written_network, size)
-    return Exported(file, *sizes, difference, temperature, model, recorded)
+    has_biases = fuses or (model.fused and bool(find_block(model.config.block).kernels))
+    return Exported(file, *sizes, difference, temperature, model, recorded, has_biases)
 
 
 def deploy(
@@ -151,9 +157,13 @@ def deploy(
     network.set_train(False)
     checkpoint = recorder.last_checkpoint()
     if config.deploy == "best":
-        checkpoint = recorder.best_checkpoint()
-        best = read_weights(checkpoint)[0] if checkpoint else None
-        assign_weights(network, cast(Arrays, communicator.broadcast_object(best)), checkpoint)
+        found = recorder.best_checkpoint()
+        best = communicator.broadcast_object(read_weights(found)[0] if found else None)
+        if best is None:
+            recorder.log(f"{WARNING}there is no best.ckpt, so the last weights are deployed")
+        else:
+            checkpoint = found
+            assign_weights(network, best, checkpoint)
     trained = evaluator(create_backend(network, config, kernels))
     recorder.log(f"trained: {tops(trained.top1, trained.top5)} {checkpoint}")
     if config.deploy == "best":
@@ -201,8 +211,8 @@ def network_size(network: nn.Cell, image_size: int) -> NetworkSize:
 
 
 def _config_to_record(config: Config, recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration in the exported file: how it was trained is known from the checkpoint."""
-    trained = keys_affecting(Affects.TRAINING)
+    """The configuration in the exported file: how and on what it was trained, as recorded."""
+    trained = keys_affecting(Affects.TRAINING, Affects.IMAGES) | {"seed"}
     kept = {key: value for key, value in recorded.get("config", {}).items() if key in trained}
     return {**config.model_dump(mode="json"), **kept}
 
@@ -239,9 +249,9 @@ class SafetensorsFormat(CkptFormat):
             torch_name(p.name, network.network_name): np.ascontiguousarray(p.asnumpy())
             for p in network.get_parameters()
         }
-        write_whole(
-            file, lambda partial: save_file(arrays, partial, {METADATA: json.dumps(metadata)})
-        )
+        texts = {METADATA: json.dumps(metadata)}
+        texts[CHECKSUM] = text_checksum(arrays, texts[METADATA])
+        write_atomically(file, lambda partial: save_file(arrays, partial, texts))
 
 
 class MindirFormat:
@@ -251,16 +261,16 @@ class MindirFormat:
         self, network: nn.Cell, file: Path, metadata: dict[str, Any], image_size: int
     ) -> None:
         inputs = Tensor(shape=[None, 3, image_size, image_size], dtype=mindspore.float32)
-        write_whole(file, lambda partial: export_quietly(network, inputs, partial, "MINDIR"))
-        text = json.dumps(metadata)
-        write_whole(mindir_sidecar(file), lambda p: p.write_text(text, encoding="utf-8"))
+        write_atomically(file, lambda partial: export_quietly(network, inputs, partial, "MINDIR"))
+        text = json.dumps({**metadata, MINDIR_CHECKSUM: checksum(file)})
+        write_atomically(mindir_sidecar(file), lambda p: p.write_text(text, encoding="utf-8"))
 
     def logits(self, file: Path, model: CheckpointModel, inputs: np.ndarray) -> np.ndarray:
         return load_mindir(file)(Tensor(inputs)).asnumpy()
 
 
 def _temperature(path: Path, command: Command, log: Log) -> float:
-    """The temperature that the key of that name asks for."""
+    """The key ``temperature`` as a number; "auto" is fitted on the validation images."""
     wanted = command.config.temperature
     if isinstance(wanted, float):
         return wanted
@@ -274,9 +284,8 @@ def _temperature(path: Path, command: Command, log: Log) -> float:
 
 
 def _quantize(exported: Exported, command: Command, log: Log) -> None:
-    quantized = quantize(
-        exported.path, command.flags, command.config.calibration_images, command.kernels, log
-    )
+    count = command.config.calibration_images
+    quantized = quantize(exported.path, command.flags, count, command.kernels, log)
     for title, result, file in (
         ("float32", quantized.float32, exported.path),
         ("int8", quantized.int8, quantized.path),

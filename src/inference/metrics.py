@@ -1,5 +1,6 @@
-"""What evaluation counts, and how it is reported."""
+"""Sums, metrics and report lines of an evaluation."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +10,14 @@ from scipy.special import log_softmax, softmax
 
 from src.dataset.batches import PADDING_LABEL, UNDECODABLE_LABEL
 from src.distributed.communicator import Communicator
+from src.utils.files import write_atomically
 from src.utils.log import escaped
 
 _TOP = 5
 _CLASSES_SHOWN = 24
 # A confusion matrix of more classes is neither counted nor written.
-_MOST_CONFUSED_CLASSES = 100
-_MOST_PRINTED_COLUMNS = 12
+_MAX_CONFUSED_CLASSES = 100
+_MAX_PRINTED_COLUMNS = 12
 # Ranges of probabilities that are compared with accuracies.
 _BINS = 15
 # The normal distribution's 97.5 % quantile.
@@ -107,7 +109,7 @@ class EvalSums:
 
     @classmethod
     def zero(cls, classes: int) -> "EvalSums":
-        side = classes if classes <= _MOST_CONFUSED_CLASSES else 0
+        side = classes if classes <= _MAX_CONFUSED_CLASSES else 0
         return cls(
             np.zeros(3),
             np.zeros(2),
@@ -203,28 +205,36 @@ def count_confusion(logits: np.ndarray, labels: np.ndarray, classes: int) -> np.
 
 
 def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """Images by label and predicted class, (classes, classes), without others than these."""
+    """Images by label and predicted class, (classes, classes); larger labels are ignored."""
     rows = (labels >= 0) & (labels < classes) & (predicted < classes)
     pairs = labels[rows] * classes + predicted[rows]
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
 def count_confidence(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(images, sum of probabilities, top-1 hits) by the first class's probability, (3, 15).
-
-    The 15 ranges are equally wide: 0 to 1/15, above that to 2/15, and so on. Only finite rows of
-    logits (N, C) with a label count.
-    """
+    """``confidence_ranges`` of logits (N, C). Only finite rows with a label count."""
     rows = (labels >= 0) & np.isfinite(logits).all(axis=1)
     probabilities = softmax(logits[rows].astype(np.float64), axis=1)
-    highest, hits = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels[rows]
+    return confidence_ranges(
+        probabilities.max(axis=1), probabilities.argmax(axis=1) == labels[rows]
+    )
+
+
+def confidence_ranges(highest: np.ndarray, hits: np.ndarray) -> np.ndarray:
+    """(images, sum of probabilities, top-1 hits) by the first class's probability, (3, 15).
+
+    The 15 ranges are equally wide: 0 to 1/15, above that to 2/15, and so on.
+
+    Args:
+        highest, hits: (N,) the first class's probability, and whether it is right.
+    """
     ranges = np.clip(np.ceil(highest * _BINS).astype(int) - 1, 0, _BINS - 1)
     weights = (np.ones(len(hits)), highest, hits)
     return np.stack([np.bincount(ranges, weight, _BINS) for weight in weights])
 
 
 def calibration_error(confidence: np.ndarray) -> float:
-    """The expected calibration error in percent of what ``count_confidence`` has counted."""
+    """The expected calibration error in percent of what ``confidence_ranges`` counts."""
     images, probabilities, hits = confidence
     return 100 * float(np.abs(hits - probabilities).sum() / max(images.sum(), 1))
 
@@ -303,7 +313,7 @@ def class_table(classes: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def confusion_table(confusion: Sequence[Sequence[int]] | None, names: Sequence[str]) -> list[str]:
     """Lines of the confusion matrix; none if it is too wide for a terminal."""
-    if confusion is None or len(names) > _MOST_PRINTED_COLUMNS:
+    if confusion is None or len(names) > _MAX_PRINTED_COLUMNS:
         return []
     shown = [escaped(name) for name in names]
     width = max(map(len, shown))
@@ -338,3 +348,17 @@ def seeds_line(result: Mapping[str, Any]) -> str:
         f"Top1/Top5 {result['top1']:.2f}%/{result['top5']:.2f}%, "
         f"{tops(result['top1'], result['top5'])}, FPS {result['images_per_second']:.2f} img/s"
     )
+
+
+def nonfinite_message(count: int, images: int) -> str:
+    """Message for images with outputs that are not finite."""
+    return (
+        f"the network's outputs for {count} of {images} images are not finite; its weights are too "
+        "large or damaged"
+    )
+
+
+def write_results(path: str, results: Sequence[Mapping[str, Any]]) -> None:
+    """Write results as a JSON list. Raises UserError if the file cannot be written."""
+    text = json.dumps(results, indent=1, allow_nan=False)
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))

@@ -19,7 +19,7 @@ from src.models.networks import NetworkSize
 from src.models.published_weights import find_published
 from src.runs.run_folder import RunFolder
 from src.utils.errors import UserError
-from src.utils.files import write_whole
+from src.utils.files import write_atomically
 
 _CLASSES_NAMED = 100
 
@@ -39,6 +39,7 @@ class Exported:
             real images.
         temperature: what the outputs are divided by.
         model, recorded: what the checkpoint holds, and its metadata.
+        is_fused: whether blocks became convolutions with biases and without batch norms.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class Exported:
     temperature: float
     model: CheckpointModel
     recorded: Mapping[str, Any]
+    is_fused: bool = False
 
 
 def write_card(exported: Exported, checkpoint: Path) -> Path:
@@ -78,17 +80,23 @@ def write_card(exported: Exported, checkpoint: Path) -> Path:
     ]
     card = card_of(file)
     text = "\n\n".join(sections) + "\n"
-    write_whole(card, lambda partial: partial.write_text(text, "utf-8", "backslashreplace"))
+    write_atomically(card, lambda partial: partial.write_text(text, "utf-8", "backslashreplace"))
     return card
 
 
 def _outputs(exported: Exported) -> str:
     rounding = f"by at most {exported.difference:.1e} of the largest"
+    fused = (
+        " Its blocks are fused to convolutions with biases and without batch norms."
+        if exported.is_fused
+        else ""
+    )
     if exported.temperature == 1.0:
-        return f"Its outputs differ from the checkpoint's {rounding}."
+        return f"Its outputs differ from the checkpoint's {rounding}.{fused}"
     return (
         f"Its outputs are the checkpoint's divided by the temperature {exported.temperature:.4g}, "
-        f"which changes probabilities and no predicted class; else they differ {rounding}."
+        "which changes the probabilities but not the predicted classes; apart from that, they "
+        f"differ {rounding}.{fused}"
     )
 
 
@@ -103,7 +111,7 @@ def _figures(run: RunFolder | None, metadata: Mapping[str, Any], config: Config)
     lines = run.read_metrics() if run is not None else []
     line = next((one for one in lines if one["step"] == metadata.get("step")), {})
     if "top1" not in line:
-        return "Not evaluated in training; `eval.py` does it."
+        return "Not evaluated in training; run `eval.py` to evaluate it."
     present = config.model_dump(mode="json")
     changed = [key for key in keys_affecting(Affects.MODEL) if _differs(key, metadata, present)]
     if changed:
@@ -116,8 +124,8 @@ def _figures(run: RunFolder | None, metadata: Mapping[str, Any], config: Config)
             f"{line['top1']:.2f} % (95 % interval {low:.1f} to {high:.1f} %)"
         )
     return (
-        f"{how_many}, after epoch {line['epoch']}. If this epoch was chosen by these images, the "
-        "figure is a little high. Nothing is known of images of other kinds."
+        f"{how_many}, after epoch {line['epoch']}. If the epoch was chosen on these images, the "
+        "figure is slightly optimistic. The accuracy on other kinds of images is unknown."
     )
 
 
@@ -139,7 +147,9 @@ def _data(recorded: Mapping[str, Any]) -> str:
 def _preprocessing(config: Config) -> str:
     resized = {"square": "both sides", "shorter_side": "the shorter side"}
     how = f"{config.interpolation}, {'with' if config.antialias else 'without'} antialiasing"
+    takes = "The file does this itself, and takes uint8 images of any size: "
     return (
+        f"{takes if config.onnx_preprocessing else ''}"
         f"RGB; {resized[config.eval_resize_mode]} resized to {config.resized_side} ({how}); the "
         f"central {config.image_size} x {config.image_size} pixels; values divided by 255; mean "
         f"{list(config.mean)} subtracted; divided by {list(config.std)}."

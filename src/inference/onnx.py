@@ -1,14 +1,9 @@
-"""ONNX: writing networks as model files, and inference with onnxruntime.
+"""The export format ONNX. The packages onnx and onnxruntime are an optional extra."""
 
-The packages onnx and onnxruntime are an optional extra.
-"""
-
-import importlib.util
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import mindspore
@@ -17,79 +12,50 @@ from mindspore import Tensor, nn
 
 from src.cli.config import Config
 from src.dataset.image_set import class_names
+from src.dataset.transforms import eval_transform
 from src.inference.checkpoint_model import CheckpointModel
+from src.inference.onnx_backend import OnnxBackend, import_onnx, open_session
+from src.inference.onnx_preprocessing import add_preprocessing, preprocessing_alone
 from src.models.weight_files import METADATA, quiet_mindspore
 from src.utils.errors import UserError
-from src.utils.files import write_whole
-from src.utils.machine import available_cores
+from src.utils.files import write_atomically
 
-_INSTALL_ONNX = "ONNX needs two more packages: run 'bash scripts/setup.sh --onnx'"
-
-
-class OnnxBackend:
-    """Inference with onnxruntime: (B, S, S, 3) uint8 images -> (B, classes) logits."""
-
-    def __init__(self, path: Path, config: Config) -> None:
-        runtime = import_onnxruntime()
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = available_cores()
-        try:
-            self._session = runtime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as failure:  # onnxruntime has an exception for each status code
-            raise UserError(
-                f"'{path}' is damaged or not an ONNX model: {str(failure).splitlines()[0]}"
-            ) from None
-        self.input_name = self._session.get_inputs()[0].name
-        self._mean, self._std = (
-            np.asarray(value, np.float32) for value in (config.mean, config.std)
-        )
-
-    @classmethod
-    def of_network(cls, network: nn.Cell, config: Config) -> "OnnxBackend":
-        """The backend of ``network`` with its present weights.
-
-        MindSpore 2.10 exports a network only once.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "network.onnx"
-            network.set_train(False)
-            write_onnx(network, path, {}, config.image_size)
-            return cls(path, config)
-
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        return self.logits(self.normalised(images))
-
-    def normalised(self, images: np.ndarray) -> np.ndarray:
-        """(B, S, S, 3) uint8 RGB images -> the network's input, (B, 3, S, S) float32."""
-        scaled = (images.astype(np.float32) / np.float32(255) - self._mean) / self._std
-        return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
-
-    def logits(self, inputs: np.ndarray) -> np.ndarray:
-        """Logits of normalised (N, 3, S, S) float32 inputs."""
-        return self._session.run(None, {self.input_name: inputs})[0]
+# Images that exported preprocessing is checked with: (height, width), smaller and larger ones. On
+# average it may differ by this many levels of 256, from rounding.
+_PROBE_SIZES = ((48, 64), (331, 500))
+_LEVELS = 1.0
 
 
 class OnnxFormat:
-    """The export format ONNX."""
+    """ONNX, with the metadata as properties of the model."""
 
     def write(
         self, network: nn.Cell, file: Path, metadata: dict[str, Any], image_size: int
     ) -> None:
-        write_onnx(network, file, metadata, image_size)
+        config = Config(**metadata["config"])
+        preprocessing = config if config.onnx_preprocessing else None
+        write_onnx(network, file, metadata, image_size, preprocessing)
 
     def logits(self, file: Path, model: CheckpointModel, inputs: np.ndarray) -> np.ndarray:
+        if model.config.onnx_preprocessing:
+            _check_preprocessing(file, model.config)
         return OnnxBackend(file, model.config).logits(inputs)
 
 
-def write_onnx(network: nn.Cell, target: Path, metadata: dict[str, Any], image_size: int) -> None:
+def write_onnx(
+    network: nn.Cell,
+    target: Path,
+    metadata: dict[str, Any],
+    image_size: int,
+    preprocessing: Config | None = None,
+) -> None:
     """Write ``network`` as an ONNX model: ``image`` (N, 3, S, S) float32 -> ``logits`` (N, C).
 
     Images are normalised, N is any number. Properties of the model say how to prepare them.
 
     Args:
         metadata: of the checkpoint; {} for a model that is not kept.
+        preprocessing: how the model prepares images itself; ``image`` is then (N, H, W, 3) uint8.
 
     Raises:
         UserError: if the packages are missing, the file cannot be written, or an operation has no
@@ -109,20 +75,23 @@ def write_onnx(network: nn.Cell, target: Path, metadata: dict[str, Any], image_s
             )
             model = onnx.load(str(exported))
         _repair_onnx(model)
+        if preprocessing is not None:
+            model = add_preprocessing(model, preprocessing)
         onnx.helper.set_model_props(model, model_properties(metadata))
         onnx.save(model, str(partial))
 
-    write_whole(target, write)
+    write_atomically(target, write)
 
 
 def model_properties(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """What an ONNX model says of itself, each value as JSON: see docs/using.md."""
+    """Properties that make an ONNX model self-describing, each as JSON (docs/using.md)."""
     properties: dict[str, Any] = {METADATA: metadata}
     if "config" in metadata:
         config = Config(**metadata["config"])
         properties |= {
             "classes": class_names(metadata["class_to_index"], config.num_classes),
             "image_size": config.image_size,
+            "preprocessing": "inside" if config.onnx_preprocessing else "outside",
             "resize": config.resized_side,
             "resize_mode": config.eval_resize_mode,
             "interpolation": config.interpolation,
@@ -141,29 +110,20 @@ def export_quietly(
         mindspore.export(network, inputs, file_name=str(path), file_format=file_format)
 
 
-def onnx_is_installed() -> bool:
-    """True if both packages are."""
-    return all(importlib.util.find_spec(name) is not None for name in ("onnx", "onnxruntime"))
-
-
-def import_onnx() -> ModuleType:
-    """The package onnx, an optional extra. Raises UserError that says what to install."""
-    try:
-        import onnx
-        import onnxruntime  # noqa: F401 - what is written is checked with it
-    except ImportError:
-        raise UserError(_INSTALL_ONNX) from None
-    return onnx
-
-
-def import_onnxruntime() -> ModuleType:
-    """The package onnxruntime, an optional extra. Raises UserError that says what to install."""
-    try:
-        import onnxruntime
-    except ImportError:
-        raise UserError(_INSTALL_ONNX) from None
-    onnxruntime.set_default_logger_severity(4)
-    return onnxruntime
+def _check_preprocessing(file: Path, config: Config) -> None:
+    """Raise UserError if the model's preprocessing differs from this program's."""
+    session = open_session(preprocessing_alone(import_onnx().load(str(file))).SerializeToString())
+    for height, width in _PROBE_SIZES:
+        rows, columns, channels = np.ogrid[:height, :width, :3]
+        image = ((5 * rows + 3 * columns + 60 * channels) % 256).astype(np.uint8)
+        (normalised,) = session.run(None, {"image": image[None]})
+        pixels = 255 * (normalised[0].transpose(1, 2, 0) * config.std + config.mean)
+        difference = float(np.abs(pixels - eval_transform(image, config)).mean())
+        if not difference <= _LEVELS:
+            raise UserError(
+                f"the exported preprocessing differs by {difference:.2f} of 256 levels on average, "
+                f"above {_LEVELS}; leave --onnx_preprocessing=1 out"
+            )
 
 
 def _repair_onnx(model: Any) -> None:

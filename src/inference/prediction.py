@@ -1,8 +1,7 @@
-"""Predictions for single images: reading them, their likeliest classes, result files, a sheet."""
+"""Predictions for single images: reading them, their likeliest classes, result files."""
 
 import csv
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,60 +12,21 @@ from typing import Any, TextIO
 import numpy as np
 from scipy.special import softmax
 
-from src.cli.command import Command
 from src.dataset.batches import EvalBatches, prefetch
 from src.dataset.class_folders import list_images, unread
-from src.dataset.decoding import MOST_PIXELS, read_image
 from src.dataset.image_set import ImageSet
-from src.dataset.transforms import THUMBNAIL_SIDE, thumbnail
-from src.inference.backends import Backend, open_backend, with_flip
+from src.inference.backends import Backend, with_flip
 from src.inference.checkpoint_model import CheckpointModel
-from src.inference.evaluation import nonfinite_message, write_results
-from src.inference.metrics import count_nonfinite
-from src.runs.checkpoint import choose_checkpoint
-from src.utils.errors import PartialFailure, UserError
-from src.utils.files import write_whole
-from src.utils.log import WARNING, Log, create_log, escaped, no_log
-from src.utils.progress import ProgressBar, print_status
+from src.inference.metrics import count_nonfinite, nonfinite_message, write_results
+from src.utils.errors import UserError
+from src.utils.files import write_atomically
+from src.utils.log import WARNING, Log, escaped, no_log
+from src.utils.progress import ProgressBar
 
 _BATCH = 16
-_SHEET_COLUMNS = 5
-_SHEET_IMAGES = 50
 # Endings of lists of images.
 _LISTS = (".txt", ".lst")
 STANDARD_INPUT = "-"
-
-
-def predict(command: Command) -> None:
-    """The command predict.py: classify the images that the command line names."""
-    config, log = command.config, command.checked(create_log())
-    paths = find_images(command.positional, command.checked(print_status))
-    for key in ("result_path", "save_figure"):
-        target = getattr(config, key)
-        if target and os.path.realpath(target) in map(os.path.realpath, paths):
-            raise UserError(f"--{key}={target} would replace an image that is to be classified")
-    checkpoint = choose_checkpoint(config.checkpoint_file_path, print_status)
-    opened = open_backend(checkpoint, command.flags, command.kernels)
-    predictions, failures = predict_files(paths, opened.model, opened.backend)
-    for message in failures:
-        log(f"left out: {message}")
-    if config.result_path:
-        write_predictions(config.result_path, predictions)
-        log(f"results in {config.result_path}")
-    else:
-        log(as_table(predictions))
-    if config.unsure:
-        count = sum(bool(prediction.unsure) for prediction in predictions)
-        limit = f"less probable than {100 * config.unsure:g} %"
-        log(f"{count} of {len(predictions)} predictions are unsure: {limit}")
-    if config.save_figure:
-        contact_sheet(predictions, config.save_figure, config.max_pixels)
-        some = f", of the first {_SHEET_IMAGES} images" if len(predictions) > _SHEET_IMAGES else ""
-        log(f"figure in {config.save_figure}{some}")
-    if failures:
-        raise PartialFailure(
-            f"{len(failures)} of {len(paths)} images could not be read, the first: {failures[0]}"
-        )
 
 
 @dataclass(frozen=True)
@@ -100,6 +60,12 @@ class Prediction:
         predictions = [{"class": name, "probability": value} for name, value in pairs]
         unsure = {} if self.unsure is None else {"unsure": self.unsure}
         return {"predictions": predictions, **unsure}
+
+    def percentages(self) -> list[str]:
+        """Each class with its probability, for people."""
+        pairs = zip(self.classes, self.probabilities)
+        found = [f"{escaped(name)} {100 * probability:.1f}%" for name, probability in pairs]
+        return [f"unsure: {found[0]}", *found[1:]] if self.unsure else found
 
     def as_dict(self) -> dict[str, Any]:
         return {"image": self.path, **self.answer()}
@@ -185,43 +151,16 @@ def write_predictions(path: str, predictions: Sequence[Prediction]) -> None:
         with open(partial, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             write(file, predictions)
 
-    write_whole(path, write_file)
+    write_atomically(path, write_file)
 
 
 def as_table(predictions: Sequence[Prediction]) -> str:
     """Lines of text, one per image."""
     width = max(len(escaped(prediction.path)) for prediction in predictions)
     return "\n".join(
-        f"{escaped(prediction.path):<{width}}  " + "  ".join(_percentages(prediction))
+        f"{escaped(prediction.path):<{width}}  " + "  ".join(prediction.percentages())
         for prediction in predictions
     )
-
-
-def contact_sheet(
-    predictions: Sequence[Prediction], path: str, max_pixels: int = MOST_PIXELS
-) -> None:
-    """Write a PNG of up to 50 images with their two likeliest classes.
-
-    Raises:
-        UserError: if it cannot be written.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    shown = predictions[:_SHEET_IMAGES]
-    columns = min(_SHEET_COLUMNS, len(shown))
-    rows = math.ceil(len(shown) / columns)
-    figure = Figure(figsize=(2.4 * columns, 2.9 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes in np.atleast_1d(figure.subplots(rows, columns)).flat:
-        axes.axis("off")
-    for axes, prediction in zip(figure.axes, shown):
-        axes.imshow(thumbnail(read_image(prediction.path, max_pixels, THUMBNAIL_SIDE)))
-        name = escaped(os.path.basename(prediction.path))[:24]
-        title = "\n".join([name, *_percentages(prediction)[:2]])
-        # parse_math: a dollar in a name is not a formula.
-        axes.set_title(title, fontsize=8, parse_math=False)
-    write_whole(path, lambda partial: figure.savefig(partial, dpi=100, format="png"))
 
 
 def _in_folder(path: Path, name: str, log: Log) -> list[str]:
@@ -264,7 +203,9 @@ def _probabilities(
             raise UserError(nonfinite_message(nonfinite, int(np.count_nonzero(decoded))))
         messages = iter(batch.undecodable)
         batch_paths = paths[number * batches.batch : (number + 1) * batches.batch]
-        for path, probabilities, label in zip(batch_paths, softmax(logits, axis=1), batch.labels):
+        # In float32, small probabilities become 0, which loses the order of their classes.
+        found = softmax(logits.astype(np.float64), axis=1)
+        for path, probabilities, label in zip(batch_paths, found, batch.labels):
             yield path, probabilities, "" if label == 0 else next(messages)
 
 
@@ -282,9 +223,3 @@ def _write_csv(file: TextIO, predictions: Sequence[Prediction]) -> None:
         mark = [int(bool(prediction.unsure))] * marks
         for place, (name, probability) in enumerate(pairs, 1):
             writer.writerow((prediction.path, place, name, probability, *mark))
-
-
-def _percentages(prediction: Prediction) -> list[str]:
-    pairs = zip(prediction.classes, prediction.probabilities)
-    found = [f"{escaped(name)} {100 * probability:.1f}%" for name, probability in pairs]
-    return [f"unsure: {found[0]}", *found[1:]] if prediction.unsure else found

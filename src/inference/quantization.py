@@ -12,12 +12,12 @@ from src.cli.config import Config
 from src.dataset.batches import EvalBatches, prefetch
 from src.dataset.image_set import ImageSet
 from src.distributed.communicator import Communicator
-from src.inference.backends import exported_metadata, open_backend
-from src.inference.checkpoint_model import CheckpointModel
-from src.inference.evaluation import EvalResult, Evaluator
-from src.inference.onnx import OnnxBackend, import_onnx, model_properties
+from src.inference.backends import open_backend
+from src.inference.evaluation import EvalData, EvalResult
+from src.inference.onnx import model_properties
+from src.inference.onnx_backend import OnnxBackend, import_onnx
 from src.kernels.library import KernelChoice
-from src.utils.files import write_whole
+from src.utils.files import write_atomically
 from src.utils.log import Log
 
 _BATCH = 16
@@ -53,10 +53,15 @@ def quantize(
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    metadata = exported_metadata(exported)
-    model = CheckpointModel.of({}, metadata, flags, exported)
-    backend, images = OnnxBackend(exported, model.config), model.open_images()
-    calibration = model.open_training_images()
+    opened = open_backend(exported, flags, kernels)
+    model, metadata = opened.model, opened.metadata
+    backend, calibration = OnnxBackend(exported, model.config), model.open_training_images()
+    data = EvalData(opened, Communicator(), log)
+    data.say_whether_seen(opened, "")
+    log(
+        f"quantizing: the range of each activation on {min(count, len(calibration))} images of "
+        f"{model.config.data_path}"
+    )
     target = exported.with_name(f"{exported.stem}_int8.onnx")
 
     def write(partial: Path) -> None:
@@ -78,10 +83,9 @@ def quantize(
         onnx.helper.set_model_props(written, model_properties(metadata))
         onnx.save(written, str(partial))
 
-    write_whole(target, write)
-    evaluator = Evaluator(images, model.config, Communicator(), log)
-    int8 = open_backend(target, {}, kernels).backend
-    return Quantized(target, evaluator(backend), evaluator(int8))
+    write_atomically(target, write)
+    int8 = open_backend(target, flags, kernels)
+    return Quantized(target, data.evaluate(opened), data.evaluate(int8))
 
 
 class _Calibration:

@@ -4,6 +4,7 @@ import base64
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,24 @@ from src.dataset.augmentations import Augmenter
 from src.dataset.batches import UNDECODABLE_LABEL, EvalBatches, prefetch
 from src.dataset.image_set import ImageSet, class_names
 from src.dataset.splits import validation_path
+from src.dataset.transforms import eval_min_side, eval_transform
 from src.inference.backends import Backend, open_backend
-from src.inference.metrics import class_figures, confusion_matrix, interval
+from src.inference.heatmap import covered, heat, overlay
+from src.inference.metrics import (
+    calibration_error,
+    class_figures,
+    confidence_ranges,
+    confusion_matrix,
+    count_nonfinite,
+    interval,
+    nonfinite_message,
+)
 from src.kernels.library import KernelChoice
 from src.models.weight_files import read_weights
-from src.runs.report import Picture, RunReport, render
+from src.runs.report_page import Picture, RunReport, render
 from src.runs.run_folder import RunFolder
 from src.utils.errors import UserError
-from src.utils.files import check_ending, write_whole
+from src.utils.files import check_ending, write_atomically
 from src.utils.log import WARNING, Log, create_log, no_log
 from src.utils.progress import ProgressBar
 
@@ -48,7 +59,7 @@ def report(command: Command) -> None:
     target = command.config.result_path or str(folders[0].report)
     # Names may contain bytes that are not text.
     page = render(reports).encode("utf-8", "backslashreplace")
-    write_whole(target, partial(Path.write_bytes, data=page))
+    write_atomically(target, partial(Path.write_bytes, data=page))
     log(f"report in {target}")
 
 
@@ -107,9 +118,10 @@ def _moved_data(folder: RunFolder, flags: Mapping[str, str]) -> dict[str, str]:
     """
     if "data_path" not in flags:
         return dict(flags)
-    validation = validation_path(flags["data_path"]) or ""
     val_split = folder.read_config()["val_split"]
-    return {"val_split": val_split, "eval_data_path": validation, **flags}
+    # Either they were split off, or they lie next to the training images.
+    others = "" if float(val_split) else validation_path(flags["data_path"]) or ""
+    return {"val_split": val_split, "eval_data_path": others, **flags}
 
 
 def _with_pictures(
@@ -118,6 +130,8 @@ def _with_pictures(
     checkpoint = folder.best if folder.best.exists() else folder.latest
     opened = open_backend(checkpoint, flags, kernels)
     model = opened.model
+    for note in model.notes:
+        log(note)
     classes = class_names(model.class_to_index, model.config.num_classes)
     images = model.open_images()
     if opened.metadata.get("validation") not in (None, images.fingerprint()):
@@ -129,6 +143,7 @@ def _with_pictures(
         run = replace(run, note=f"{note[0].upper()}{note[1:]}.")
     predictions = predict_set(images, opened.backend, model.config, log)
     confusion = predictions.confusion(model.config.num_classes)
+    heat_maps = map(thumbnail, mistaken_parts(images, predictions, opened.backend, model.config))
     mistakes = [
         Picture(
             thumbnail(images.load(int(predictions.indices[row]), _THUMBNAIL)),
@@ -136,9 +151,12 @@ def _with_pictures(
             f"{100 * predictions.probability[row]:.0f} %, is {classes[predictions.labels[row]]} "
             f"{100 * predictions.probability_of_label[row]:.0f} %",
             images.name(int(predictions.indices[row])),
+            heat_map,
         )
-        for row in predictions.worst(_PICTURES)
+        for row, heat_map in zip_longest(predictions.worst(_PICTURES), heat_maps, fillvalue="")
     ]
+    finite = np.isfinite(predictions.probability)
+    confidence = confidence_ranges(predictions.probability[finite], predictions.hits[finite])
     run_config = validated(current_keys(run.config))
     training = augmented_samples(model.open_training_images(), run_config, _PICTURES)
     return replace(
@@ -151,6 +169,12 @@ def _with_pictures(
         confusion=confusion.tolist(),
         confused=most_confused(confusion, 10),
         mistakes=mistakes,
+        calibration_error=calibration_error(confidence) if finite.any() else None,
+        calibration=[
+            (100 * probabilities / count, 100 * hits / count)
+            for count, probabilities, hits in confidence.T.tolist()
+            if count
+        ],
         samples=[Picture(thumbnail(image), classes[label]) for image, label in training],
     )
 
@@ -171,26 +195,34 @@ class SetPredictions:
     probability: np.ndarray
     probability_of_label: np.ndarray
 
+    @property
+    def hits(self) -> np.ndarray:
+        """Whether each prediction is right."""
+        return self.predicted == self.labels
+
     def confusion(self, classes: int) -> np.ndarray:
         """(classes, classes): images by label and likeliest class."""
         return confusion_matrix(self.labels, self.predicted, classes)
 
     def worst(self, count: int) -> np.ndarray:
         """Rows of up to ``count`` mistakes, the most confident ones first."""
-        wrong = np.flatnonzero(self.predicted != self.labels)
+        wrong = np.flatnonzero(~self.hits)
         return wrong[np.argsort(-self.probability[wrong], kind="stable")][:count]
 
 
 def predict_set(
     images: ImageSet, backend: Backend, config: Config, log: Log = no_log
 ) -> SetPredictions:
-    """Predict every image of a set, on one process. ``log`` gets a line every 30 s."""
+    """Predict every image of a set, on one process. ``log`` gets a line every 10 s."""
     batches = EvalBatches(images, config, 0, 1, min(_BATCH, len(images)))
     parts: list[tuple[np.ndarray, ...]] = []
     with ProgressBar("predicted", len(images), "image", log) as progress:
         for number, batch in enumerate(prefetch(batches)):
             decoded = batch.labels >= 0
-            probabilities = softmax(backend(batch.images)[decoded], axis=1)
+            logits = backend(batch.images)[decoded]
+            if nonfinite := count_nonfinite(logits):
+                raise UserError(nonfinite_message(nonfinite, len(logits)))
+            probabilities = softmax(logits, axis=1)
             predicted = probabilities.argmax(axis=1)
             labels = batch.labels[decoded].astype(np.int64)
             slots = np.flatnonzero(decoded | (batch.labels == UNDECODABLE_LABEL))
@@ -207,6 +239,35 @@ def predict_set(
             )
             progress.advance(len(slots))
     return SetPredictions(*map(np.concatenate, zip(*parts)))
+
+
+def mistaken_parts(
+    images: ImageSet, predictions: SetPredictions, backend: Backend, config: Config
+) -> list[np.ndarray]:
+    """What the network saw of the worst mistakes, with warm colours where its class comes from.
+
+    Returns:
+        (S, S, 3) uint8, for the first ``config.heat_maps`` rows of ``predictions.worst``.
+    """
+    rows = predictions.worst(min(config.heat_maps, _PICTURES))
+    batch = min(_BATCH, len(images))
+    found = []
+    with ProgressBar("explained", len(rows), "mistake") as progress:
+        for row in rows:
+            index, label = int(predictions.indices[row]), int(predictions.predicted[row])
+            image = eval_transform(images.load(index, eval_min_side(config)), config)
+            copies = np.concatenate([image[None], covered(image, config.mean)])
+            probabilities = softmax(_in_batches(backend, copies, batch), axis=1)
+            found.append(overlay(image, heat(probabilities, label, config.image_size)))
+            progress.advance()
+    return found
+
+
+def _in_batches(backend: Backend, images: np.ndarray, batch: int) -> np.ndarray:
+    """Logits of the images, computed in batches of a size for which a graph is compiled."""
+    padded = np.concatenate([images, images[: -len(images) % batch]])
+    parts = [backend(padded[start : start + batch]) for start in range(0, len(padded), batch)]
+    return np.concatenate(parts)[: len(images)]
 
 
 def most_confused(confusion: np.ndarray, count: int) -> list[tuple[int, int, int]]:
@@ -227,7 +288,7 @@ def augmented_samples(images: ImageSet, config: Config, count: int) -> list[tupl
     samples = []
     for index in np.unique(np.linspace(0, len(images) - 1, count).astype(int)).tolist():
         image, label = augmenter.sample(
-            lambda i: (images.load(i, augmenter.least_side), int(images.labels[i])),
+            lambda i: (images.load(i, augmenter.min_side), int(images.labels[i])),
             epoch=0,
             index=index,
         )

@@ -98,7 +98,7 @@ class ToNchw(nn.Cell):
         self.reorder = _Reorder(library, 1, mindspore.float32)
 
     def construct(self, x: Tensor) -> Tensor:
-        return x if x.ndim == 4 else self.reorder(x)
+        return x if x.ndim == 4 and x.dtype == mindspore.float32 else self.reorder(x)
 
 
 class _ToType(nn.Cell):

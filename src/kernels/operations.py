@@ -6,7 +6,7 @@ statistics are plain float32. Every operation works on the tensors' own memory.
 
 Running statistics: assigning them inside a graph would double its compile time, and MindSpore may
 give a kernel a copy to write to. So the forward kernel returns the new running mean and variance as
-further outputs, and ``bprop`` returns them in the place of the gradients of the old ones. The
+further outputs, and ``bprop`` returns them instead of the gradients of the old ones. The
 training step asks for these "gradients" too (``layers.kernel_statistics``) and assigns them itself.
 """
 
@@ -130,7 +130,7 @@ class ConvolutionNorm(nn.Cell):
         for branch in range(self.branches):
             dweight = 2 + 3 * branch
             running = 2 + self.branches + 2 * branch
-            # In the place of the running statistics' gradients: their new values.
+            # Instead of gradients of the running statistics: their new values.
             gradients += (found[dweight], found[dweight + 1], found[dweight + 2])
             gradients += (out[running], out[running + 1])
         return found[0], found[1] if self.has_shortcut else ops.zeros_like(shortcut), gradients
@@ -183,7 +183,7 @@ class Normalization(nn.Cell):
         dx, dgamma, dbeta = self.backward(
             self.attributes, dout[0], x, gamma, beta, mean, variance, out[1]
         )
-        # As in ConvolutionNorm: new running statistics in the place of gradients.
+        # As in ConvolutionNorm: new running statistics instead of gradients.
         return dx, dgamma, dbeta, out[2], out[3]
 
 

@@ -39,11 +39,7 @@ class AsymmetricConvBlock(ReparamConv):
         self.square_conv = self.conv((kernel_size, kernel_size))
         self.hor_conv = self.conv((1, kernel_size), padding=(across, across, padding, padding))
         self.ver_conv = self.conv((kernel_size, 1), padding=(padding, padding, across, across))
-        self.square_bn, self.hor_bn, self.ver_bn = (
-            norm(out_channels),
-            norm(out_channels),
-            norm(out_channels),
-        )
+        self.square_bn, self.hor_bn, self.ver_bn = (norm(out_channels) for _ in range(3))
         set_gamma(gamma_init, self.square_bn, self.hor_bn, self.ver_bn)
 
     def construct(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:

@@ -124,14 +124,10 @@ class _PreActivationBlock(nn.Cell):
         self, in_channels: int, channels: int, stride: int, layers: LayerFactory, drop: float
     ) -> None:
         super().__init__()
-        self.norm1, self.conv1 = (
-            layers.norm_relu(in_channels),
-            layers.conv(in_channels, channels, 3, stride, padding=1),
-        )
-        self.norm2, self.conv2 = (
-            layers.norm_relu(channels),
-            layers.conv(channels, channels, 3, padding=1),
-        )
+        self.norm1 = layers.norm_relu(in_channels)
+        self.conv1 = layers.conv(in_channels, channels, 3, stride, padding=1)
+        self.norm2 = layers.norm_relu(channels)
+        self.conv2 = layers.conv(channels, channels, 3, padding=1)
         self.split, self.shortcut = layers.split_residual(), nn.Identity()
         self.add = layers.stochastic_add(channels) if drop else layers.add()
         if in_channels != channels:

@@ -44,20 +44,16 @@ class DiverseBranchBlock(ReparamConv):
         if dilation > 1:
             raise ValueError(f"DiverseBranchBlock: dilation must be 1, got {dilation}")
         self.dense_conv, self.dense_bn = self.conv(kernel_size), norm(out_channels)
-        self.linear_conv, self.linear_bn = (
-            self.conv(1, padding=max(self.shift, 0)),
-            norm(out_channels),
-        )
+        self.linear_conv = self.conv(1, padding=max(self.shift, 0))
+        self.linear_bn = norm(out_channels)
         self.inner_conv = self.conv(1, out_channels=in_channels, stride=1, padding=0)
         self.inner_conv.weight.set_data(Tensor(np.zeros(self.inner_conv.weight.shape, np.float32)))
         self.inner_bn = _BatchNormThenPad(norm(in_channels), padding)
         self.outer_conv, self.outer_bn = self.conv(kernel_size, padding=0), norm(out_channels)
         self.mix_conv = self.conv(1, stride=1, padding=0)
         self.mix_bn = _BatchNormThenPad(norm(out_channels), padding)
-        self.pool, self.pool_bn = (
-            nn.AvgPool2d(kernel_size, stride, pad_mode="valid"),
-            norm(out_channels),
-        )
+        self.pool = nn.AvgPool2d(kernel_size, stride, pad_mode="valid")
+        self.pool_bn = norm(out_channels)
         self.crop = max(-self.shift, 0)
         set_gamma(gamma_init, self.dense_bn, self.linear_bn, self.outer_bn, self.pool_bn)
 

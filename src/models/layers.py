@@ -197,7 +197,7 @@ class LayerFactory:
         return StochasticAdd(epilogue)
 
     def drop_probabilities(self, blocks: int) -> tuple[float, ...]:
-        """Of the residual blocks of a network: rises from 0 to ``stochastic_depth``.
+        """One per residual block of a network, rising linearly from 0 to ``stochastic_depth``.
 
         Huang et al., arXiv:1603.09382, section 3, where the first block has a little more than 0;
         here as in timm.
@@ -297,9 +297,9 @@ class ImageClassifier(nn.Cell):
         layers: the factory that made the network's layers.
         backbone_frozen: whether a graph that is compiled now computes no gradients of the backbone.
         network_name: the network's name in ``networks.NETWORKS``; ``create_model`` sets it.
-        drop_probabilities: of what training drops from a sample at random, units or residual
-            branches. Unless all are 0, calls may pass a mask, (N, their number) uint8, 1 for what
-            stays.
+        drop_probabilities: one per unit or residual branch that training drops at random for each
+            sample. Unless all are 0, calls may pass a mask, (N, number of probabilities) uint8, 1
+            for what is kept.
     """
 
     drop_probabilities: tuple[float, ...] = ()
@@ -400,7 +400,7 @@ class StochasticAdd(nn.Cell):
 
 
 class StochasticBranch(nn.Cell):
-    """(x, shortcut, factors (N,) or nothing) -> the end of a residual block that may be dropped."""
+    """(x, shortcut, factors (N,) or nothing) -> scaled branch + shortcut, for stochastic depth."""
 
     def __init__(self, source: nn.Cell, add: nn.Cell) -> None:
         super().__init__()

@@ -8,8 +8,12 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from src.models import weight_names
 from src.utils.errors import UserError, suggestion
+
+Naming = Callable[[str], str | None]
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Network:
     Attributes:
         builder: "MODULE:FUNCTION", called as ``builder(num_classes, layers, image_size=...,
             dropout=..., **arguments)``; returns a ``layers.ImageClassifier``.
-        least_image_size: smallest side of an input in pixels.
+        min_image_size: smallest side of an input in pixels.
         image_size: side of an input in pixels if none is given.
         single_pixel_at: side of an input in pixels up to which the last batch norms see one pixel
             per image; 0 if they never do.
@@ -54,7 +58,7 @@ class Network:
     """
 
     builder: str
-    least_image_size: int
+    min_image_size: int
     image_size: int = 224
     single_pixel_at: int = 0
     aliases: tuple[str, ...] = ()
@@ -102,7 +106,7 @@ def _resnet(
 ) -> Network:
     return Network(
         f"src.models.resnet:{builder}",
-        least_image_size=32,
+        min_image_size=32,
         single_pixel_at=32,
         aliases=(alias,),
         arguments={"depths": depths, **widths},
@@ -121,7 +125,7 @@ def _acnet(network: Network, recipe: str) -> Network:
 NETWORKS: dict[str, Network] = {
     "alexnet": Network(
         "src.models.alexnet:AlexNet",
-        least_image_size=63,
+        min_image_size=63,
         settings={**_MODEL_ZOO, "dropout": 0.35},
         size=NetworkSize(61_100_840, 714_188_480, 494_184),
         torch_module=weight_names.torchvision_alexnet,
@@ -174,7 +178,7 @@ NETWORKS: dict[str, Network] = {
     ),
     "densenet121": Network(
         "src.models.densenet:densenet",
-        least_image_size=32,
+        min_image_size=32,
         single_pixel_at=32,
         aliases=("densenet",),
         arguments={"depths": (6, 12, 24, 16), "growth": 32},
@@ -185,7 +189,7 @@ NETWORKS: dict[str, Network] = {
     ),
     "mobilenet_v2": Network(
         "src.models.mobilenet:MobileNetV2",
-        least_image_size=32,
+        min_image_size=32,
         single_pixel_at=32,
         aliases=("mobilenetv2",),
         settings={**_TORCHVISION, "dropout": 0.2},
@@ -194,7 +198,7 @@ NETWORKS: dict[str, Network] = {
     ),
     "densenet40_cifar": Network(
         "src.models.densenet:densenet_cifar",
-        least_image_size=8,
+        min_image_size=8,
         image_size=32,
         aliases=("dc40",),
         arguments={"depths": (12, 12, 12), "growth": 12},
@@ -203,7 +207,7 @@ NETWORKS: dict[str, Network] = {
     ),
     "cifar_quick": Network(
         "src.models.cifar:CifarQuick",
-        least_image_size=15,
+        min_image_size=15,
         image_size=32,
         aliases=("cfqkbnc",),
         settings=_ACNET_CIFAR,
@@ -213,7 +217,7 @@ NETWORKS: dict[str, Network] = {
     ),
     "vgg16_cifar": Network(
         "src.models.cifar:Vgg16Cifar",
-        least_image_size=32,
+        min_image_size=32,
         image_size=32,
         aliases=("vc",),
         settings=_ACNET_CIFAR,
@@ -223,7 +227,7 @@ NETWORKS: dict[str, Network] = {
     ),
     "resnet56_cifar": Network(
         "src.models.cifar:ResNetCifar",
-        least_image_size=8,
+        min_image_size=8,
         image_size=32,
         aliases=("src56",),
         settings=_ACNET_CIFAR,
@@ -233,7 +237,7 @@ NETWORKS: dict[str, Network] = {
     ),
     "wrn16_8_cifar": Network(
         "src.models.cifar:WideResNetCifar",
-        least_image_size=8,
+        min_image_size=8,
         image_size=32,
         aliases=("wrnc16plain",),
         settings=_ACNET_CIFAR,
@@ -273,7 +277,7 @@ def recipe_of_alias(name: Any) -> str | None:
 def check_network(name: str, image_size: int | None = None) -> None:
     """Raise UserError for an unknown network, or an image size that it cannot take."""
     name = network_name(name)
-    least = NETWORKS[name].least_image_size
+    least = NETWORKS[name].min_image_size
     if image_size is not None and image_size < least:
         raise UserError(
             f"image_size={image_size} is too small for {name}, which needs {least} or more"
@@ -310,3 +314,23 @@ def acnet_name(name: str, network: str, fused: bool = False) -> str | None:
     to_acnet = (entry.acnet_fused_module if fused else None) or entry.acnet_module
     module, leaf = weight_names.split_torch_name(name)
     return f"{to_acnet(module)}.{leaf}" if to_acnet is not None else None
+
+
+def count_classes(arrays: Mapping[str, np.ndarray], network: str) -> int | None:
+    """Number of classes of the weights {name: array} of ``network``; None without a classifier."""
+    for naming in namings(network):
+        bias = arrays.get(naming("classifier.bias") or "")
+        if bias is not None:
+            return len(bias)
+    return None
+
+
+def namings(network: str) -> tuple[Naming, ...]:
+    """How files may call a parameter of ours: {our name} -> their name, or None."""
+    return (
+        lambda name: name,
+        lambda name: torch_name(name, network),
+        lambda name: torch_file_name(name, network),
+        lambda name: acnet_name(name, network),
+        lambda name: acnet_name(name, network, fused=True),
+    )

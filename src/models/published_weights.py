@@ -1,4 +1,4 @@
-"""Weights that others publish: what there is, and how a name or an address becomes a file."""
+"""Weights published by others: the table of them, and downloads by name or URL."""
 
 import importlib.util
 import os
@@ -21,6 +21,7 @@ _HUB = "https://huggingface.co"
 # A value that somebody who knows torchvision or timm types for --pretrained.
 _YES = ("1", "true", "yes", "on")
 _PYTORCH_ENDINGS = (".pth", ".pt", ".bin")
+_WEIGHTS_ENDINGS = (*_PYTORCH_ENDINGS, ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,9 @@ def fetch_weights(name: str) -> None:
 
 
 def place_for_output(path: Path) -> Path:
-    """``path`` with the folder and name for files that are made from it.
+    """The path to derive the names of output files from.
 
-    They are next to it, but those of downloaded weights in the current folder, named after them.
+    That is ``path`` itself, or for downloaded weights a file of their name in the current folder.
     """
     cache = user_cache()
     if cache is None or not path.is_relative_to(cache):
@@ -128,6 +129,21 @@ def published_at(path: Path) -> PublishedWeights | None:
     if cache is None or path.parent.parent != cache / "weights":
         return None
     return published_weights().get(path.parent.name)
+
+
+def published_as(name: str) -> PublishedWeights | None:
+    """The published weights that ``name``, a file name, belongs to; None if there is not just one.
+
+    A file has the name at the end of their URL, or their name here with an ending of weights.
+    """
+    stem, ending = os.path.splitext(name)
+    found = [
+        weights
+        for weights in published_weights().values()
+        if os.path.basename(weights.url) == name
+        or (weights.name == stem and ending in _WEIGHTS_ENDINGS)
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def _fetch_published(weights: PublishedWeights, target: Path) -> None:
@@ -157,7 +173,7 @@ def _is_address(name: str) -> bool:
 
 
 def _check_readable(name: str, target: Path) -> None:
-    """Raise UserError for what could not be used once it is there."""
+    """Raise UserError, before downloading, for a file that could not be read."""
     if not target.suffix:
         raise UserError(f"'{name}' is not the address of a file")
     if target.suffix in _PYTORCH_ENDINGS and importlib.util.find_spec("torch") is None:
@@ -169,9 +185,9 @@ def _check_readable(name: str, target: Path) -> None:
 
 def _unknown(name: str) -> str:
     if name.lower() in _YES:
-        return "say which weights, as in --pretrained=resnet18; --list names them"
+        return "name the weights, as in --pretrained=resnet18; --list shows them"
     network = aliases().get(name, name)
     if network in NETWORKS:
-        return f"nobody is known to publish weights of {network}; pass --checkpoint_file_path=FILE"
+        return f"no published weights of {network} are known; pass --checkpoint_file_path=FILE"
     near = "" if "/" in name else suggestion(name, (*NETWORKS, *published_weights()))
     return f"checkpoint '{name}' does not exist{near}"

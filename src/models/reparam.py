@@ -179,8 +179,8 @@ def merge_1x1_kxk(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Kernel and bias of a 1x1 convolution followed by a k x k one, both with ``groups``.
 
-    Ding et al., arXiv:2103.13425, section 3.2, transform III. Exact if the second convolution sees,
-    outside the image, what the first makes of zeros: its bias.
+    Ding et al., arXiv:2103.13425, section 3.2, transform III. Exact if the second convolution is
+    padded with the first one's response to zeros, its bias.
 
     Args:
         first: (M, I / groups, 1, 1); first_bias: (M,).

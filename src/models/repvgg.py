@@ -37,10 +37,8 @@ class RepVGGBlock(ReparamConv):
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
         self.dense_conv, self.dense_bn = self.conv(kernel_size), norm(out_channels)
-        self.point_conv, self.point_bn = (
-            self.conv(1, padding=max(self.shift, 0)),
-            norm(out_channels),
-        )
+        self.point_conv = self.conv(1, padding=max(self.shift, 0))
+        self.point_bn = norm(out_channels)
         self.crop = max(-self.shift, 0)
         self.has_identity = in_channels == out_channels and stride == 1 and self.shift == 0
         set_gamma(gamma_init, self.dense_bn, self.point_bn)

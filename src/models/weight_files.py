@@ -7,7 +7,7 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from os import PathLike
 from typing import Any
 
@@ -30,32 +30,38 @@ _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLE_MAGIC = b"\x80"
 _SAFE_TORCH = (2, 6)
-# Nested dictionaries that training scripts wrap weights in.
-# The averaged weights come first: scripts that keep them evaluate them.
+# What training scripts call a network, in dictionaries of weights and in the names of weights.
+_NETWORK_WORDS = ("module", "model", "net", "network", "backbone", "encoder", "student", "teacher")
+# Dictionaries that training scripts put weights in.
 _WRAPPERS = (
-    "state_dict_ema",
-    "model_ema",
     "state_dict",
-    "model",
     "model_state_dict",
-    "net",
-    "network",
+    "model_state",
+    "model_weights",
+    "best_state_dict",
+    "best_model",
     "weights",
     "params",
+    *_NETWORK_WORDS,
 )
 # What wrappers around a network put before each name: torch.compile, DistributedDataParallel,
-# Lightning modules.
-_NAME_PREFIXES = ("_orig_mod.", "module.", "model.")
+# Lightning modules, self-supervised training.
+_NAME_PREFIXES = ("_orig_mod", *_NETWORK_WORDS)
+# Words in such names that mark averaged weights. These are preferred: a script that keeps averages
+# evaluates with them.
+_AVERAGED = {"ema", "swa", "averaged", "average", "shadow"}
 _AVERAGED_COUNT = "n_averaged"
+# Top-level names of a classifier, in files that wrap the backbone without it.
+_CLASSIFIERS = {"classifier", "head", "fc"}
 # Types of other data that training scripts save next to weights. Reading them runs no code.
 _HARMLESS_TYPES = (argparse.Namespace,)
 
 
 Arrays = dict[str, np.ndarray]
-Path = str | PathLike[str]
+FilePath = str | PathLike[str]
 
 
-def read_weights(path: Path) -> tuple[Arrays, dict[str, Any]]:
+def read_weights(path: FilePath) -> tuple[Arrays, dict[str, Any]]:
     """Read a file of weights into ({name: array}, metadata), names as in the file.
 
     Formats are MindSpore .ckpt, .safetensors, PyTorch's .pth and .pt, and the ACNet repository's
@@ -92,8 +98,8 @@ def read_weights(path: Path) -> tuple[Arrays, dict[str, Any]]:
     return _read_mindspore(path)
 
 
-def looks_like_weights(path: Path) -> bool:
-    """Whether a file has the form of one of the formats, and is whole if the format tells."""
+def looks_like_weights(path: FilePath) -> bool:
+    """Whether a file looks like one of the formats and, if the format shows it, is complete."""
     with open(path, "rb") as file:
         head = file.read(9)
     if head.startswith(_ZIP_MAGIC):
@@ -106,7 +112,7 @@ def looks_like_weights(path: Path) -> bool:
     return head.startswith(b"\n")
 
 
-def _is_whole_safetensors(path: Path) -> bool:
+def _is_whole_safetensors(path: FilePath) -> bool:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -158,16 +164,21 @@ def content_checksum(arrays: Mapping[str, np.ndarray]) -> bytes:
     return checksum.to_bytes(4, "little")
 
 
-def _read_mindspore(path: Path) -> tuple[Arrays, dict[str, Any]]:
+def text_checksum(arrays: Mapping[str, np.ndarray], metadata: str) -> str:
+    """The checksum of exported .safetensors weights and what is recorded with them."""
+    recorded = np.frombuffer(metadata.encode(), np.uint8)
+    return content_checksum({**arrays, METADATA: recorded}).hex()
+
+
+def _read_mindspore(path: FilePath) -> tuple[Arrays, dict[str, Any]]:
     import mindspore
 
     try:
         with quiet_mindspore():
             loaded = mindspore.load_checkpoint(str(path))
         arrays = {name: parameter.asnumpy() for name, parameter in loaded.items()}
-    except (
-        Exception
-    ) as failure:  # MindSpore raises many kinds, down to AttributeError, for damaged files
+    # MindSpore raises many kinds, down to AttributeError, for damaged files.
+    except Exception as failure:
         raise UserError(
             f"checkpoint '{path}' is truncated or not a MindSpore checkpoint, .safetensors, .pth "
             "or .hdf5"
@@ -182,43 +193,108 @@ def _read_mindspore(path: Path) -> tuple[Arrays, dict[str, Any]]:
     return arrays, _decoded(path, encoded.tobytes()) if encoded is not None else {}
 
 
-def _read_safetensors(path: Path) -> tuple[Arrays, dict[str, Any]]:
+def _read_safetensors(path: FilePath) -> tuple[Arrays, dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="np") as file:
             names = file.keys()
-            if set(names) == set(PACKED_TENSORS):
+            if set(names) >= set(PACKED_TENSORS):
                 raise UserError(
                     f"'{path}' is a packed data set, not weights; it is for --data_path"
                 )
             arrays = {name: _native(file.get_tensor(name)) for name in names}
             metadata = file.metadata() or {}
-    except (SafetensorError, TypeError, ValueError, OSError, AttributeError) as failure:
+    except AttributeError as failure:  # numpy has no such type
+        raise UserError(
+            f"'{path}' holds weights of a type that numpy does not have ({failure.name}); save "
+            "them as float32, float16 or bfloat16"
+        ) from None
+    except (SafetensorError, TypeError, ValueError, OSError) as failure:
         raise UserError(
             f"'{path}' is a damaged .safetensors file: {str(failure).splitlines()[0]}"
         ) from None
     if METADATA in metadata:
+        stored = metadata.get(CHECKSUM)
+        if stored is not None and stored != text_checksum(arrays, metadata[METADATA]):
+            raise UserError(
+                f"'{path}' is damaged: its checksum does not match; export it again, or fetch it "
+                "again"
+            )
         return arrays, _decoded(path, metadata[METADATA].encode())
-    return _without_prefixes(arrays), {}
+    return _without_prefixes(arrays, path), {}
 
 
 def _native(array: np.ndarray) -> np.ndarray:
-    """The array in a type of numpy's own: float32 for the short ones that numpy lacks."""
+    """``array`` as float32 if it has a type that numpy lacks (bfloat16, float8)."""
     is_foreign = array.dtype.name.startswith(("bfloat16", "float8"))
     return array.astype(np.float32) if is_foreign else array
 
 
-def _without_prefixes(arrays: Arrays) -> Arrays:
-    """Take off the prefixes that every name has, and the count of PyTorch's averaged models."""
-    arrays = {name: array for name, array in arrays.items() if name != _AVERAGED_COUNT}
-    prefix = next((p for p in _NAME_PREFIXES if all(name.startswith(p) for name in arrays)), None)
-    if prefix is None or not arrays:
-        return arrays
-    return _without_prefixes({name.removeprefix(prefix): array for name, array in arrays.items()})
+def _without_prefixes(arrays: Arrays, path: FilePath) -> Arrays:
+    """The arrays of the network, averaged ones if there are any, without a wrapper's prefix.
+
+    Other parts of a Lightning module, such as its loss, are left out, but not a classifier.
+
+    Raises:
+        UserError: if there are several kinds of averaged weights.
+    """
+    prefixes = {name.partition(".")[0] for name in arrays if "." in name}
+    averaged = [prefix for prefix in prefixes if _is_averaged(prefix)]
+    _check_one(averaged, path, "averaged ")
+    wrappers = averaged or [*prefixes & {*_NAME_PREFIXES}]
+    if len(wrappers) != 1 or prefixes & _CLASSIFIERS:
+        return {name: array for name, array in arrays.items() if name != _AVERAGED_COUNT}
+    prefix = f"{wrappers[0]}."
+    inner = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+    return _without_prefixes(inner, path)
 
 
-def _read_torch(path: Path) -> Arrays:
+def _is_averaged(name: str) -> bool:
+    """Whether a name in another program's file stands for averaged weights."""
+    return not _AVERAGED.isdisjoint(re.split(r"[^a-z]+", name.lower()))
+
+
+def _find_state_dict(loaded: Any, path: FilePath, depth: int = 4) -> dict[str, Any] | None:
+    """The dictionary of tensors in what a script has saved, averaged ones if there are any.
+
+    Args:
+        depth: how many dictionaries deep to look.
+
+    Raises:
+        UserError: if there are several of them.
+    """
+    import torch
+
+    if not isinstance(loaded, dict) or not loaded or not depth:
+        return None
+    if all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        return loaded
+    # Lightning keeps the averages of a callback.
+    names = [n for n in loaded if isinstance(n, str) and (_is_averaged(n) or n == "callbacks")]
+    for kind, wrappers in (("averaged ", names), ("", _WRAPPERS)):
+        inner = {name: _find_state_dict(loaded.get(name), path, depth - 1) for name in wrappers}
+        # Scalars are not weights: the average of a loss, or a learning rate.
+        inner = {
+            name: found
+            for name, found in inner.items()
+            if found and any(tensor.ndim for tensor in found.values())
+        }
+        _check_one(inner, path, kind)
+        if inner:
+            return next(iter(inner.values()))
+    return None
+
+
+def _check_one(names: Collection[str], path: FilePath, kind: str = "") -> None:
+    if len(names) > 1:
+        raise UserError(
+            f"'{path}' holds several {kind}weights ({', '.join(sorted(names))}); save the set that "
+            "you mean to a separate file"
+        )
+
+
+def _read_torch(path: FilePath) -> Arrays:
     try:
         with open(path, "rb") as file:
             is_zip = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
@@ -226,7 +302,7 @@ def _read_torch(path: Path) -> Arrays:
     except zipfile.BadZipFile:
         whole = False
     if not whole:
-        raise UserError(f"'{path}' is a truncated PyTorch file or another archive")
+        raise UserError(f"'{path}' is a truncated PyTorch file, or another kind of archive")
     try:
         import torch
     except ImportError:
@@ -242,43 +318,41 @@ def _read_torch(path: Path) -> Arrays:
     try:
         with torch.serialization.safe_globals(list(_HARMLESS_TYPES)):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as failure:  # UnpicklingError, RuntimeError, KeyError ... for what a file can hold
+    # UnpicklingError, RuntimeError, KeyError and others, depending on the content.
+    except Exception as failure:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(failure))
         if wanted:
             raise UserError(
                 f"'{path}' is refused: its pickle asks for {wanted.group(1)}, which is code, not "
                 "weights"
             ) from None
-        raise UserError(f"'{path}' is truncated or no PyTorch file of weights") from None
-    for wrapper in _WRAPPERS:
-        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
-            loaded = loaded[wrapper]
-    if (
-        not isinstance(loaded, dict)
-        or not loaded
-        or not all(isinstance(value, torch.Tensor) for value in loaded.values())
-    ):
-        raise UserError(f"'{path}' holds no dictionary of weights (a state_dict)")
+        raise UserError(f"'{path}' is truncated or not a PyTorch file of weights") from None
+    found = _find_state_dict(loaded, path)
+    if found is None:
+        names = (
+            f"; it holds {', '.join(map(str, loaded))[:100]}" if isinstance(loaded, dict) else ""
+        )
+        raise UserError(f"'{path}' holds no dictionary of weights (a state_dict){names}")
+    loaded = found
     unusual = next((n for n, t in loaded.items() if t.layout is not torch.strided), None)
     if unusual is not None:
         raise UserError(f"'{path}' holds a sparse tensor ({unusual}); save it with .to_dense()")
     quantized = next((name for name, tensor in loaded.items() if tensor.is_quantized), None)
     if quantized is not None:
         raise UserError(
-            f"'{path}' is of a quantized network ({quantized}); give the weights that it was "
+            f"'{path}' holds a quantized network ({quantized}); pass the weights that it was "
             "quantized from"
         )
-    # Integers stay integers, by which the caller recognises weights that are none.
+    # Integer tensors stay integers, so that the caller can refuse them.
     tensors = {
         str(name): tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in loaded.items()
     }
-    return _without_prefixes({name: tensor.detach().numpy() for name, tensor in tensors.items()})
+    arrays = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
+    return _without_prefixes(arrays, path)
 
 
-def _read_hdf5(path: Path) -> Arrays:
+def _read_hdf5(path: FilePath) -> Arrays:
     try:
         import h5py
     except ImportError:
@@ -301,7 +375,7 @@ def _read_hdf5(path: Path) -> Arrays:
     return arrays
 
 
-def _decoded(path: Path, encoded: bytes) -> dict[str, Any]:
+def _decoded(path: FilePath, encoded: bytes) -> dict[str, Any]:
     try:
         metadata = json.loads(encoded)
     except ValueError:

@@ -1,19 +1,18 @@
 """Loads weights into a network: every name and shape must match, in any known naming scheme."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import Enum
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from src.models.networks import acnet_name, torch_file_name, torch_name
+from src.models.networks import namings
 from src.models.weight_files import read_weights, weights_in_use
 from src.utils.errors import UserError
 
 _MISMATCHES_SHOWN = 3
 # PyTorch's count of training batches, on which nothing here depends.
 _WITHOUT_MEANING = ("num_batches_tracked",)
-Naming = Callable[[str], str | None]
 
 
 class Head(Enum):
@@ -62,8 +61,8 @@ def assign_weights(
         hint = (
             "; train.py --allow_head_mismatch=1 starts from all but the classifier"
             if not mismatches
-            else f"; is it for a network, block or image_size other than here "
-            f"({network.network_name})? pass --network=NAME or --image_size=PIXELS"
+            else f"; it may belong to another network, block or image_size (here: "
+            f"{network.network_name}); pass --network=NAME or --image_size=PIXELS"
         )
         more = (
             f" and {len(found) - _MISMATCHES_SHOWN} more" if len(found) > _MISMATCHES_SHOWN else ""
@@ -94,7 +93,7 @@ def _check_values(weights: Mapping[str, np.ndarray], path: object) -> None:
     for name, array in weights.items():
         problem = None
         if not np.issubdtype(array.dtype, np.floating):
-            problem = f"is of type {array.dtype}, not of floating point"
+            problem = f"is of type {array.dtype}, not floating point"
         elif not np.isfinite(array).all():
             problem = f"has {np.count_nonzero(~np.isfinite(array))} values that are not finite"
         elif name.endswith(("moving_variance", "running_var")) and (array < 0).any():
@@ -103,35 +102,16 @@ def _check_values(weights: Mapping[str, np.ndarray], path: object) -> None:
             raise UserError(f"checkpoint '{path}' is unusable: {name} {problem}")
 
 
-def count_classes(arrays: Mapping[str, np.ndarray], network: str) -> int | None:
-    """Number of classes of the weights {name: array} of ``network``; None without a classifier."""
-    for naming in _namings(network):
-        bias = arrays.get(naming("classifier.bias") or "")
-        if bias is not None:
-            return len(bias)
-    return None
-
-
 def is_classifier(name: str) -> bool:
     """True for the parameters of the last dense layer."""
     return name.startswith("classifier.")
-
-
-def _namings(network: str) -> tuple[Naming, ...]:
-    return (
-        lambda name: name,
-        lambda name: torch_name(name, network),
-        lambda name: torch_file_name(name, network),
-        lambda name: acnet_name(name, network),
-        lambda name: acnet_name(name, network, fused=True),
-    )
 
 
 def _best_names(
     parameters: Mapping[str, Parameter], weights: Mapping[str, np.ndarray], network: str
 ) -> dict[str, str | None]:
     """{our name: name in the file}, in the naming scheme that matches the most names."""
-    candidates = [{name: naming(name) for name in parameters} for naming in _namings(network)]
+    candidates = [{name: naming(name) for name in parameters} for naming in namings(network)]
     return max(candidates, key=lambda names: sum(foreign in weights for foreign in names.values()))
 
 

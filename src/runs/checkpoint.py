@@ -2,8 +2,7 @@
 
 import json
 import math
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import mindspore
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from src.models.published_weights import local_weights
 from src.models.weight_files import (
     AVERAGE_PREFIX,
     CHECKSUM,
@@ -23,7 +21,7 @@ from src.models.weight_files import (
 )
 from src.models.weights import assign_weights
 from src.utils.errors import UserError
-from src.utils.files import write_whole
+from src.utils.files import write_atomically
 
 # Version 1 had no version number, one random stream for all augmentations, and another name for
 # momentum; version 2 had other formulas of learning rates and smoothed labels under the same keys.
@@ -50,6 +48,8 @@ class TrainingState:
         config: the resolved configuration, JSON-serialisable.
         optimizer, loss_scale: their counters.
         images, validation: fingerprints of the training and the validation images; None if unknown.
+        teacher: checksum of the file of the teacher; None if there is none, or unknown.
+        first_top1: accuracy of the weights that the run began with; 0 if it was not measured.
     """
 
     step: int
@@ -71,6 +71,13 @@ class TrainingState:
     since_best: int = 0
     images: int | None = None
     validation: int | None = None
+    teacher: int | None = None
+    first_top1: float = 0.0
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """(epoch, steps in it)."""
+        return self.epoch, self.step - (self.epoch - 1) * self.steps_per_epoch
 
     def write(self, path: Path, network: nn.Cell, optimizer_state: Sequence[Parameter]) -> None:
         """Write a checkpoint.
@@ -144,56 +151,4 @@ def save_checkpoint(path: Path, parameters: Iterable[Parameter], metadata: dict[
     arrays[METADATA] = np.frombuffer(json.dumps(metadata).encode(), np.uint8).copy()
     arrays[CHECKSUM] = np.frombuffer(content_checksum(arrays), np.uint8).copy()
     entries = [{"name": name, "data": Tensor(array)} for name, array in arrays.items()]
-    write_whole(path, lambda partial: mindspore.save_checkpoint(entries, str(partial)))
-
-
-def checkpoint_name(network: str, epoch: int, steps: int) -> str:
-    """NETWORK-EPOCH_STEPS.ckpt, as the model zoo names checkpoints."""
-    return f"{network}-{epoch}_{steps}.ckpt"
-
-
-def checkpoint_place(file: Path) -> tuple[int, int]:
-    """(epoch, steps in it) from the name of a checkpoint; (0, 0) for another name."""
-    found = re.search(r"-(\d+)_(\d+)$", file.stem)
-    return (int(found[1]), int(found[2])) if found else (0, 0)
-
-
-def in_order(paths: Sequence[Path]) -> list[Path]:
-    """Checkpoints in the order of epochs and steps in their names; others first."""
-    return sorted(paths, key=lambda path: (checkpoint_place(path), str(path)))
-
-
-def find_checkpoints(path: str) -> list[Path]:
-    """The checkpoint files that ``path``, a file or a folder, names.
-
-    Raises:
-        UserError: if there is none.
-    """
-    if not path:
-        raise UserError("no checkpoint given: pass --checkpoint_file_path=FILE_OR_FOLDER")
-    location = Path(local_weights(path))
-    if location.is_dir():
-        files = sorted(f for f in location.glob("*.ckpt") if not f.name.startswith("."))
-        if not files:
-            raise UserError(f"there is no .ckpt file in the folder '{path}'")
-        return files
-    if not location.exists():
-        raise UserError(f"checkpoint '{path}' does not exist")
-    return [location]
-
-
-def choose_checkpoint(path: str, log: Callable[[str], None]) -> Path:
-    """The checkpoint that ``path`` stands for: a file; in a folder best.ckpt, or the latest.
-
-    Args:
-        log: reports the choice in a folder.
-
-    Raises:
-        UserError: if there is none.
-    """
-    files = find_checkpoints(path)
-    if not Path(path).is_dir():
-        return files[0]
-    chosen = next((file for file in files if file.name == "best.ckpt"), in_order(files)[-1])
-    log(f"using {chosen}, one of {len(files)} checkpoints there")
-    return chosen
+    write_atomically(path, lambda partial: mindspore.save_checkpoint(entries, str(partial)))

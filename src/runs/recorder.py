@@ -10,15 +10,16 @@ from typing import Any
 from mindspore import Parameter, nn
 
 from src.cli.config import Config
-from src.runs.checkpoint import TrainingState, checkpoint_name
+from src.runs.checkpoint import TrainingState
+from src.runs.checkpoint_files import checkpoint_name
 from src.runs.run_folder import RunFolder, has_top5
 from src.utils.errors import UserError
-from src.utils.files import write_whole
+from src.utils.files import write_atomically
 from src.utils.log import Log, no_log
 
 # Minimum seconds between two drawings of the curves during training; one takes about 0.2 s.
 DRAW_S = 30.0
-# With fewer validation images, a percentage alone looks surer than it is.
+# With fewer validation images, a percentage alone looks more precise than it is.
 _FEW_IMAGES = 300
 _COUNTS = ("skipped_steps", "replaced_images")
 
@@ -79,7 +80,7 @@ class RunRecorder(Recorder):
     """Records to a run folder.
 
     Args:
-        environment: what the run computes with, for the record.
+        environment: hosts, device, kernels and versions, as environment.json records them.
     """
 
     shows_bar = True
@@ -134,8 +135,7 @@ class RunRecorder(Recorder):
     def save(
         self, state: TrainingState, network: nn.Cell, optimizer_state: Sequence[Parameter]
     ) -> None:
-        steps = state.step - (state.epoch - 1) * state.steps_per_epoch
-        name = checkpoint_name(self._config.network, state.epoch, steps)
+        name = checkpoint_name(self._config.network, *state.position)
         path = self.folder.checkpoints / name
         state.write(path, network, optimizer_state)
         self.folder.point_latest_at(path)
@@ -164,7 +164,9 @@ class RunRecorder(Recorder):
         return str(self.folder.best) if self.folder.best.exists() else None
 
     def _write_start(self, class_to_index: dict[str, int], first_epoch: int) -> None:
-        self.folder.write_start(self._config, class_to_index, self._environment)
+        # Repeating a run from its config.yaml starts a new run, so it must not resume.
+        recorded = self._config.model_copy(update={"resume": ""})
+        self.folder.write_start(recorded, class_to_index, self._environment)
         if self._config.tensorboard:
             self._events = EventWriter(self.folder.path / "tensorboard", first_epoch)
 
@@ -177,6 +179,7 @@ def plot_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
 
     Args:
         metrics: the lines of metrics.jsonl.
+
     Raises:
         UserError: if the file cannot be written.
     """
@@ -187,8 +190,13 @@ def plot_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     FigureCanvasAgg(figure)
     left, middle, right = figure.subplots(1, 3)
     epochs = [line["epoch"] for line in metrics]
-    left.plot(epochs, [line["loss"] for line in metrics], color="tab:blue", marker=".")
-    left.set(title="training loss", xlabel="epoch")
+    left.plot(epochs, [line["loss"] for line in metrics], "tab:blue", marker=".", label="training")
+    compared = [line for line in metrics if "val_loss" in line]
+    if compared:
+        of_epochs, losses = zip(*((line["epoch"], line["val_loss"]) for line in compared))
+        left.plot(of_epochs, losses, "tab:orange", marker=".", label="validation")
+        left.legend()
+    left.set(title="loss", xlabel="epoch")
     middle.plot(epochs, [line["lr"] for line in metrics], color="tab:gray", marker=".")
     middle.set(title="learning rate at the end of the epoch", xlabel="epoch", ylim=(0, None))
     evaluated = [line for line in metrics if "top1" in line]
@@ -207,7 +215,8 @@ def plot_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
         right.legend(loc="lower right")
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
-    write_whole(path, lambda partial: figure.savefig(partial, dpi=110))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    write_atomically(path, lambda partial: figure.savefig(partial, dpi=110))
 
 
 class EventWriter:

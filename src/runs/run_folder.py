@@ -3,16 +3,18 @@
 import fcntl
 import json
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from src.cli.config import Config
-from src.cli.recipes import read_layer
+from src.cli.recipes import read_recipe
+from src.runs.checkpoint_files import NO_POSITION, checkpoint_position, in_order
 from src.utils.errors import UserError
-from src.utils.files import remove_partials, write_whole
+from src.utils.files import remove_partials, write_atomically
 
 _ATTEMPTS = 100
 
@@ -26,6 +28,7 @@ class RunFolder:
         self.best = self.path / "best.ckpt"
         self.fused = self.path / "fused.ckpt"
         self.latest = self.path / "latest.ckpt"
+        self.superseded = self.path / "superseded"
         self.log = self.path / "log.txt"
         self.metrics = self.path / "metrics.jsonl"
         self.curves = self.path / "curves.png"
@@ -78,7 +81,9 @@ class RunFolder:
             "environment.json": json.dumps(environment, indent=1),
         }
         for name, text in texts.items():
-            write_whole(self.path / name, partial(Path.write_text, data=text, encoding="utf-8"))
+            write_atomically(
+                self.path / name, partial(Path.write_text, data=text, encoding="utf-8")
+            )
 
     def add_metrics(self, **values: Any) -> None:
         """Append a line to metrics.jsonl. Raises UserError if it cannot be written."""
@@ -98,7 +103,7 @@ class RunFolder:
 
     def read_config(self) -> dict[str, Any]:
         """The keys of config.yaml. Raises UserError if this is not a run folder."""
-        return read_layer(self.config)
+        return read_recipe(self.config)
 
     def read_environment(self) -> dict[str, Any]:
         """The content of environment.json; {} for a run of a version that wrote none."""
@@ -106,16 +111,16 @@ class RunFolder:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     def keep_metrics(self, keep: Callable[[dict[str, Any]], bool]) -> None:
-        """Remove the other lines of metrics.jsonl; a resumed run writes them again."""
+        """Keep the lines of metrics.jsonl for which ``keep`` is true; a resumed run adds others."""
         text = "".join(json.dumps(line) + "\n" for line in self.read_metrics() if keep(line))
-        write_whole(self.metrics, lambda partial: partial.write_text(text, encoding="utf-8"))
+        write_atomically(self.metrics, lambda partial: partial.write_text(text, encoding="utf-8"))
 
     def point_latest_at(self, checkpoint: Path) -> None:
         """Make latest.ckpt a link to ``checkpoint``; at any moment it is the old or the new one."""
         link = self.path / f".{os.getpid()}.partial.latest"
         link.unlink(missing_ok=True)
         try:
-            link.symlink_to(checkpoint.relative_to(self.path))
+            link.symlink_to(checkpoint.resolve().relative_to(self.path.resolve()))
             os.replace(link, self.latest)
         except OSError as failure:
             raise UserError(f"cannot write '{self.latest}': {failure.strerror}") from None
@@ -124,11 +129,32 @@ class RunFolder:
         """The file that latest.ckpt links to, or None."""
         return str(self.latest.resolve()) if self.latest.exists() else None
 
-    def prune_checkpoints(self, keep: int) -> None:
-        """Delete all but the newest ``keep`` checkpoints in ckpt_0."""
+    def saved_checkpoints(self) -> list[Path]:
+        """The checkpoints in ckpt_0 with an epoch and steps in their names, in that order."""
         files = [f for f in self.checkpoints.glob("*.ckpt") if not f.name.startswith(".")]
-        for file in sorted(files, key=lambda file: file.stat().st_mtime_ns)[:-keep]:
+        return [file for file in in_order(files) if checkpoint_position(file) != NO_POSITION]
+
+    def prune_checkpoints(self, keep: int) -> None:
+        """Delete all but the last ``keep`` checkpoints in ckpt_0, whatever the times of the files.
+
+        Files with other names are not the run's, and stay.
+        """
+        for file in self.saved_checkpoints()[:-keep]:
             os.unlink(file)
+
+    def set_aside(self, files: Sequence[Path]) -> Path:
+        """Move checkpoints to a folder where no command looks for them; returns the folder.
+
+        Raises:
+            UserError: if they cannot be moved.
+        """
+        try:
+            self.superseded.mkdir(exist_ok=True)
+            for file in files:
+                os.replace(file, self.superseded / file.name)
+        except OSError as failure:
+            raise UserError(f"cannot write '{self.superseded}': {failure.strerror}") from None
+        return self.superseded
 
     def remove_leftovers(self) -> None:
         """Remove files that a killed run had begun to write."""
@@ -167,10 +193,16 @@ def create_run_folder(planned: RunFolder) -> RunFolder:
     raise UserError(f"output_path '{output_path}' has too many runs that started in this second")
 
 
-def has_top5(line: Mapping[str, Any]) -> bool:
-    """Whether a line of metrics.jsonl has a top-5 accuracy that says anything.
+def run_date(folder: Path) -> tuple[str, int]:
+    """(date and time, number within that second) from the name of a run folder.
 
-    Of five classes or fewer it is always 100 %.
+    ("", 0) for another name.
     """
+    found = re.match(r"(\d{4}-\d\d-\d\d_time_\d\d_\d\d_\d\d)(?:_(\d+)$)?", folder.name)
+    return (found[1], int(found[2] or 0)) if found else ("", 0)
+
+
+def has_top5(line: Mapping[str, Any]) -> bool:
+    """Whether a line of metrics.jsonl has a meaningful top-5 accuracy: more than five classes."""
     classes = line.get("class_top1")
     return "top5" in line and (classes is None or len(classes) > 5)

@@ -7,6 +7,7 @@ from mindspore import Tensor, nn, ops
 
 from src.cli.config import Config
 from src.training.cross_entropy import one_hot
+from src.utils.errors import UserError
 
 
 class BinaryCrossEntropy(nn.Cell):
@@ -30,6 +31,14 @@ class BinaryCrossEntropy(nn.Cell):
     def of(
         cls, config: Config, threshold: Annotated[float, pydantic.Field(ge=0, lt=1)] | None = None
     ) -> nn.Cell:
+        off = config.smoothing / config.num_classes if config.num_classes else 0.0
+        on = 1 - config.smoothing + off
+        if threshold is not None and not off <= threshold < on:
+            raise UserError(
+                f"loss=binary_cross_entropy(threshold={threshold:g}): with smoothed labels the "
+                f"targets are {off:.3g} and {on:.3g}, so every class would be "
+                f"{'right' if threshold < off else 'wrong'}; choose a threshold between them"
+            )
         return cls(config.smoothing, threshold)
 
     def construct(self, logits: Tensor, targets: Tensor) -> Tensor:

@@ -32,10 +32,10 @@ def create_train_step(
     communicator: Communicator,
     graph_cache: GraphCache | None = None,
 ) -> TrainStep | DeviceTrainStep:
-    """The train step of ``network`` for the device of ``config``.
+    """The step that trains ``network``, with the loss, optimizer and reducer of ``config``.
 
     Args:
-        graph_cache: takes the compiled graph of an earlier run; None compiles it.
+        graph_cache: keeps the compiled graph for later runs; None compiles it.
     """
     normalizer = network.layers.input_normalizer(config.mean, config.std)
     network_with_loss = NetworkWithLoss(network, normalizer, create_loss(config))

@@ -2,9 +2,9 @@
 
 Parameters that are updated in the same way form a group. The weights of a group, their gradients
 and each optimizer state are one flat array, so that an update takes a handful of kernels for any
-number of parameters. What remains for each parameter is to subtract its part of the step. Those of
-one size stand next to each other: MindSpore has no operation that splits an array into unequal
-parts, only one that splits it into equal ones.
+number of parameters. What remains for each parameter is to subtract its part of the step.
+Parameters of the same size are adjacent, because MindSpore can only split an array into equal
+parts.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from src.training.optimizers import CLIP_EPSILON, OptimizerBase, ParamGroup
 from src.training.update_rules import UpdateRule
 
 # The compiler allows 1000 nested calls, and needs several for each part of a split.
-_MOST_PARTS = 100
+_MAX_PARTS = 100
 
 
 class DeviceOptimizer(OptimizerBase):
@@ -62,7 +62,7 @@ class DeviceOptimizer(OptimizerBase):
         return FlatUpdate(groups, collective, self._clip_norm)
 
     def settings(self, lr: float, loss_scale: float) -> Tensor:
-        """The numbers that ``FlatUpdate`` takes for the next update."""
+        """The scalar inputs of ``FlatUpdate`` for the next update."""
         backbone, classifier = self._next_scalars()
         values = [1 / loss_scale]
         for kind in self._kinds:
@@ -81,7 +81,7 @@ class DeviceOptimizer(OptimizerBase):
                     state.set_data(Tensor(part.reshape(state.shape)))
 
     def load(self) -> None:
-        """Copy parameters and ``state_parameters``, which were restored, to the flat arrays."""
+        """Copy restored parameters and ``state_parameters`` into the flat arrays."""
         for members, weight in zip(self.members, self.flat_weights):
             weight.set_data(_flat(members))
         for indices, flats in zip(self._indices, self.flat_states):
@@ -190,7 +190,7 @@ class _GroupUpdate(nn.Cell):
         updated, new_states = self.rule_update(
             self.weight, gradient, self.states, lr, self.decay, scalars
         )
-        # A product with 0 would not do: gradients may be infinite.
+        # Multiplying by 0 would not do: 0 times an infinite gradient is NaN.
         step = ops.where(may_update, self.weight - updated, ops.zeros_like(gradient))
         for slot in range(len(self.states)):
             state = self.states[slot]
@@ -275,11 +275,11 @@ def _rank_and_size(parameter: Parameter) -> tuple[bool, int]:
 
 
 def _runs(members: Sequence[Parameter]) -> list[list[Parameter]]:
-    """The members in runs of one size, at most _MOST_PARTS each."""
+    """The members in runs of one size, at most _MAX_PARTS each."""
     runs = []
     for _, found in groupby(members, _rank_and_size):
         run = list(found)
-        runs += [run[i : i + _MOST_PARTS] for i in range(0, len(run), _MOST_PARTS)]
+        runs += [run[i : i + _MAX_PARTS] for i in range(0, len(run), _MAX_PARTS)]
     return runs
 
 

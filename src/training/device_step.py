@@ -50,8 +50,14 @@ class DeviceTrainStep:
         """Train on the micro-batches of ``step``, counted from 0, with learning rate ``lr``."""
         started = time.perf_counter()
         self._is_synchronized = False
+        # In inference mode, as the backbone is while it is frozen, nothing is dropped.
+        drops = not self.optimizer.backbone_frozen
         inputs = [
-            (Tensor(batch.images), Tensor(batch.labels), *self._extra_inputs(step, micro_step))
+            (
+                Tensor(batch.images),
+                Tensor(batch.labels),
+                *(self._extra_inputs(step, micro_step) if drops else ()),
+            )
             for micro_step, batch in enumerate(micro_batches)
         ]
         settings = self.optimizer.settings(lr, self.grad_scaler.value)

@@ -72,14 +72,14 @@ def _step_seconds(
     micro_batches = [trainer.batches[step * micro_steps + index] for index in range(micro_steps)]
     reading = max(communicator.all_gather(time.perf_counter() - started))
     started = time.perf_counter()
-    trainer.step(trainer.taught(micro_batches), config.lr, step)
+    trainer.step(trainer.with_teacher_targets(micro_batches), config.lr, step)
     return reading, max(communicator.all_gather(time.perf_counter() - started))
 
 
 def _evaluation_seconds(
     evaluator: Evaluator, trainer: Trainer, communicator: Communicator
 ) -> float:
-    """Extrapolated from the second reading of a batch; the first compiles."""
+    """Extrapolated from one batch; a first one, which compiles the graph, is not timed."""
     for _ in range(2):
         started = time.perf_counter()
         trainer.backend(evaluator.batches[0].images)

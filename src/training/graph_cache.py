@@ -1,8 +1,8 @@
-"""Keeps compiled graphs, so that a second run of the same network starts without compiling.
+"""Caches compiled graphs, so that a second run of the same network starts without compiling.
 
-MindSpore can write and read such graphs, but it checks little of what they depend on, and writes
-them in place. Here each graph has its own folder, named after a digest of everything that the graph
-may depend on. A folder is complete or absent, and its graph is checked before use.
+MindSpore has such a cache, but it hardly checks whether an entry still fits, and it writes entries
+in place. Here each graph has its own folder, named after a digest of everything that the graph may
+depend on. A folder is complete or absent, and its graph is checked before use.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ _ABANDONED_S = 24 * 3600
 class GraphCache:
     """The compiled graphs of one user.
 
-    A process may compile one graph with it, because MindSpore looks at the folder only once.
+    A process can compile only one graph with it, because MindSpore reads the folder's path once.
 
     Args:
         folder: where to keep them. Without permission to write there, nothing is kept.
@@ -43,13 +43,13 @@ class GraphCache:
     def compile(
         self, cell: nn.Cell, inputs: Sequence[Tensor], config: Config, layers: str = ""
     ) -> bool:
-        """Compile ``cell`` for ``inputs``, or take the graph of an earlier process.
+        """Compile ``cell`` for ``inputs``, or load the graph from the cache.
 
         Args:
-            layers: what the layers of ``cell`` were made with, in words.
+            layers: description of the layer factory of ``cell``, which is part of the key.
 
         Returns:
-            Whether it was taken.
+            Whether the graph came from the cache.
         """
         kept = self._folder / _digest(cell, inputs, config, layers)
         if _is_whole(kept):
@@ -184,7 +184,7 @@ def _mark_as_used(folder: Path) -> None:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether ``folder`` has a graph in it and every byte is as it was written."""
+    """Whether ``folder`` holds a graph whose files match their checksums."""
     try:
         recorded = json.loads((folder / _CHECKSUMS).read_text())
         return bool(recorded) and recorded == _checksums(folder)

@@ -6,7 +6,7 @@ from src.cli.command import Command
 from src.cli.config import DIGITS, Config
 from src.cli.flags import flags_without_effect
 from src.dataset.batches import global_batch_size
-from src.dataset.image_set import ImageSet, copies_messages
+from src.dataset.image_set import ImageSet, duplicate_messages
 from src.dataset.splits import TrainingData, set_messages, validation_path
 from src.distributed.communicator import Communicator, check_ranks_agree
 from src.distributed.launcher import tell_launcher
@@ -50,12 +50,15 @@ def train(command: Command, data: PreparedData) -> None:
     network = create_network(config, command.kernels.library)
     recorder = create_recorder(config, command, start.run_folder or data.folder)
     trainer = Trainer(network, config, communicator, images, recorder, command.kernels)
-    message = start.load_into(trainer)
     if config.teacher:
-        trainer.teacher = open_teacher(config, images.train.class_to_index, command.kernels)
+        classes = images.train.class_to_index
+        trainer.teacher = open_teacher(config, classes, command.kernels, recorder.log)
+        found = {"teacher": trainer.teacher.checksum}
+        check_ranks_agree(communicator, found, "give the same file to every rank")
+    message = start.load_into(trainer)
 
     for line in (
-        *flags_without_effect(command.flags, config),
+        *flags_without_effect(command.flags, config, communicator.size),
         *batch_messages(command.config, config, communicator.size),
     ):
         recorder.log(line)
@@ -70,7 +73,7 @@ def train(command: Command, data: PreparedData) -> None:
     if config.deploy and images.validation is not None:
         deploy(network, config, communicator, images.validation, recorder, command.kernels)
     recorder.log_results()
-    if message := trainer.loss_of_accuracy():
+    if message := trainer.accuracy_drop_warning():
         recorder.log(message)
 
 
@@ -134,9 +137,10 @@ def log_summary(trainer: Trainer, kernels: KernelChoice, start_message: str | No
         f"{WARNING}the training data has a single class" if config.num_classes == 1 else None,
         imbalance_hint(config, images.train),
         warmup_warning(config) or rate_warning(config, trainer.steps_per_epoch),
+        stop_hint(config, trainer.steps_per_epoch),
         # Rank 0 reads the files, and only its lines are seen.
-        *(copies_warnings(trainer) if trainer.communicator.rank == 0 else ()),
-        loss_hint(config),
+        *(duplicate_warnings(trainer) if trainer.communicator.rank == 0 else ()),
+        val_loss_hint(config),
         start_message,
         f"{WARNING}freeze_epochs={config.freeze_epochs} covers every epoch: only the classifier "
         "is trained"
@@ -176,8 +180,8 @@ def imbalance_hint(config: Config, images: ImageSet) -> str | None:
     if counts.max() < _IMBALANCED * counts.min():
         return None
     return (
-        f"the classes have {counts.min()} to {counts.max()} images; --sampling=balanced shows "
-        "every class equally often, and --class_weights=balanced lets each count as much"
+        f"the classes have {counts.min()} to {counts.max()} images; --sampling=balanced draws all "
+        "classes equally often, --class_weights=balanced weights them equally"
     )
 
 
@@ -218,30 +222,42 @@ def rate_warning(config: Config, steps_per_epoch: int) -> str | None:
     return None
 
 
-def copies_warnings(trainer: Trainer) -> list[str]:
+def stop_hint(config: Config, steps_per_epoch: int) -> str | None:
+    """A hint if max_steps stops the run in the middle of its schedule, else None."""
+    steps = steps_per_epoch * config.max_epoch
+    if not 0 < config.max_steps < steps:
+        return None
+    rate = create_schedule(config)(config.max_steps - 1, steps_per_epoch)
+    return (
+        f"max_steps={config.max_steps} stops before the schedule, of {steps} steps, ends: the last "
+        f"learning rate is {rate:.3g}"
+    )
+
+
+def duplicate_warnings(trainer: Trainer) -> list[str]:
     """Warnings on images that are in two classes, or in both training and validation."""
     train, validation = trainer.data.train, trainer.data.validation
     same = trainer.fingerprints[0] == trainer.fingerprints[1]
     if validation is None or not (same and train.looks_like(validation)):
-        return copies_messages(train, validation)
+        return duplicate_messages(train, validation)
     # The folder itself, a link to it, or a copy of it; also of a form that is not files.
     count = len(validation)
     return [
-        *copies_messages(train, None),
+        *duplicate_messages(train, None),
         f"{WARNING}{count} of {count} validation images are training images too; the accuracy says "
-        "little about others",
+        "little about unseen images",
     ]
 
 
-def loss_hint(config: Config) -> str | None:
+def val_loss_hint(config: Config) -> str | None:
     """A message on losses that cannot be compared, else None."""
     is_plain = config.loss == "cross_entropy" and config.class_weights == "none"
     if is_plain or not config.evaluates:
         return None
     what = f"{config.loss}{'' if config.class_weights == 'none' else ' with class_weights'}"
     return (
-        f"the loss is {what}, and val_loss is the cross-entropy of the softmax: compare each with "
-        "itself only"
+        f"training minimises {what}, but val_loss is the softmax cross-entropy: do not compare one "
+        "with the other"
     )
 
 

@@ -79,7 +79,7 @@ class OptimizerBase:
         return self.rule.scalars(max(updates - frozen_updates, 1)), self.rule.scalars(updates)
 
     def count_update(self) -> None:
-        """Count an update."""
+        """Advance the counters on which the rule's scalars, such as bias correction, depend."""
         self._updates += 1
         self._frozen_updates += self.backbone_frozen
 

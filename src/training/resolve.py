@@ -27,7 +27,7 @@ _STEPS_PER_EPOCH = 10
 # How far from 1 the mean of recorded class weights is at most, because of rounding.
 _ROUNDED_MEAN = 1e-5
 # Batch norm is unreliable with fewer images per rank.
-_LEAST_IMAGES = 8
+_MIN_IMAGES = 8
 # Fraction of the free memory that training may take.
 _MEMORY_FRACTION = 0.6
 # Memory of a process without a network: MindSpore itself and its compiled graph.
@@ -89,8 +89,8 @@ def check_training_keys(config: Config) -> None:
     check_network(config.network, config.image_size)
     if config.freeze_epochs and not (config.checkpoint_file_path or config.resume):
         raise UserError(
-            f"freeze_epochs={config.freeze_epochs} first trains only the classifier, which needs a "
-            "trained network below it: pass --pretrained=FILE, or --freeze_epochs=0"
+            f"freeze_epochs={config.freeze_epochs} trains only the classifier at first, so the "
+            "backbone must be pretrained: pass --pretrained=FILE, or --freeze_epochs=0"
         )
     if config.early_stopping and not (config.run_eval or config.val_split):
         raise UserError(
@@ -143,9 +143,12 @@ def resolve_data(config: Config, data: TrainingData) -> Config:
     )
     if resolved.smoothing > 1:
         raise UserError(
-            f"label_smooth_factor={config.label_smooth_factor:g} leaves the true class less than "
-            f"each of the other {classes - 1}; use a smaller one"
+            f"label_smooth_factor={config.label_smooth_factor:g} gives the true class a smaller "
+            f"target than each of the other {classes - 1}; use a smaller factor"
         )
+    if os.path.exists(config.checkpoint_file_path):  # the name of published weights stays
+        path = os.path.abspath(config.checkpoint_file_path)
+        resolved = resolved.model_copy(update={"checkpoint_file_path": path})
     return _with_class_weights(resolved, data.train.labels)
 
 
@@ -160,7 +163,7 @@ def _with_class_weights(config: Config, labels: np.ndarray) -> Config:
     if config.class_weights == "none":
         return config
     if config.loss.partition("(")[0] != "cross_entropy":
-        raise UserError(f"class_weights are of --loss=cross_entropy; --loss={config.loss} has none")
+        raise UserError(f"class_weights need --loss=cross_entropy; --loss={config.loss} has none")
     if config.sampling == "balanced":
         raise UserError("class_weights and sampling=balanced both favour small classes; choose one")
     counts = np.bincount(labels, minlength=config.num_classes)
@@ -242,7 +245,7 @@ def _fitting_batch(config: Config, images: int, communicator: Communicator) -> i
 
     def is_too_large(size: int) -> bool:
         few_steps = images // (size * per_image) < _STEPS_PER_EPOCH
-        return size > limit or (size > _LEAST_IMAGES and few_steps)
+        return size > limit or (size > _MIN_IMAGES and few_steps)
 
     while micro_batch > 1 and is_too_large(micro_batch):
         micro_batch //= 2

@@ -26,8 +26,8 @@ class Schedule(ABC):
     def rate(self, config: Config, step: int, steps_per_epoch: int) -> float:
         """Learning rate of ``step``, counted from 0."""
 
-    def length(self, config: Config) -> float | None:
-        """Number of epochs that the learning rates depend on from the start, or None."""
+    def horizon_epochs(self, config: Config) -> float | None:
+        """Epochs that the whole curve is scaled to; None if a longer run keeps earlier rates."""
         return None
 
 
@@ -50,9 +50,9 @@ class LearningRate:
         return self.schedule.rate(self.config, step, steps_per_epoch)
 
     @property
-    def length(self) -> float | None:
-        """Number of epochs that the learning rates depend on from the start, or None."""
-        return self.schedule.length(self.config)
+    def horizon_epochs(self) -> float | None:
+        """Epochs that the whole curve is scaled to; None if a longer run keeps earlier rates."""
+        return self.schedule.horizon_epochs(self.config)
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=FORBID_EXTRA)
@@ -65,9 +65,9 @@ class CosineAnnealing(Schedule):
 
     def rate(self, config: Config, step: int, steps_per_epoch: int) -> float:
         epochs = elapsed_epochs(config, step, steps_per_epoch)
-        return _cosine(config.lr, config.eta_min, min(epochs / self.length(config), 1))
+        return _cosine(config.lr, config.eta_min, min(epochs / self.horizon_epochs(config), 1))
 
-    def length(self, config: Config) -> float:
+    def horizon_epochs(self, config: Config) -> float:
         return config.T_max or config.max_epoch
 
 
@@ -101,7 +101,7 @@ class CosineRestarts(Schedule):
         factor: length of each period relative to the one before.
     """
 
-    period: Annotated[float, pydantic.Field(gt=0)] = 10.0
+    period: Annotated[float, pydantic.Field(ge=0.01)] = 10.0
     factor: Annotated[float, pydantic.Field(ge=1)] = 1.0
 
     def rate(self, config: Config, step: int, steps_per_epoch: int) -> float:
@@ -137,7 +137,7 @@ class OneCycle(Schedule):
             return _cosine(start, config.lr, step / peak)
         return _cosine(config.lr, start / self.end_divisor, (step - peak) / max(last - peak, 1))
 
-    def length(self, config: Config) -> float:
+    def horizon_epochs(self, config: Config) -> float:
         return config.max_epoch
 
 

@@ -8,13 +8,17 @@ from typing import Any
 
 from src.cli.config import Affects, Config, default_values, keys_affecting
 from src.cli.flags import current_keys
+from src.dataset.batches import global_batch_size
+from src.dataset.image_set import are_numbers_sorted_as_text
 from src.distributed.communicator import Communicator
-from src.inference.checkpoint_model import infer_model_settings
+from src.inference.checkpoint_model import infer_model_settings, recorded_classes
+from src.models.networks import count_classes
 from src.models.published_weights import local_weights
 from src.models.weight_files import Arrays, read_weights
-from src.models.weights import Head, assign_weights, count_classes
-from src.runs.checkpoint import TrainingState, checkpoint_place, read_training_state
-from src.runs.run_folder import RunFolder
+from src.models.weights import Head, assign_weights
+from src.runs.checkpoint import TrainingState, read_training_state
+from src.runs.checkpoint_files import NO_POSITION, checkpoint_position
+from src.runs.run_folder import RunFolder, run_date
 from src.training.schedules import create_schedule
 from src.training.trainer import Trainer
 from src.utils.errors import UserError
@@ -62,6 +66,9 @@ class PretrainedWeights:
         """
         config = trainer.config
         other_classes = self.class_to_index not in (None, trainer.class_to_index)
+        if self.class_to_index is None:
+            # Nobody knows in which order the classes of such weights are.
+            other_classes = are_numbers_sorted_as_text(trainer.class_to_index)
         if other_classes and not config.allow_head_mismatch:
             raise UserError(
                 f"the classifier of '{self.path}' is for other classes than the data; "
@@ -72,15 +79,20 @@ class PretrainedWeights:
             head = Head.LOAD
         left_out = assign_weights(trainer.network, self.arrays, self.path, head)
         trainer.recorder.start(trainer.class_to_index)
-        trainer.starts_trained = not left_out
+        trainer.has_pretrained_classifier = not left_out
         message = f"starting from {self.path}"
+        if not left_out and self.class_to_index is None:
+            names = ", ".join([*trainer.class_to_index][:_KEYS_SHOWN])
+            message += f", which records no class names; assuming {names}, ... in this order"
         if left_out:
             message += (
                 f" without {', '.join(left_out)}: the classifier starts from random weights, for "
                 f"{config.num_classes} classes"
             )
             before = count_classes(self.arrays, config.network)
-            if before is not None:
+            if set(self.class_to_index or ()) == set(trainer.class_to_index):
+                message += f", which '{self.path}' has in another order"
+            elif before is not None:
                 other = " other" if before == config.num_classes else ""
                 message += f" instead of {before}{other}"
         return message
@@ -111,28 +123,52 @@ class ResumePoint:
             UserError: if the run would form other global batches than before.
         """
         check_images(self, trainer)
-        state, lines = self.state, []
+        state, lines = self._set_aside_later_checkpoints(trainer)
         evaluates = trainer.data.validation is not None
         is_same = state.validation in (None, trainer.fingerprints[1])
         if state.best_top1 >= 0 and evaluates and not is_same:
             # Accuracies on other images cannot be compared.
             state = replace(state, best_top1=-1.0, best_loss=math.inf, since_best=0)
             lines.append(
-                f"{WARNING}the validation images are not those of before: what was best on those "
-                "no longer counts"
+                f"{WARNING}the validation images have changed, so the best accuracy starts again"
             )
         # A run can be killed after it wrote best.ckpt and before it wrote the epoch's checkpoint.
         is_best = self.path.name == "best.ckpt"
         trainer.restore(state, self.arrays, self.path, is_unsaved=is_best)
         if trainer.config.input_pipeline == "mindspore" and not state.finished_epoch:
             lines.append(
-                f"{WARNING}input_pipeline=mindspore: the rest of the epoch is augmented otherwise "
-                "than without the interruption"
+                f"{WARNING}input_pipeline=mindspore: augmentations in the rest of the epoch differ "
+                "from those of an uninterrupted run"
             )
+        if trainer.finished_reason:
+            lines.append(f"nothing is left to train: {trainer.finished_reason}")
         message = resume_message(
             self, trainer.communicator.size, trainer.threads, trainer.kernels.name
         )
         return "\n".join([message, *lines])
+
+    def _set_aside_later_checkpoints(self, trainer: Trainer) -> tuple[TrainingState, list[str]]:
+        """The state after checkpoints of later steps are set aside, and messages on that.
+
+        The run does those steps again, and the next --resume=auto must not take the former ones.
+        """
+        folder, position = self.run_folder, self.state.position
+        saved = folder.saved_checkpoints()
+        later = [file for file in saved if checkpoint_position(file) > position]
+        best_is_later = folder.best.is_file() and _position_of_best(folder.best) > position
+        later += [folder.best] * best_is_later
+        # Only rank 0's folder counts, as other hosts may have none.
+        later, best_is_later = trainer.communicator.broadcast_object((later, best_is_later))
+        if not later or trainer.config.dry_run:
+            return self.state, []
+        if trainer.communicator.is_root:
+            folder.set_aside(later)
+            folder.point_latest_at(self.path)
+        names = ", ".join(file.name for file in later)
+        message = f"{WARNING}moved checkpoints of later steps to {folder.superseded}: {names}"
+        if not best_is_later:
+            return self.state, [message]
+        return replace(self.state, best_top1=-1.0, best_loss=math.inf, since_best=0), [message]
 
 
 Start = RandomWeights | PretrainedWeights | ResumePoint
@@ -154,7 +190,9 @@ def read_pretrained(name: str, flags: Mapping[str, Any]) -> PretrainedWeights:
         )
     settings = infer_model_settings(arrays, metadata, Path(path), flags)
     settings.pop("num_classes", None)
-    return PretrainedWeights(path, arrays, settings, metadata.get("class_to_index"))
+    classes = count_classes(arrays, settings.get("network", flags.get("network", "")))
+    class_to_index = recorded_classes(metadata, Path(path), classes) if classes else None
+    return PretrainedWeights(path, arrays, settings, class_to_index)
 
 
 def choose_start(
@@ -201,7 +239,7 @@ def find_resume_point(config: Config, communicator: Communicator) -> ResumePoint
 
 
 def check_images(point: ResumePoint, trainer: Trainer) -> None:
-    """Raise UserError if the resumed run would form other global batches than before."""
+    """Raise UserError if the resumed run would form other global batches or targets than before."""
     state, steps_per_epoch = point.state, trainer.steps_per_epoch
     is_other = (
         state.class_to_index != trainer.class_to_index
@@ -213,10 +251,23 @@ def check_images(point: ResumePoint, trainer: Trainer) -> None:
             f"'{point.path}' was trained on other images than data_path has now; give the same "
             f"data, or start a new run from its weights with --checkpoint_file_path={point.path}"
         )
+    teacher = trainer.teacher.checksum if trainer.teacher is not None else None
+    if state.teacher not in (None, teacher):
+        raise UserError(
+            f"the file teacher={trainer.config.teacher} is not the network that '{point.path}' "
+            "learned from; give the same file, or start a new run from its weights with "
+            f"--checkpoint_file_path={point.path}"
+        )
+    before, now = _global_batch(state), trainer.batches.global_batch_size
+    if before != now:
+        raise UserError(
+            f"'{point.path}' made steps of {before} images and this run would make steps of {now}; "
+            f"keep the global batch: --global_batch_size={before}"
+        )
     if state.steps_per_epoch != steps_per_epoch:
         raise UserError(
             f"'{point.path}' made {state.steps_per_epoch} steps per epoch and this run would "
-            f"make {steps_per_epoch}; keep the data and the global batch (--global_batch_size)"
+            f"make {steps_per_epoch}; keep the data"
         )
 
 
@@ -247,6 +298,12 @@ def resume_message(point: ResumePoint, size: int, threads: Sequence[int], kernel
     return "\n".join(lines)
 
 
+def _global_batch(state: TrainingState) -> int:
+    """Images per step of the run that wrote ``state``."""
+    config = Config(**current_keys({**default_values(), **state.config}))
+    return global_batch_size(config, state.world_size)
+
+
 def _counts(threads: Sequence[int]) -> str:
     return str(threads[0]) if len(set(threads)) == 1 else ", ".join(map(str, threads))
 
@@ -254,28 +311,36 @@ def _counts(threads: Sequence[int]) -> str:
 def _newest_first(output_path: str) -> list[str]:
     """Checkpoints of the runs under ``output_path``.
 
-    The newest run comes first, judging from its name, which is its date; in a run, the most steps.
+    The newest run comes first, judging from its name, which begins with its date; of copies of a
+    run the one with the most steps; in a run, the most steps.
     """
-    runs = (folder for folder in Path(output_path).glob("*/") if (folder / "ckpt_0").is_dir())
+    runs = [
+        RunFolder(folder) for folder in Path(output_path).glob("*/") if (folder / "ckpt_0").is_dir()
+    ]
+
+    def age(run: RunFolder) -> tuple[Any, ...]:
+        positions = map(checkpoint_position, run.saved_checkpoints())
+        return *run_date(run.path), max(positions, default=NO_POSITION), run.path.name
+
     paths: list[Path] = []
-    for run in sorted(runs, reverse=True):
+    for run in (folder.path for folder in sorted(runs, key=age, reverse=True)):
         files = [f for f in (run / "ckpt_0").glob("*.ckpt") if not f.name.startswith(".")]
-        files.sort(key=checkpoint_place, reverse=True)
+        files.sort(key=checkpoint_position, reverse=True)
         best = run / "best.ckpt"
         if best.is_file():
-            place = _place_of_best(best)
-            files.insert(sum(checkpoint_place(file) >= place for file in files), best)
+            position = _position_of_best(best)
+            files.insert(sum(checkpoint_position(file) >= position for file in files), best)
         paths += files
     return [str(path) for path in paths]
 
 
-def _place_of_best(file: Path) -> tuple[int, int]:
-    """(epoch, steps in it) that best.ckpt records; (0, 0) if it cannot be read."""
+def _position_of_best(file: Path) -> tuple[int, int]:
+    """(epoch, steps in it) that best.ckpt records; NO_POSITION if it cannot be read."""
     try:
         state, _ = read_training_state(str(file))
     except UserError:
-        return 0, 0
-    return state.epoch, state.step - (state.epoch - 1) * state.steps_per_epoch
+        return NO_POSITION
+    return state.position
 
 
 def _try_to_read(path: str, config: Config) -> tuple[tuple[TrainingState, Arrays] | None, str]:
@@ -292,6 +357,9 @@ def _try_to_read(path: str, config: Config) -> tuple[tuple[TrainingState, Arrays
 def _check_same_training(path: str, state: TrainingState, config: Config) -> None:
     """Raise UserError if a key that affects the computation has changed."""
     fixed = keys_affecting(Affects.MODEL, Affects.GRAPH, Affects.TRAINING)
+    if config.bad_samples == "replace":
+        # It decides which images are replaced.
+        fixed |= {"max_pixels"}
     # A key that did not exist yet had the meaning of its default.
     stored = current_keys({**default_values(), **state.config})
     present = config.model_dump(mode="json")
@@ -302,14 +370,14 @@ def _check_same_training(path: str, state: TrainingState, config: Config) -> Non
         key for key in Config.model_fields if key in fixed and stored.get(key) != present[key]
     ]
     if set(differing) & {"max_epoch", "T_max"} and _has_steps_left(state, config):
-        before, now = _schedule_length(stored), _schedule_length(present)
+        before, now = _schedule_horizon(stored), _schedule_horizon(present)
         if before == now:
             differing = [key for key in differing if key not in ("max_epoch", "T_max")]
         elif differing == ["max_epoch"] and config.lr_scheduler == "cosine_annealing":
             raise UserError(
-                f"'{path}' is of a run with max_epoch={stored['max_epoch']}, on which its learning "
-                f"rates depend; to train longer add --T_max={before:g}, which keeps them as they "
-                "were"
+                f"'{path}' belongs to a run with max_epoch={stored['max_epoch']}, which its "
+                f"learning rates depend on; to train longer, add --T_max={before:g}, which keeps "
+                "the schedule"
             )
     if differing:
         shown = ", ".join(
@@ -324,6 +392,6 @@ def _has_steps_left(state: TrainingState, config: Config) -> bool:
     return state.step <= config.max_epoch * state.steps_per_epoch
 
 
-def _schedule_length(values: Mapping[str, Any]) -> float | None:
+def _schedule_horizon(values: Mapping[str, Any]) -> float | None:
     """Number of epochs on which the learning rates depend, or None."""
-    return create_schedule(Config(**values)).length
+    return create_schedule(Config(**values)).horizon_epochs

@@ -54,10 +54,10 @@ class TrainStep:
     Args:
         statistics: running means and variances, which are averaged over ranks.
         extra_inputs: gives the network its dropout masks.
-        compile_graph: called with (cell, inputs) before the first pass, to take its graph from a
+        compile_graph: called with (cell, inputs) before the first pass, to load the graph from a
             cache; None compiles it.
-        kernel_statistics: those of the statistics whose new values come out of the backward pass,
-            in the place of gradients.
+        kernel_statistics: the running statistics whose new values the backward pass returns
+            instead of gradients.
     """
 
     def __init__(
@@ -124,10 +124,12 @@ class TrainStep:
         self, batch: Batch, step: int, micro_step: int
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(loss, gradient of each parameter that is trained now)."""
-        inputs = (Tensor(batch.images), Tensor(batch.labels), *self._extra_inputs(step, micro_step))
+        inputs = Tensor(batch.images), Tensor(batch.labels)
         if self.optimizer.backbone_frozen:
+            # In inference mode nothing is dropped, so no mask is passed.
             with self._network.with_frozen_backbone():
                 return self._classifier_only(*inputs)
+        inputs += self._extra_inputs(step, micro_step)
         if self._compile_graph is not None:
             self._compile_graph(self._forward_backward, inputs)
             self._compile_graph = None
@@ -154,7 +156,7 @@ class NetworkWithLoss(nn.Cell):
 class ForwardBackward(nn.Cell):
     """(images, targets, dropout mask or None) -> (loss, gradients of the parameters, in order).
 
-    For running statistics, the kernels return new values in the place of gradients
+    For running statistics, the kernels return new values instead of gradients
     (src/kernels/operations.py).
     """
 
@@ -182,8 +184,8 @@ class GradScaler:
     """Loss scaling for float16 gradients (Micikevicius et al., arXiv:1710.03740, section 3.2).
 
     The loss is multiplied by ``value`` before the backward pass, and the gradients are divided by
-    it after. A step whose gradients are not all finite is skipped. A dynamic scale is halved then,
-    and doubled after 2,000 good steps.
+    it after. A step whose gradients are not all finite is skipped, and a dynamic scale is then
+    halved; after 2,000 good steps it is doubled.
 
     Attributes:
         value: the scale of the next step; 1 if not active.
@@ -200,8 +202,7 @@ class GradScaler:
     @classmethod
     def of(cls, config: Config) -> "GradScaler":
         """From the keys amp_level, loss_scale and is_dynamic_loss_scale."""
-        # CPU computes in bfloat16, whose range is that of float32.
-        if config.device_target == "CPU" or config.precision == "O0":
+        if not config.scales_loss:
             return cls()
         return cls(config.loss_scale, config.is_dynamic_loss_scale, active=True)
 
@@ -225,11 +226,11 @@ class GradScaler:
 
 
 class DropoutMasks:
-    """Masks of dropout or stochastic depth for one rank, a function of (seed, step, sample).
+    """Dropout or stochastic-depth masks of one rank, a function of (seed, step, sample).
 
-    So resumed and redistributed runs drop the same. Sample k of a step's global batch draws
-    from its own stream of a Philox generator (Salmon et al. 2011) keyed by (seed, step), whichever
-    rank has it.
+    Resumed runs, and runs on another number of ranks, therefore drop the same units. Sample k of a
+    step's global batch draws from its own stream of a Philox generator (Salmon et al. 2011) keyed
+    by (seed, step), whichever rank has it.
 
     Args:
         probabilities: with which each unit or residual branch of a sample is dropped.
@@ -239,26 +240,25 @@ class DropoutMasks:
     def __init__(
         self, probabilities: Sequence[float], config: Config, rank: int, size: int
     ) -> None:
-        # Values of 16 bits below the limit drop.
-        self._limits = np.round(np.array(probabilities) * 2**_DROPOUT_BITS).astype(np.int64)
+        # A unit is dropped if its 16-bit draw is below its limit.
+        limits = np.round(np.array(probabilities) * 2**_DROPOUT_BITS)
+        self._limits = np.minimum(limits, 2**_DROPOUT_BITS - 1).astype(np.uint16)
         self._seed = config.seed
         self._batch, self._rank, self._size = micro_batch_size(config, size), rank, size
 
     def __call__(self, step: int, micro_step: int) -> Tensor:
-        """(B, number of probabilities) uint8, 1 for what is kept in a micro-batch of ``step``."""
-        first = micro_step * self._batch
-        samples = ((first + slot) * self._size + self._rank for slot in range(self._batch))
-        return Tensor(np.stack([self._row(step, sample) for sample in samples]))
-
-    def _row(self, step: int, sample: int) -> np.ndarray:
-        # The top bits of the second key word keep these streams apart from those of samples and of
-        # the order of an epoch.
-        key = np.array([self._seed, 2**62 + step], np.uint64)
-        counter = np.array([0, sample, 0, 0], np.uint64)
+        """(B, number of probabilities) uint8, 1 where a micro-batch of ``step`` keeps a unit."""
         width = len(self._limits)
         words = math.ceil(width * _DROPOUT_BITS / 64)
-        draws = np.random.Philox(key=key, counter=counter).random_raw(words).view(np.uint16)
-        return (draws[:width] >= self._limits).astype(np.uint8)
+        # The top bits of the second key word separate these streams from those that augment
+        # samples and shuffle epochs.
+        key = np.array([self._seed, 2**62 + step], np.uint64)
+        draws = np.empty((self._batch, words), np.uint64)
+        for slot in range(self._batch):
+            sample = (micro_step * self._batch + slot) * self._size + self._rank
+            counter = np.array([0, sample, 0, 0], np.uint64)
+            draws[slot] = np.random.Philox(key=key, counter=counter).random_raw(words)
+        return Tensor((draws.view(np.uint16)[:, :width] >= self._limits).view(np.uint8))
 
 
 def dropout_masks(

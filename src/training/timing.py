@@ -1,12 +1,12 @@
-"""Where the time goes: images per second, per-rank times, and the rank the others wait for."""
+"""Timing of training: images per second, per-rank times, and the rank the others wait for."""
 
 import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# A slow rank is reported if it costs the others this fraction of their time, and so many seconds.
+# Report a slow rank if it costs the others this fraction of their time, and this many seconds.
 _FRACTION, _SECONDS = 0.10, 1.0
-# Waiting for images is reported if it takes this fraction of the time, and _SECONDS in each rank.
+# Report waiting for images if it takes this fraction of the time, and _SECONDS per rank.
 _SLOW_INPUT = 0.25
 
 
@@ -50,7 +50,7 @@ def slowest_rank_message(times: Sequence[RankTimes], hosts: Sequence[str]) -> st
 
 
 def slow_input_message(times: Sequence[RankTimes]) -> str | None:
-    """A message if the ranks wait for images in a good part of their time.
+    """A message if the ranks spend a large fraction of the time waiting for images.
 
     Args:
         times: one per rank.

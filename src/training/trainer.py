@@ -4,7 +4,7 @@ import math
 import signal
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -19,8 +19,9 @@ from src.dataset.imagefolder import MindSporeTrainBatches
 from src.dataset.splits import TrainingData
 from src.distributed.communicator import Communicator
 from src.distributed.stopping import GracefulStop
-from src.inference.backends import MindSporeBackend
-from src.inference.evaluation import EvalResult, Evaluator, nonfinite_message, undecodable_message
+from src.inference.evaluation import EvalResult, Evaluator, undecodable_message
+from src.inference.metrics import nonfinite_message
+from src.inference.mindspore_backend import MindSporeBackend
 from src.kernels.library import KernelChoice
 from src.models.layers import ImageClassifier
 from src.models.weight_files import Arrays
@@ -88,21 +89,21 @@ class Trainer:
     """Trains ``network`` on the training images. Every rank creates one.
 
     Args:
-        recorder: reports and saves.
-        kernels: the kernels that ``network`` computes with, for the record.
+        recorder: logs, saves and plots.
+        kernels: the kernels that ``network`` computes with; checkpoints record their name.
 
     Attributes:
         class_to_index, labels_checksum: class map and checksum of the labels of the training
             images.
-        fingerprints: of the training and the validation images; without any, of those that the
-            resumed run evaluated last, or None.
+        fingerprints: checksums of the training images and of the validation images. Without
+            validation images, the second is that of the resumed run's last evaluation, or None.
         threads: number of cores of each rank.
-        starts_trained: whether the weights to start from fit the classes, so that their accuracy
-            says something.
-        teacher: a network from whose predictions to learn as well, or None.
+        has_pretrained_classifier: whether the initial weights include a classifier for these
+            classes, so that evaluating them is meaningful.
+        teacher: the network to distil from, or None.
     """
 
-    starts_trained = False
+    has_pretrained_classifier = False
     teacher: Teacher | None = None
 
     def __init__(
@@ -141,7 +142,8 @@ class Trainer:
         # Whether the epoch of the last step was evaluated and recorded, and whether its checkpoint
         # is still missing.
         self._epoch_is_finished, self._is_unsaved = True, False
-        self._first_top1 = self._last_top1 = 0.0
+        self._first_top1 = 0.0
+        self._last_top1: float | None = None
         self._rates, self._times = StepRates(self.batches.global_batch_size), RankTimes()
 
     def restore(self, state: TrainingState, arrays: Arrays, path: Path, is_unsaved: bool) -> None:
@@ -158,10 +160,11 @@ class Trainer:
         self.best = BestSoFar(state.best_top1, state.best_loss, state.since_best)
         self.sums = EpochSums(**state.epoch_sums)
         self._epoch_is_finished, self._is_unsaved = state.finished_epoch, is_unsaved
+        self._first_top1 = state.first_top1
         if self._stops_early:
             self.last_step = self.first_step
         if self.data.validation is None:
-            # What was best stays so until these images are evaluated again.
+            # Keep the images of the best result on record until they are evaluated again.
             self.fingerprints = self.fingerprints[0], state.validation
         self.recorder.resume(state, self.class_to_index)
 
@@ -175,7 +178,7 @@ class Trainer:
         self.step.broadcast([*self.network.get_parameters(), *self._averages])
         if self.average is not None and self.first_step == 0:
             self.average.start()
-        before = self._evaluate() if self.starts_trained else None
+        before = self._evaluate() if self.has_pretrained_classifier else None
         if before is not None:
             self._first_top1 = before.top1
             self.recorder.log(f"before training: {before.text}")
@@ -184,31 +187,12 @@ class Trainer:
         batches = prefetch(
             self.batches, self.first_step * micro_steps, self.last_step * micro_steps
         )
-        # A run of one or two steps has no others to time.
-        first_timed = min(self.first_step + _WARMUP_STEPS, self.last_step - 1)
         with self._progress() as progress:
             for step in range(self.first_step, self.last_step):
                 if step == self.first_step or step % self.steps_per_epoch == 0:
                     self._begin_epoch(step, progress)
-                started = time.perf_counter()
-                micro_batches = list(islice(batches, micro_steps))
-                fetched = time.perf_counter()
-                micro_batches = self.taught(micro_batches)
                 lr = self.schedule(step, self.steps_per_epoch)
-                result = self.step(micro_batches, lr, step)
-                computed = time.perf_counter()
-                # All ranks must learn of a signal in the same step.
-                loss, stop_signal = self._share_result(result, micro_batches, stop)
-                if step >= first_timed:
-                    shared = time.perf_counter()
-                    reduction = result.seconds["allreduce"]
-                    self._rates.add_step(shared - started)
-                    self._times = self._times.plus(
-                        input=fetched - started,
-                        compute=computed - fetched - reduction,
-                        waiting=shared - computed + reduction,
-                    )
-                self._check_finite(result, loss, step, lr)
+                loss, stop_signal = self._train_step(batches, lr, step, stop)
                 if self.average is not None:
                     self.average.update(step + 1)
                 progress.update(step, loss, lr)
@@ -219,10 +203,6 @@ class Trainer:
                     progress.end_epoch()
                     self._finish_epoch(step + 1)
                     if self._stops_early:
-                        self.recorder.log(
-                            f"no improvement in {self.best.evaluations_since} evaluations: "
-                            "stopping early"
-                        )
                         break
                 elif self._saves_at(step + 1):
                     self.recorder.save(*self._state(step + 1))
@@ -231,14 +211,46 @@ class Trainer:
             self.average.move_to_network()
         return self._rates.total()
 
-    def taught(self, micro_batches: list[Batch]) -> list[Batch]:
-        """The micro-batches with what the teacher says of them."""
+    def _train_step(
+        self, batches: Iterator[Batch], lr: float, step: int, stop: GracefulStop | None
+    ) -> tuple[float, int]:
+        """Train on the next batch.
+
+        Returns:
+            (mean loss over ranks, number of the signal that any rank received, or 0).
+
+        Raises:
+            UserError: if the loss or a gradient is not finite.
+        """
+        started = time.perf_counter()
+        micro_batches = list(islice(batches, self.config.accumulation_steps))
+        fetched = time.perf_counter()
+        result = self.step(self.with_teacher_targets(micro_batches), lr, step)
+        computed = time.perf_counter()
+        # All ranks must learn of a signal in the same step.
+        loss, stop_signal = self._share_result(result, micro_batches, stop)
+        shared = time.perf_counter()
+        # A run of one or two steps has no others to time.
+        if step >= min(self.first_step + _WARMUP_STEPS, self.last_step - 1):
+            reduction = result.seconds["allreduce"]
+            self._rates.add_step(shared - started)
+            self._times = self._times.plus(
+                input=fetched - started,
+                compute=computed - fetched - reduction,
+                waiting=shared - computed + reduction,
+            )
+        self._check_finite(result, loss, step, lr)
+        return loss, stop_signal
+
+    def with_teacher_targets(self, micro_batches: list[Batch]) -> list[Batch]:
+        """The micro-batches with the teacher's predictions mixed into their targets."""
         return micro_batches if self.teacher is None else list(map(self.teacher, micro_batches))
 
-    def loss_of_accuracy(self) -> str | None:
+    def accuracy_drop_warning(self) -> str | None:
         """A warning if training ended below the accuracy of the weights that it began with."""
-        ended = self.best.top1 if self.config.deploy == "best" else self._last_top1
-        if ended >= self._first_top1:
+        takes_best = self.config.deploy == "best" and self.best.top1 >= 0
+        ended = self.best.top1 if takes_best else self._last_top1
+        if ended is None or ended >= self._first_top1:
             return None
         return (
             f"{WARNING}training ended with {ended:.2f} % top-1, below the {self._first_top1:.2f} % "
@@ -279,9 +291,9 @@ class Trainer:
         parameter = result.nonfinite_parameter
         if result.skipped or (math.isfinite(loss) and parameter is None):
             return
-        what = "the gradients are finite"
+        what = "although the gradients are finite"
         if parameter:
-            what = f"the gradient of {parameter} is not finite"
+            what = f"and the gradient of {parameter} is not finite"
         last = self.communicator.broadcast_object(self.recorder.last_checkpoint())
         saved = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         raise UserError(
@@ -310,49 +322,66 @@ class Trainer:
         """Do what an interrupted run did not get to between its last step and the next epoch."""
         if self._ends_epoch(self.first_step) and not self._epoch_is_finished:
             self._finish_epoch(self.first_step)
+            if self._stops_early:
+                self.last_step = self.first_step
         elif self._is_unsaved:
             self._save_if_due(self.first_step)
 
     def _finish_epoch(self, step: int) -> None:
         """Report the epoch that ended with ``step``; evaluate and save as configured."""
+        metrics = self._epoch_metrics(step)
+        if step % self.steps_per_epoch == 0:
+            self.sums, self._epoch_is_finished = EpochSums(), True
+        is_due = self._evaluates_after(step)
+        result = self._evaluate() if is_due or step == self.last_step else None
+        times = self.communicator.all_gather(self._times)
+        self._times = RankTimes()
+        metrics |= {} if result is None else _validation_metrics(result)
+        metrics["rank_seconds"] = [[round(seconds, 3) for seconds in rank] for rank in times]
+        self.recorder.add_epoch(metrics)
+        messages = slowest_rank_message(times, self.communicator.hosts), slow_input_message(times)
+        for message in filter(None, messages):
+            self.recorder.log(message)
+        if result is not None:
+            self._last_top1 = result.top1
+            self._keep_best(step, metrics, is_due)
+        self._save_if_due(step)
+        if self._stops_early:
+            self.recorder.log(
+                f"no improvement in {self.best.evaluations_since} evaluations: stopping early"
+            )
+        self.communicator.barrier()
+
+    def _epoch_metrics(self, step: int) -> dict[str, Any]:
+        """{name: value} of the epoch that ended with ``step``, without its evaluation."""
         epoch = self._epoch_of(step)
-        metrics: dict[str, Any] = {
+        return {
             "epoch": epoch,
             "step": step,
             **self.sums.metrics(step - (epoch - 1) * self.steps_per_epoch),
             "lr": self.schedule(step - 1, self.steps_per_epoch),
             "images_per_second": round(self._rates.since_last(), 2),
         }
-        if step % self.steps_per_epoch == 0:
-            self.sums, self._epoch_is_finished = EpochSums(), True
-        is_due = step == self.last_step or epoch % self.config.eval_interval == 0
-        result = self._evaluate() if is_due else None
-        if result is not None:
-            metrics |= {
-                "top1": round(result.top1, 4),
-                "top5": round(result.top5, 4),
-                "correct": result.correct,
-                "val_images": result.images,
-                "val_loss": round(result.loss, 6),
-                "class_top1": result.class_top1,
-            }
-        times = self.communicator.all_gather(self._times)
-        metrics["rank_seconds"] = [[round(seconds, 3) for seconds in rank] for rank in times]
-        self._times = RankTimes()
-        self.recorder.add_epoch(metrics)
-        for message in (
-            slowest_rank_message(times, self.communicator.hosts),
-            slow_input_message(times),
-        ):
-            if message:
-                self.recorder.log(message)
-        if result is not None:
-            self._last_top1 = result.top1
-            self.best = self.best.after(metrics["top1"], metrics["val_loss"])
-            if self.best.evaluations_since == 0:
-                self.recorder.save_best(*self._state(step))
-        self._save_if_due(step)
-        self.communicator.barrier()
+
+    def _keep_best(self, step: int, metrics: Mapping[str, Any], is_due: bool) -> None:
+        """Save best.ckpt after ``step`` if its evaluation is the best so far.
+
+        Args:
+            is_due: whether the run would evaluate here without --max_steps.
+        """
+        best = self.best.after(metrics["top1"], metrics["val_loss"])
+        is_best = best.evaluations_since == 0
+        if is_due:
+            self.best = best
+        elif is_best and self.best.top1 >= 0:
+            # A run without this stop would not know it, and a resumed run is the same run.
+            self.recorder.log(
+                "best.ckpt is unchanged: this evaluation happens only because of "
+                f"--max_steps={step}"
+            )
+            return
+        if is_best:
+            self.recorder.save_best(*self._state(step))
 
     def _evaluate(self) -> EvalResult | None:
         if self.evaluator is None:
@@ -394,6 +423,8 @@ class Trainer:
             loss_scale=self.step.grad_scaler.state(),
             images=self.fingerprints[0],
             validation=self.fingerprints[1],
+            teacher=self.teacher.checksum if self.teacher is not None else None,
+            first_top1=self._first_top1,
         )
         return state, self.network, self._state_parameters
 
@@ -410,9 +441,27 @@ class Trainer:
     def _stops_early(self) -> bool:
         return 0 < self.config.early_stopping <= self.best.evaluations_since
 
+    @property
+    def finished_reason(self) -> str | None:
+        """Why a resumed run has no steps to do; None if it has."""
+        if self.first_step < self.last_step:
+            return None
+        if self.first_step == self.steps_per_epoch * self.config.max_epoch:
+            return f"it has done its {self.config.max_epoch} epochs"
+        if self._stops_early:
+            count = self.config.early_stopping
+            return f"it stopped early, after {count} evaluations without improvement"
+        return f"it has done {self.first_step} steps of --max_steps={self.config.max_steps}"
+
     def _epoch_of(self, step: int) -> int:
         """The epoch, from 1, that the step before ``step`` belongs to."""
         return math.ceil(step / self.steps_per_epoch)
+
+    def _evaluates_after(self, step: int) -> bool:
+        """Whether the run evaluates after ``step`` wherever --max_steps stops it."""
+        epoch, rest = divmod(step, self.steps_per_epoch)
+        is_last = epoch == self.config.max_epoch
+        return rest == 0 and (is_last or epoch % self.config.eval_interval == 0)
 
     def _ends_epoch(self, step: int) -> bool:
         return step % self.steps_per_epoch == 0 or step == self.last_step
@@ -420,3 +469,15 @@ class Trainer:
     def _saves_at(self, step: int) -> bool:
         interval = self.config.ckpt_interval_steps
         return interval > 0 and step % interval == 0
+
+
+def _validation_metrics(result: EvalResult) -> dict[str, Any]:
+    """{name: value} of an evaluation, as metrics.jsonl has them."""
+    return {
+        "top1": round(result.top1, 4),
+        "top5": round(result.top5, 4),
+        "correct": result.correct,
+        "val_images": result.images,
+        "val_loss": round(result.loss, 6),
+        "class_top1": result.class_top1,
+    }

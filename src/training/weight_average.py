@@ -32,19 +32,19 @@ class WeightAverage:
         ]
 
     def start(self) -> None:
-        """Begin with the weights as they are."""
+        """Initialise the averages with the current weights."""
         for average, weight in self._pairs():
             average[...] = weight
 
     def update(self, updates: int) -> None:
-        """Take in the weights after update number ``updates``, counted from 1."""
+        """Update the averages with the weights after update number ``updates``, counted from 1."""
         decay = np.float32(min(self._decay, (1 + updates) / (10 + updates)))
         for average, weight in self._pairs():
             average += (1 - decay) * (weight - average)
 
     @contextmanager
     def in_network(self) -> Iterator[None]:
-        """Within this context the network has the averages."""
+        """A context in which the network holds the averages."""
         self._exchange()
         try:
             yield
@@ -52,7 +52,7 @@ class WeightAverage:
             self._exchange()
 
     def move_to_network(self) -> None:
-        """Give the network the averages for good."""
+        """Copy the averages into the network."""
         for average, weight in self._pairs():
             weight[...] = average
 

@@ -35,7 +35,7 @@ def prepare_process(device_target: str = "CPU") -> None:
     # With AVX-512, the oneDNN inside MindSpore falls back to its reference convolution for plain
     # layouts: a step is 6 to 25 times slower than with AVX2 (benchmarks/README.md).
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
-    # Of images that are too large the decoder says so itself; the others are about metadata.
+    # Our decoder reports oversized images itself; Pillow's other warnings are about metadata.
     warnings.filterwarnings("ignore", module="PIL")
     if device_target == "GPU":
         prepare_gpu()
@@ -100,7 +100,7 @@ def compile_for_new_gpu(device_id: int, *more_libraries: Path) -> None:
     """Compile MindSpore's kernels for a GPU that is newer than they are, once per machine.
 
     Args:
-        more_libraries: others whose kernels will be needed.
+        more_libraries: further libraries with kernels to compile, such as NCCL.
     """
     mindspore = find_spec("mindspore")
     if mindspore is not None and mindspore.origin:

@@ -48,7 +48,7 @@ def download(
         sha256: beginning of the file's SHA-256 in hexadecimal digits; "" if only the server may
             know it.
         what: what to call the file in the message that announces the download.
-        is_valid: whether a file, from its content, is of the right kind; another is not kept.
+        is_valid: checks the content of the downloaded file; a file that fails is deleted.
 
     Raises:
         NotFound: if the server has no such file.
@@ -88,7 +88,9 @@ def checked_address(url: str) -> str:
     except ValueError:
         is_address = False
     if not is_address:
-        raise UserError(f"'{url}' is no address: it must be https://HOST/FILE or http://HOST/FILE")
+        raise UserError(
+            f"'{url}' is not an address: it must be https://HOST/FILE or http://HOST/FILE"
+        )
     if parts.username is not None:
         raise UserError(
             f"the address of {parts.hostname} has a user name or password, which would be shown in "
@@ -168,14 +170,14 @@ def _continue(url: str, partial: Path, sha256: str) -> str:
                 raise UserError(f"{url} is a web page, not a file")
             expected = sha256 or redirects.sha256 or _sent_sha256(answer.headers)
             if answer.status == 206 and not expected:
-                # It may have become another file since.
+                # The file on the server may have changed since.
                 partial.unlink()
                 return _continue(url, partial, sha256)
             _receive(answer, partial, done if answer.status == 206 else 0)
             return expected
     except urllib.error.HTTPError as failure:
         if failure.code == 416 and done:
-            # There is no more, or the part is of another file.
+            # The file is complete, or the partial file belongs to another one.
             if expected := sha256 or redirects.sha256 or _sent_sha256(failure.headers):
                 return expected
             partial.unlink()
@@ -226,7 +228,7 @@ def _sha256(path: Path) -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file; the system releases it when the process ends, however."""
+    """Hold the lock of a file; the system releases it when the process ends in any way."""
     with open(path, "w") as file:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX)

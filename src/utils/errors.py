@@ -20,7 +20,7 @@ class PartialFailure(UserError):
 
 
 class DamagedImage(UserWarning):
-    """An image file can be decoded, but what is in it does not fit together."""
+    """An image file that decodes, although its content is inconsistent."""
 
 
 class TrainingInterrupted(Exception):

@@ -2,8 +2,10 @@
 
 import os
 import re
+import shutil
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ def user_cache() -> Path | None:
     return Path(home) / "acnet-mindspore" if os.path.isabs(home) else None
 
 
-def write_whole(target: str | Path, write: Callable[[Path], Any]) -> None:
+def write_atomically(target: str | Path, write: Callable[[Path], Any]) -> None:
     """Write ``target`` through another name in its folder, flush it to disk, and rename it.
 
     Args:
@@ -32,14 +34,14 @@ def write_whole(target: str | Path, write: Callable[[Path], Any]) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
-        # Libraries have modes of their own, down to a file that nobody else may read.
+        # Some libraries create files that only their owner can read.
         partial.chmod(_mode_of_new_files())
         _flush_to_disk(partial)
         os.replace(partial, target)
         _flush_to_disk(target.parent)
     except UserError:
         raise
-    except Exception as failure:  # libraries have their own kinds for a disk that is full
+    except Exception as failure:  # libraries raise exceptions of their own for a full disk
         reason = (
             getattr(failure, "strerror", None)
             or (str(failure).strip().splitlines() or [type(failure).__name__])[0]
@@ -50,8 +52,30 @@ def write_whole(target: str | Path, write: Callable[[Path], Any]) -> None:
         _remove(target.parent, partial.stem)
 
 
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A path in a new folder next to ``target``, to write to, and others next to it.
+
+    At the end they replace the files of their names in the folder of ``target``. If the context
+    ends with an error, nothing there has changed.
+    """
+    folder = target.parent / f"{_PARTIAL}{os.getpid()}"
+    try:
+        folder.mkdir(parents=True)
+    except OSError as failure:
+        raise UserError(f"cannot write '{target}': {failure.strerror}") from None
+    try:
+        yield folder / target.name
+        for file in sorted(folder.iterdir()):
+            os.replace(file, target.parent / file.name)
+    except UserError as failure:
+        raise UserError(str(failure).replace(str(folder), str(target.parent))) from failure
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def check_writable(target: str | Path) -> None:
-    """Raise UserError, ahead of long work, if ``write_whole`` could not write ``target``."""
+    """Raise UserError, ahead of long work, if ``write_atomically`` could not write ``target``."""
     target = Path(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +90,7 @@ def _partial_of(target: Path) -> Path:
 
 
 def check_ending(key: str, path: str, endings: Sequence[str]) -> None:
-    """Raise UserError if the ending of a file's name does not tell its format.
+    """Raise UserError if the name of a file has none of ``endings``, which decide its format.
 
     Args:
         path: the file that ``key`` names; "" passes.
@@ -98,6 +122,9 @@ def _remove(folder: Path, start: str, inside: str = "") -> None:
     """Remove the files in ``folder`` whose names start with ``start`` and contain ``inside``."""
     for leftover in Path(folder).iterdir() if Path(folder).is_dir() else ():
         if leftover.name.startswith(start) and inside in leftover.name:
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+                continue
             # MindSpore makes its files read-only, which some file systems keep from being removed.
             leftover.chmod(0o600)
             leftover.unlink()

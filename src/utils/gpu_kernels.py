@@ -1,9 +1,9 @@
 """Compiles the kernels of MindSpore's GPU plug-in for a GPU that is newer than the plug-in.
 
 The plug-in has machine code for compute capability 8 and below. Before the first operation on a
-newer GPU, the driver compiles all modules, for minutes on one core, and keeps the result
-("Just-in-Time Compilation", CUDA C++ Programming Guide). Here processes load some of the modules
-each, on all cores, and fill the same cache: once per machine.
+newer GPU, the driver compiles all modules, which takes minutes on one core, and caches the result
+("Just-in-Time Compilation", CUDA C++ Programming Guide). Here several processes, on all cores, load
+some of the modules each and fill the same cache: once per machine.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ _MAJOR_CAPABILITY, _MINOR_CAPABILITY = (
 )  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 # Each takes half a GiB of the GPU's memory. The largest module takes as long as all modules do on
 # 15 processes (an H200, 16 cores).
-_MOST_PROCESSES = 16
+_MAX_PROCESSES = 16
 # A module: magic number, version and size of this header, then the size of what follows
 # (fatbinary_section.h of the CUDA toolkit).
 _HEADER = struct.Struct("<IHHQ")
@@ -34,7 +34,7 @@ _MAGIC = struct.pack("<IHH", 0xBA55ED50, 1, _HEADER.size)
 
 
 class Progress(Protocol):
-    """What is told of each module."""
+    """Told of each compiled module."""
 
     def advance(self) -> None: ...
 
@@ -86,7 +86,7 @@ def _compile(
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
     ):
         count = len(list(modules(content)))
-    processes = min(os.cpu_count() or 1, _MOST_PROCESSES)
+    processes = min(os.cpu_count() or 1, _MAX_PROCESSES)
     environment = {**os.environ, "CUDA_MODULE_LOADING": "EAGER"}
     workers: list[subprocess.Popen[bytes]] = []
     reading, writing = os.pipe()
@@ -150,7 +150,7 @@ def load_share(library: str, device_id: int, number: int, processes: int) -> Non
     with open(library, "rb") as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     start = ctypes.addressof(ctypes.c_char.from_buffer(content))
-    # The largest take longest, so that each process begins with one of them.
+    # The largest modules take longest, so each process begins with one of them.
     for place, _ in sorted(modules(content), key=lambda found: -found[1])[number::processes]:
         _check(driver.cuModuleLoadFatBinary(ctypes.byref(module), ctypes.c_void_p(start + place)))
         _check(driver.cuModuleUnload(module))

@@ -8,7 +8,7 @@ from pathlib import Path
 from src.utils.errors import UserError
 
 # Maximum seconds between lines of progress.
-LINE_S = 30.0
+LINE_S = 10.0
 
 Log = Callable[[str], None]
 # Begins a line about something that the user probably did not want.
@@ -63,6 +63,12 @@ def refuse_warnings(log: Log) -> Log:
 
 def no_log(text: str) -> None:
     """A log that ignores its lines, for ranks other than 0."""
+
+
+def shortened(name: str, length: int) -> str:
+    """``name`` without its middle if it is long: beginnings and endings tell files apart."""
+    half = length // 2
+    return name if len(name) <= length else f"{name[:half]}…{name[-half:]}"
 
 
 def escaped(name: object) -> str:

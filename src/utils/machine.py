@@ -4,6 +4,7 @@ import hashlib
 import os
 import platform
 import re
+import resource
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +13,9 @@ from src.utils.errors import UserError
 
 # Keeps the user's ONEDNN_MAX_CPU_ISA, which this program sets for MindSpore (src/utils/device.py).
 KERNELS_ISA = "ACNET_KERNELS_ISA"
+# MindSpore maps about 3 GB in a process with two cores (docs/troubleshooting.md). With less it
+# ends with an error, aborts or reads what is not there.
+_MIN_ADDRESS_SPACE = 3e9
 _ROOT = Path(__file__).resolve().parents[2]
 _LIBRARIES = ("mindspore", "numpy")
 _CGROUP_LIMITS = (
@@ -73,6 +77,16 @@ def available_bytes() -> float:
         if len(values) == 2 and all(value.isdigit() for value in values):
             limits.append(float(int(values[0]) - int(values[1])))
     return max(min(limits), 0.0)
+
+
+def check_address_space() -> None:
+    """Raise UserError if this process may map less memory than MindSpore does."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < _MIN_ADDRESS_SPACE:
+        raise UserError(
+            f"the address-space limit is {limit / 1e9:.1f} GB, but MindSpore needs "
+            f"{_MIN_ADDRESS_SPACE / 1e9:.0f} GB: raise it with ulimit -v"
+        )
 
 
 def software_versions() -> dict[str, str]:

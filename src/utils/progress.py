@@ -1,4 +1,4 @@
-"""Progress of long tasks and of training: a bar in a terminal, otherwise a line every 30 s."""
+"""Progress of long tasks and of training: a bar in a terminal, otherwise a line every 10 s."""
 
 import sys
 import threading

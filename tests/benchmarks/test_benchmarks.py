@@ -9,6 +9,7 @@ from conftest import ROOT, execute, write_image_folder
 from mindspore import nn
 
 from benchmarks.acnet_claims import pruned_top1
+from src.models.create import create_model
 from src.utils.errors import UserError
 
 
@@ -55,7 +56,7 @@ def test_acnet_study_prints_its_lines_and_figures(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"rotation.png", "skeleton.png"}
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_acnet_claims_turns_the_images_and_prunes_the_kernels(trained_run, image_root, tmp_path):
     run = execute(
         [
@@ -200,7 +201,7 @@ def test_gpu_suite_prints_its_lines(tmp_path):
     assert two_ranks["resumed"] and "TOP1" in digits["last_epoch"]
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_start_up_prints_a_line_with_the_cache_and_one_without():
     run = execute(["python3", "benchmarks/start_up.py", "--networks=cifar_quick:32", "--repeats=1"])
     assert run.status == 0, run
@@ -284,6 +285,44 @@ def test_compare_pytorch_prints_its_line():
         r"per_batch_size=4 "
         r"images_per_second=[\d.]+ pytorch_images_per_second=[\d.]+ pytorch_layout=\w+ "
         r"ratio=[\d.]+",
+        run.out,
+        re.M,
+    ), run
+
+
+@pytest.mark.parametrize("block", ["base", "acb"])
+@pytest.mark.parametrize(
+    "network", ["cifar_quick", "vgg16_cifar", "resnet56_cifar", "wrn16_8_cifar"]
+)
+def test_networks_that_are_timed_have_as_many_parameters_in_pytorch(network, block):
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    from benchmarks.pytorch_cifar import build_cifar
+
+    theirs = sum(parameter.numel() for parameter in build_cifar(network, block).parameters())
+    ours = create_model(network, 10, block).trainable_params()
+    assert theirs == sum(parameter.size for parameter in ours)
+
+
+@pytest.mark.extended
+def test_compare_cifar_prints_its_line(tmp_path):
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    write_image_folder(tmp_path, "train", [f"c{label}" for label in range(10)], 26, (32, 32))
+    run = execute(
+        [
+            "python3",
+            "benchmarks/compare_cifar.py",
+            f"--data_path={tmp_path}",
+            "--networks=cifar_quick",
+            "--blocks=base",
+            "--rounds=1",
+            "--packed=1",
+        ]
+    )
+    assert run.status == 0, run
+    assert re.search(
+        r"^compare_cifar network=cifar_quick block=base packed=1 ranks=\d "
+        r"images_per_second=[\d.]+ pytorch_ranks=\d pytorch_layout=\w+ "
+        r"pytorch_images_per_second=[\d.]+ ratio=[\d.]+$",
         run.out,
         re.M,
     ), run

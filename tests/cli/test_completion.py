@@ -1,10 +1,18 @@
 """TAB completion after `python3 train.py`, in a real bash."""
 
+import re
 import subprocess
 
 import pytest
 
+from acnet_mindspore.command import COMMANDS
 from src.cli.help import completion_script
+
+
+def test_every_command_of_the_package_is_completed():
+    script = completion_script()
+    (listed,) = re.findall(r'= 1 \]; then\n.*compgen -W "(.*?)"', script)
+    assert set(listed.split()) == set(COMMANDS)
 
 
 @pytest.mark.parametrize(
@@ -20,6 +28,10 @@ from src.cli.help import completion_script
         ("python3 train.py --deploy =", ["best", "0", "1"]),
         ("python3 train.py --lr =", []),
         ("python3 other.py --free", []),
+        ("python3 other.py data/train --free", []),
+        ("acnet pre", ["predict", "preview"]),
+        ("acnet train --free", ["--freeze_epochs="]),
+        ("acnet train --block =", ["base", "acb", "repvgg", "dbb"]),
     ],
 )
 def test_tab(words, found):

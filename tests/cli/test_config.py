@@ -13,7 +13,7 @@ from src.cli.config import (
     keys_affecting,
 )
 from src.cli.flags import flags_without_effect, misplaced_flags, parse_flags
-from src.cli.recipes import load_config, read_layer
+from src.cli.recipes import load_config, read_recipe
 from src.utils.errors import UserError
 
 
@@ -186,6 +186,32 @@ def test_values_out_of_range_are_named(flags, message):
         load_config({"data_path": "x", **flags})
 
 
+def test_sizes_are_compared_when_the_checkpoint_has_told_its_own():
+    flags = {"data_path": "x", "eval_resize": "40"}
+    load_config({**flags, "checkpoint_file_path": "best.ckpt"})
+    recorded = {"network": "cifar_quick", "image_size": 32}
+    assert load_config(flags, checkpoint_layer=recorded).resized_side == 40
+    with pytest.raises(UserError, match="eval_resize=40 must not be below image_size=48"):
+        load_config(flags, checkpoint_layer={**recorded, "image_size": 48})
+
+
+def test_a_crop_fraction_wins_over_the_size_that_a_checkpoint_records():
+    recorded = {"network": "cifar_quick", "image_size": 32, "eval_resize": 48}
+    assert load_config({}, checkpoint_layer=recorded).resized_side == 48
+    assert load_config({"crop_pct": "0.5"}, checkpoint_layer=recorded).resized_side == 64
+    both = {"crop_pct": "0.5", "eval_resize": "36"}
+    assert load_config(both, checkpoint_layer=recorded).resized_side == 36
+
+
+def test_the_crop_keeps_its_fraction_at_another_image_size():
+    recorded = {"network": "cifar_quick", "image_size": 32, "eval_resize": 48}
+    assert load_config({"image_size": "16"}, checkpoint_layer=recorded).resized_side == 24
+    both = {"image_size": "16", "eval_resize": "20"}
+    assert load_config(both, checkpoint_layer=recorded).resized_side == 20
+    both = {"image_size": "16", "crop_pct": "0.8"}
+    assert load_config(both, checkpoint_layer=recorded).resized_side == 20
+
+
 @pytest.mark.parametrize(
     "text,message",
     [
@@ -274,7 +300,7 @@ def test_a_recipe_extends_another(tmp_path):
     (tmp_path / "base.yaml").write_text("lr: 0.3\nmomentum: 0.8\nbackbone: resnet18\n")
     (tmp_path / "middle.yaml").write_text("extends: base.yaml\nlr: 0.2\n")
     (tmp_path / "last.yaml").write_text("extends: middle.yaml\nmomentum: 0.7\n")
-    assert read_layer(tmp_path / "last.yaml") == {
+    assert read_recipe(tmp_path / "last.yaml") == {
         "lr": "0.2",
         "momentum": "0.7",
         "network": "resnet18",
@@ -300,7 +326,7 @@ def test_a_recipe_that_extends_wrongly_is_named(tmp_path, texts, message):
             text.replace("extends: a", "extends: a.yaml").replace("extends: b", "extends: b.yaml")
         )
     with pytest.raises(UserError, match=message):
-        read_layer(tmp_path / "a.yaml")
+        read_recipe(tmp_path / "a.yaml")
 
 
 @pytest.mark.parametrize(
@@ -320,6 +346,42 @@ def test_a_recipe_that_extends_wrongly_is_named(tmp_path, texts, message):
 def test_the_seeds_switch_of_label_smoothing_is_an_alias(flags, smoothing):
     config = load_config({"data_path": "x", "label_smooth_over": "all", **flags})
     assert config.smoothing == smoothing and "label_smooth" not in config.model_dump()
+
+
+@pytest.mark.parametrize(
+    "below,above,flags,expected",
+    [
+        ("label_smooth: 0", "", {"label_smooth_factor": "0.3"}, {"label_smooth_factor": 0.3}),
+        ("label_smooth: 1", "", {"label_smooth_factor": "0"}, {"label_smooth_factor": 0}),
+        ("label_smooth: 0", "label_smooth_factor: 0.3", {}, {"label_smooth_factor": 0.3}),
+        ("eval_resize: 40", "crop_pct: 0.5", {}, {"eval_resize": 0, "crop_pct": 0.5}),
+        ("eval_resize: 40", "", {"crop_pct": "0.5"}, {"eval_resize": 0, "crop_pct": 0.5}),
+        ("global_batch_size: 64", "batch_size: 16", {}, {"global_batch_size": 0}),
+        ("crop_pct: 0.5", "eval_resize: 40", {}, {"eval_resize": 40}),
+    ],
+)
+def test_a_layer_wins_over_other_keys_below_it(tmp_path, below, above, flags, expected):
+    (tmp_path / "base.yaml").write_text(f"image_size: 32\n{below}\n")
+    (tmp_path / "child.yaml").write_text(f"extends: base.yaml\n{above}\n")
+    config = load_config({"data_path": "x", "config_path": f"{tmp_path}/child.yaml", **flags})
+    assert {key: getattr(config, key) for key in expected} == expected
+
+
+def test_a_key_and_its_other_name_in_one_recipe_are_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("epochs: 3\nmax_epoch: 5\n")
+    with pytest.raises(UserError, match="has 'max_epoch' twice, once under another name"):
+        load_config({"data_path": "x", "config_path": f"{tmp_path}/a.yaml"})
+
+
+def test_a_path_of_a_recipe_begins_in_the_current_folder(tmp_path, monkeypatch):
+    """As every other path, also if this program has a file of that name."""
+    (tmp_path / "configs").mkdir()
+    for name in ("default_config.yaml", "configs/digits.yaml"):
+        (tmp_path / name).write_text("lr: 0.0123\n")
+    monkeypatch.chdir(tmp_path)
+    for path in ("default_config.yaml", "./configs/digits.yaml"):
+        assert load_config({"data_path": "x", "config_path": path}).lr == 0.0123
+    assert load_config({"data_path": "x", "config_path": "digits"}).lr != 0.0123
 
 
 def test_a_changed_file_of_defaults_is_refused(monkeypatch, tmp_path):
@@ -349,8 +411,7 @@ def test_a_changed_file_of_defaults_is_refused(monkeypatch, tmp_path):
         ({"gamma_init": "0.5"}, "without --block=acb|repvgg|dbb"),
         ({"dropout": "0.3"}, "without --network=alexnet|mobilenet_v2"),
         ({"dropout": "0.3", "network": "mobilenetv2"}, None),
-        ({"loss_scale": "8"}, "without --amp_level=O2|O3"),
-        ({"loss_scale": "8", "amp_level": "o2"}, None),
+        ({"loss_scale": "8"}, "without --amp_level=O2 on GPU or Ascend"),
         ({"label_smooth_over": "all", "label_smooth_factor": "0"}, "--label_smooth_factor"),
         ({"allow_head_mismatch": "1"}, "without --checkpoint_file_path"),
         ({"eval_data_path": "y"}, "without --run_eval=1"),
@@ -363,11 +424,29 @@ def test_a_changed_file_of_defaults_is_refused(monkeypatch, tmp_path):
             "with --augmentations=flip(probability=0.2)",
         ),
         ({"flip_probability": "0.7", "augmentations": "crop,flip(probability=0.2)"}, "flip("),
+        (
+            {"crop_pct": "0.9", "eval_resize": "256"},
+            "--crop_pct changes nothing with --eval_resize",
+        ),
+        ({"crop_pct": "0.9"}, None),
+        ({"per_batch_size": "8", "global_batch_size": "16"}, "with --global_batch_size"),
+        ({"warmup_epochs": "2", "lr_scheduler": "one_cycle"}, "without --lr_scheduler=cosine"),
+        ({"warmup_epochs": "2", "lr_scheduler": "cosine_restarts(period=3)"}, None),
+        ({"decay_norm_and_bias": "1", "weight_decay": "0"}, "without --weight_decay"),
+        ({"crop_scale": "0.5,1", "augmentations": "flip"}, "without --augmentations=crop"),
+        ({"crop_scale": "0.5,1", "train_crop": "resize"}, "--train_crop=random_resized"),
+        ({"amp_level": "O2", "loss_scale": "512"}, "without --amp_level=O2 on GPU or Ascend"),
+        ({"amp_level": "O2", "loss_scale": "512", "device_target": "GPU"}, None),
+        ({"gradient_compression": "float16"}, "changes nothing on a single rank"),
+        (
+            {"momentum": "0.95", "optimizer": "momentum(momentum=0.5)"},
+            "with --optimizer=momentum(momentum=0.5)",
+        ),
     ],
 )
 def test_a_flag_that_changes_nothing_is_told(flags, warning):
     config = load_config({"data_path": "x", **flags})
-    messages = flags_without_effect(flags, config)
+    messages = flags_without_effect(flags, config, ranks=1)
     if warning is None:
         assert not messages
     else:
@@ -375,11 +454,11 @@ def test_a_flag_that_changes_nothing_is_told(flags, warning):
 
 
 def test_each_need_names_a_key_and_values_that_it_takes():
-    values = default_values() | {"precision": "O0", "evaluates": True}
+    values = default_values() | {"scales_loss": False, "evaluates": True}
     for name in Config.model_fields:
         needs, _, wanted = key_info(name).needs.partition("=")
         assert not needs or needs in values, name
-        for value in wanted.split("|") if wanted and needs != "precision" else ():
+        for value in wanted.split("|") if wanted else ():
             load_config({"data_path": "x", needs: value})
 
 

@@ -11,8 +11,10 @@ import safetensors.numpy
 from conftest import TINY, execute, make_config, write_image_folder
 
 from src.dataset.batches import TrainBatches
+from src.dataset.decoding import BadImage
 from src.dataset.packed import PackedImages, pack, part_name
 from src.dataset.sources import open_images
+from src.dataset.splits import validation_path
 from src.models.weight_files import read_weights
 from src.utils.errors import UserError
 
@@ -47,6 +49,20 @@ def test_packed_batches_are_those_of_the_folder(images, tmp_path):
         )
 
 
+def test_a_folder_of_two_packed_sets_is_a_root(images, image_root, tmp_path):
+    packed_into(tmp_path / "train.safetensors", images)
+    validation = open_images(str(image_root / "val"), "val")
+    assert validation_path(str(tmp_path)) is None
+    packed_into(tmp_path / "valid.safetensors", validation)
+    assert validation_path(str(tmp_path)) == str(tmp_path)
+    for split, expected in (("train", images), ("val", validation)):
+        found = open_images(str(tmp_path), split)
+        assert np.array_equal(found.labels, expected.labels) and found.packed is not None
+    # Next to class folders a packed set is another form of them.
+    shutil.copytree(image_root / "train", tmp_path / "train")
+    assert open_images(str(tmp_path), "train").packed is None
+
+
 def test_the_safetensors_library_reads_the_same(images, tmp_path):
     packed_into(tmp_path / "a.safetensors", images, part_images=100)
     tensors = safetensors.numpy.load_file(tmp_path / "a.safetensors")
@@ -73,6 +89,14 @@ def test_long_images_are_resized_and_short_ones_keep_their_bytes(tmp_path):
     assert np.abs(packed.load(0).mean(axis=(0, 1)) - images.load(0).mean(axis=(0, 1))).max() < 2
 
 
+def test_a_picture_too_wide_for_jpeg_is_named(tmp_path):
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    cv2.imwrite(str(tmp_path / "data" / "a" / "wide.png"), np.zeros((257, 70000, 3), np.uint8))
+    images = open_images(str(tmp_path / "data"), "train")
+    with pytest.raises(UserError, match="wide.png would have .* a JPEG has at most 65500"):
+        pack(images, str(tmp_path / "a.safetensors"), 256, 90, 1, lambda count: None)
+
+
 def test_interrupted_packing_keeps_whole_parts(images, tmp_path):
     path = tmp_path / "train.safetensors"
     packed_into(path, images)
@@ -83,16 +107,9 @@ def test_interrupted_packing_keeps_whole_parts(images, tmp_path):
     packed_into(path, images)
     after = {number: os.stat(part_name(path, number)).st_mtime_ns for number in range(3)}
     assert after[0] == times[0] and after[2] == times[2] and after[1] != times[1]
-    part = part_name(path, 1)
-    tensors, about = (
-        safetensors.numpy.load_file(part),
-        safetensors.safe_open(part, "numpy").metadata(),
-    )
-    safetensors.numpy.save_file(
-        tensors,
-        part,
-        {**about, "description": about["description"].replace('"source": ', '"source": 1')},
-    )
+    other = tmp_path / "other.safetensors"
+    pack(images, other, 0, 80, 2, lambda images: None, 20)
+    shutil.copy(part_name(other, 1), part_name(path, 1))
     with pytest.raises(UserError, match=r"train.safetensors.1' is a part of another set"):
         PackedImages(path)
     with pytest.raises(UserError, match="with other images or options"):
@@ -156,6 +173,65 @@ def test_damaged_and_foreign_files_are_refused(images, tmp_path):
         with pytest.raises(UserError, match="already exists"):
             packed_into(path, images, part_images=100)
         assert path.read_bytes() == damaged
+
+
+def test_no_byte_can_change_unnoticed(images, tmp_path):
+    path = tmp_path / "train.safetensors"
+    images = images.at(np.arange(8))
+    packed_into(path, images)
+    content, random = path.read_bytes(), np.random.default_rng(0)
+    named = 0
+    for place in random.integers(0, len(content), 300):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << random.integers(8)
+        path.write_bytes(damaged)
+        try:
+            packed = open_images(str(path), "train")
+        except UserError:
+            continue
+        with pytest.raises(BadImage, match=r"[^/]+/[^/]+ in .*train.safetensors has changed"):
+            for index in range(len(packed)):
+                packed.load(index)
+        named += 1
+    assert named > 150
+
+
+def test_a_set_without_checksums_is_read(images, tmp_path):
+    path = tmp_path / "train.safetensors"
+    packed_into(path, images)
+    tensors, index = (
+        safetensors.numpy.load_file(path),
+        safetensors.safe_open(path, "numpy").metadata(),
+    )
+    del tensors["checksums"], index["checksum"]
+    safetensors.numpy.save_file(tensors, path, index)
+    assert np.array_equal(open_images(str(path), "train").load(3), images.load(3))
+
+
+def test_a_packed_list_keeps_the_labels_of_the_list(images, tmp_path):
+    """Its class names are only the numbers of the labels, and folders of numbers are sorted."""
+    for index, path in enumerate(images.paths[:3]):
+        shutil.copy(path, tmp_path / f"{index}.jpg")
+    (tmp_path / "list.txt").write_text("0.jpg 0\n1.jpg 2\n2.jpg 10\n")
+    listed = open_images(str(tmp_path / "list.txt"), "train")
+    packed = packed_into(tmp_path / "a.safetensors", listed)
+    assert packed.is_list and packed.labels.tolist() == [0, 2, 10]
+    known = {name: label for label, name in enumerate(sorted(map(str, range(12))))}
+    of_training = open_images(str(tmp_path / "a.safetensors"), "val", class_to_index=known)
+    again = open_images(str(tmp_path / "list.txt"), "val", class_to_index=known)
+    assert of_training.labels.tolist() == again.labels.tolist() == [0, 2, 10]
+    with pytest.raises(UserError, match="label 10, outside the 3 training classes"):
+        open_images(str(tmp_path / "a.safetensors"), "val", class_to_index={"x": 0, "y": 1, "z": 2})
+
+
+def test_packing_tells_what_is_left_out(broken_copy, tmp_path):
+    first = next((broken_copy / "train" / "ant").iterdir())
+    shutil.copy(first, first.with_suffix(".jp2"))
+    target = f"--result_path={tmp_path}/a.safetensors"
+    run = execute(
+        ["python3", "scripts/pack_dataset.py", f"--data_path={broken_copy}/train", target]
+    )
+    assert run.status == 0 and "warning: left out of the training images: 1 " in run.out, run
 
 
 def test_a_set_is_known_by_its_name_or_by_what_it_is_said_to_be(images, tmp_path):

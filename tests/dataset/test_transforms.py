@@ -149,10 +149,25 @@ def test_a_part_of_an_enlarged_picture_is_that_of_the_whole(shape, antialias, mo
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
     config = make_config(image_size=224, eval_resize_mode="shorter_side", antialias=antialias)
     whole = eval_transform(image, config)
-    monkeypatch.setattr("src.dataset.transforms._MOST_RESIZED_PIXELS", 0)
+    monkeypatch.setattr("src.dataset.transforms._MAX_RESIZED_PIXELS", 0)
     part = eval_transform(image, config)
     assert part.shape == whole.shape == (224, 224, 3)
     assert np.abs(part.astype(int) - whole).max() <= 1
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(
+    "shape,whole", [((4, 400), (224, 22400)), ((64, 16000), (1900, 1900)), ((300, 1), (2400, 8))]
+)
+def test_a_part_without_antialias_is_opencvs_also_where_one_side_shrinks(
+    shape, whole, interpolation
+):
+    """It was off by up to 171 of 255."""
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    resize, side = Resizing(interpolation, antialias=False), min(whole)
+    top, left = ((length - side) // 2 for length in whole)
+    part = resize.part(image, whole, (top, left), side).astype(int)
+    assert np.abs(part - resize(image, *whole)[top : top + side, left : left + side]).max() <= 1
 
 
 def test_a_picture_of_a_line_takes_little_memory():

@@ -84,6 +84,8 @@ def other_images(tmp_path_factory):
     ):
         write_image_folder(root / name, "train", classes, count)
         write_image_folder(root / name, "val", classes, count, seed=1)
+    # The same names and labels, of other pictures.
+    write_image_folder(root / "changed", "train", ("ant", "bee", "cat"), 16, seed=7)
     write_image_folder(root / "uneven", "train", ("ant",), 8)
     write_image_folder(root / "uneven", "train", ("bee",), 24)
     write_image_folder(root / "uneven", "train", ("cat",), 16)
@@ -97,6 +99,7 @@ def other_images(tmp_path_factory):
         ("renamed", 'training class 2="cat" on rank 0 and training class 2="dog" on rank 1'),
         ("fewer", "number of training images=48 on rank 0"),
         ("uneven", "checksum of training labels"),
+        ("changed", "checksum of names and sizes of training images"),
     ],
 )
 def test_other_images_end_the_training(image_root, other_images, tmp_path, name, word):
@@ -135,6 +138,11 @@ def test_evaluation_of_other_images_or_weights_is_refused(trained_run, image_roo
         [f"--data_path={other_images}/fewer/val"],
     )
     assert_refused(run, "number of validation images=67 on rank 0")
+    # The defaults, which are not what the checkpoint records.
+    run = pair(
+        "eval.py", [weights, f"--data_path={image_root}/val"], [], ["--mean=0.485,0.456,0.406"]
+    )
+    assert_refused(run, "mean=")
     first, second = sorted((trained_run / "ckpt_0").iterdir())
     run = pair(
         "eval.py",
@@ -143,6 +151,11 @@ def test_evaluation_of_other_images_or_weights_is_refused(trained_run, image_roo
         [f"--checkpoint_file_path={second}"],
     )
     assert_refused(run, "checksum of")
+
+
+def test_a_number_of_ranks_that_the_launcher_did_not_start_is_refused(tmp_path):
+    run = execute(["mpirun", "-n", "1", "python3", "train.py", "--ranks=2", *TINY])
+    assert run.status == 2 and "ranks=2, but the launcher started 1" in run.error_lines[0], run
 
 
 @pytest.mark.slow

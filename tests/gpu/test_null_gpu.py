@@ -36,7 +36,7 @@ def assert_trains_and_evaluates(reports):
         assert report["logits"] == "float32" and report["parameters"] == ["Float32"], case
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_networks_train_and_evaluate(null_gpu):
     """Evaluation in O3 failed for each, and resnet18 in its first step."""
     reports = null_gpu.try_networks(
@@ -153,7 +153,7 @@ def test_each_rank_may_see_one_gpu_only(null_gpu, tmp_path):
     assert run.status == 0 and run.out.count("'all_reduces': 2}") == 2, run
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_two_ranks_on_one_gpu_need_the_host_between_them(null_gpu, tmp_path):
     flags = (*DIGITS, "--run_distribute=1", "--max_steps=2", "--device_id=1")
     flags = (*flags, f"--output_path={tmp_path}")

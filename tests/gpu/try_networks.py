@@ -43,7 +43,7 @@ def try_network(case):
     from src.cli.recipes import load_config
     from src.dataset.batches import Batch
     from src.distributed.communicator import Communicator
-    from src.inference.backends import MindSporeBackend
+    from src.inference.mindspore_backend import MindSporeBackend
     from src.models.create import create_network
     from src.models.networks import NETWORKS
     from src.training.create_step import create_train_step

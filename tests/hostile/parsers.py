@@ -67,8 +67,10 @@ def make_files(folder):
     from mindspore import Tensor, float32
 
     from src.cli.recipes import load_config
-    from src.inference.backends import MindSporeBackend, exported_metadata, load_mindir, naming_file
-    from src.inference.onnx import OnnxBackend, export_quietly, write_onnx
+    from src.inference.backends import exported_metadata, naming_file
+    from src.inference.mindspore_backend import MindSporeBackend, load_mindir
+    from src.inference.onnx import export_quietly, write_onnx
+    from src.inference.onnx_backend import OnnxBackend
     from src.models.create import create_model
     from src.models.weight_files import read_weights
 

@@ -4,7 +4,8 @@ They use commands, files, names, formats, times, streams and limits as a hostile
 would.
 
 A world is a shell command in a folder of its own, made by one of the functions of ``KINDS`` from a
-random generator. ``invariants`` checks what must hold for all of them.
+random generator. ``invariants`` checks what must hold for all of them. The kinds of ``PROPERTIES``
+need no command: they are functions that raise AssertionError if what must hold does not.
 """
 
 import json
@@ -18,6 +19,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from hostile.layouts import check_layout, draw_layout
+from hostile.pictures import check_damaged, check_whole, damage, draw_picture
+from hostile.weight_files import check_weight_file, draw_weight_file
 
 from src.cli.config import Config
 from src.cli.flags import ALIASES
@@ -400,10 +404,12 @@ def signals(draw: random.Random, folder: Path, good: dict[str, Path]) -> World:
 def limits(draw: random.Random, folder: Path, good: dict[str, Path]) -> World:
     limit = draw.choice(
         [
-            f"-f {draw.choice([1, 4, 50, 300])}",
-            f"-n {draw.choice([16, 32, 64])}",
-            f"-u {draw.choice([4000])}",
+            f"ulimit -f {draw.choice([1, 4, 50, 300])}; exec",
+            f"ulimit -n {draw.choice([16, 32, 64])}; exec",
+            "ulimit -u 4000; exec",
+            f"ulimit -v {draw.randint(200, 6000) * 1024}; exec",
         ]
+        + [_full_disk(draw, folder)] * 2 * (os.geteuid() == 0)
     )
     result = f"{folder}/r.json"
     command = draw.choice(
@@ -425,7 +431,33 @@ def limits(draw: random.Random, folder: Path, good: dict[str, Path]) -> World:
             ),
         ]
     )
-    return World("limits", folder, f"ulimit {limit}; exec {command}", [result])
+    return World("limits", folder, f"{limit} {command}", [result])
+
+
+def _full_disk(draw: random.Random, folder: Path) -> str:
+    """What runs the rest of a command with few KB left on the disk that it writes to."""
+    mount = words("mount", "-t", "tmpfs", "-o", f"size={draw.randint(1, 600)}k", "tmpfs", folder)
+    return f"exec unshare --mount bash -c '{mount} && exec \"$@\"' bash"
+
+
+def clocks(draw: random.Random, folder: Path, good: dict[str, Path]) -> World:
+    """A clock that jumps by up to a year, and a disk that is slow now and then."""
+    command = draw.choice(
+        [
+            train(folder, good["data"], "--run_eval=1", f"--eval_data_path={good['data']}"),
+            f"mpirun -n 2 --map-by :OVERSUBSCRIBE {train(folder, good['data'], '--max_steps=3')}",
+        ]
+    )
+    return World(
+        "clocks",
+        folder,
+        f"{command} && exec {command} --resume=auto --max_steps=8",
+        environment={
+            "LD_PRELOAD": str(good["machine"]),
+            "MACHINE_SEED": str(draw.randrange(10**6)),
+            "MACHINE_SLOW_MS": str(draw.choice([0, 0, 20])),
+        },
+    )
 
 
 def ranks(draw: random.Random, folder: Path, good: dict[str, Path]) -> World:
@@ -455,9 +487,42 @@ KINDS: dict[Callable[[random.Random, Path, dict[str, Path]], World], int] = {
     recipes: 4,
     streams: 5,
     signals: 2,
-    limits: 4,
+    limits: 8,
+    clocks: 2,
     ranks: 2,
 }
+
+
+def whole_pictures(random: np.random.Generator, folder: Path) -> None:
+    drawn = draw_picture(random)
+    if drawn is not None:
+        check_whole(*drawn)
+
+
+def damaged_pictures(random: np.random.Generator, folder: Path) -> None:
+    drawn = draw_picture(random)
+    if drawn is not None:
+        check_damaged(damage(random, drawn[2]))
+
+
+def weight_files(random: np.random.Generator, folder: Path) -> None:
+    from conftest import randomise
+
+    from src.models.create import create_model
+    from src.models.networks import acnet_name
+
+    network, target = create_model("cifar_quick", 5), create_model("cifar_quick", 5)
+    randomise(network)
+    state = {acnet_name(p.name, "cifar_quick"): p.asnumpy() for p in network.get_parameters()}
+    folder.mkdir()
+    check_weight_file(*draw_weight_file(random, state, folder), network, target)
+
+
+def layouts(random: np.random.Generator, folder: Path) -> None:
+    check_layout(folder, draw_layout(random, folder))
+
+
+PROPERTIES = (whole_pictures, damaged_pictures, weight_files, layouts)
 
 
 def draw_world(seed: int, number: int, folder: Path, good: dict[str, Path]) -> World:
@@ -468,7 +533,8 @@ def draw_world(seed: int, number: int, folder: Path, good: dict[str, Path]) -> W
             it.
     """
     draw = random.Random(f"{seed} {number}")
-    kind = draw.choices(list(KINDS), list(KINDS.values()))[0]
+    kinds = {kind: often for kind, often in KINDS.items() if kind != clocks or good["machine"]}
+    kind = draw.choices(list(kinds), list(kinds.values()))[0]
     return kind(draw, folder, good)
 
 

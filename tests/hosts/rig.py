@@ -157,6 +157,11 @@ class Rig:
         subprocess.run(["ip", "netns", "del", self._namespace(name)], capture_output=True)
         subprocess.run(["ip", "link", "del", f"{self._bridge}{name[1:]}"], capture_output=True)
 
+    def power_on(self, name):
+        """Bring back a host that ``power_off`` took away; nothing runs on it."""
+        (self._folder / f"{name}.pid").unlink(missing_ok=True)
+        self._make_host(int(name[1:]), name)
+
     @property
     def environment(self):
         """Lets mpirun reach the hosts with the rig's key, without the user's ssh configuration."""
@@ -185,7 +190,7 @@ class Rig:
             f"{self._network}.{number}",
         )
         own = Path("/etc/netns") / inside
-        own.mkdir(parents=True)
+        own.mkdir(parents=True, exist_ok=True)
         (own / "hosts").write_text(
             "127.0.0.1 localhost\n"
             + "".join(f"{self._network}.{i} {n}\n" for i, n in enumerate(self._names, 1))
@@ -193,7 +198,10 @@ class Rig:
         _run("ip", "netns", "add", inside)
         _run("ip", "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", inside)
         _run("ip", "link", "set", port, "master", self._bridge, "up")
+        # The same after its power was off, because the other hosts remember it.
+        hardware = f"02:00:00:00:00:{number:02x}"
         for command in (
+            ["link", "set", "eth0", "address", hardware],
             ["addr", "add", f"{address}/24", "dev", "eth0"],
             ["link", "set", "eth0", "up"],
             ["link", "set", "lo", "up"],

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import make_config
 from PIL import Image
 
 from src.cli.recipes import load_config
@@ -16,6 +17,7 @@ from src.inference.checkpoint_model import (
     infer_model_settings,
     read_class_names,
 )
+from src.models.published_weights import published_as
 from src.utils.errors import UserError
 
 
@@ -234,6 +236,8 @@ def test_folders_that_are_numbers_are_the_labels(tmp_path, folders):
     image had 16.67 and 0 %."""
     images = opened(tmp_path, map(str, folders), 12)
     assert [int(Path(path).parent.name) for path in images.paths] == images.labels.tolist()
+    # Predictions of classes without a folder are counted too.
+    assert images.num_classes == 12
 
 
 def test_fewer_folders_than_classes_without_names_are_refused(tmp_path):
@@ -272,6 +276,29 @@ def test_numbers_that_may_count_from_1_are_said_to_count_from_0(tmp_path, names,
     assert (line or "").startswith("warning: the class folders 1, 142") == warned
 
 
+def test_folders_of_many_numbers_may_have_been_sorted_as_text(tmp_path):
+    images = opened(tmp_path, map(str, range(12)), 12)
+    keys = {"network": "resnet18", "data_path": "x", "num_classes": "12"}
+    model = CheckpointModel(load_config(keys), False, None)
+    assert images.labels.tolist() == sorted(range(12), key=str)
+    assert "the folder 10 as label 10; if the network was" in first_label_message(model, images)
+
+
+def test_two_folders_of_one_number_are_refused(tmp_path):
+    with pytest.raises(UserError, match="two class folders of one number, as 1 and 01 are"):
+        opened(tmp_path, ["1", "01", "7"], 1000)
+
+
+@pytest.mark.parametrize("name", ["resnet18.a1_in1k.pth", "resnet50-11ad3fa6.pth"])
+def test_published_weights_are_known_by_their_own_names(tmp_path, name):
+    """Wherever the file is, its preprocessing is that of the name."""
+    published = published_as(name)
+    settings = infer_model_settings({}, {}, tmp_path / name)
+    assert settings["network"] == published.network
+    assert settings["crop_pct"] == published.crop_pct
+    assert settings["interpolation"] == published.interpolation
+
+
 def test_numbers_that_are_no_labels_are_not_said_to_be(tmp_path):
     """Nine folders 1 to 9 for nine classes are labelled in their order."""
     images = opened(tmp_path, map(str, range(1, 10)), 9)
@@ -288,16 +315,54 @@ def test_a_packed_set_of_numbered_folders_has_their_labels(tmp_path):
     assert images.labels.tolist() == [1, 142]
 
 
-def test_class_names_in_another_order_than_in_training_are_refused(tmp_path):
-    (tmp_path / "names.txt").write_text("z\nx\ny\n")
+@pytest.mark.parametrize("names", ["z x y", "new x z"])
+def test_class_names_in_another_order_than_in_training_are_refused(names, tmp_path):
+    (tmp_path / "names.txt").write_text(names.replace(" ", "\n"))
     recorded = {
         "config": {"network": "resnet18", "image_size": 224, "crop_pct": 0.875},
         "class_to_index": {"x": 0, "y": 1, "z": 2},
     }
-    with pytest.raises(UserError, match="x.ckpt' in another order"):
+    with pytest.raises(UserError, match="x.ckpt' in a different order"):
         CheckpointModel.of(
             {"classifier.bias": np.zeros(3, np.float32)},
             recorded,
             {"class_names": str(tmp_path / "names.txt")},
             tmp_path / "x.ckpt",
         )
+
+
+def test_a_recipe_that_changes_what_is_recorded_is_told():
+    recorded = make_config(
+        network="cifar_quick", image_size=32, mean=[0.1, 0.1, 0.1], num_classes=10
+    )
+    metadata = {"config": recorded.model_dump(mode="json")}
+    flags = {"config_path": "digits", "block": "base", "data_path": "x"}
+    (note,) = CheckpointModel.of({}, metadata, flags).notes
+    assert note.startswith("warning: --config_path=digits changes mean from what"), note
+    flags |= {"mean": "0.1,0.1,0.1", "std": "1,1,1"}
+    assert CheckpointModel.of({}, metadata, flags).notes == ()
+    assert CheckpointModel.of({}, metadata, {"data_path": "x"}).notes == ()
+
+
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        ({"crop_pct": "0.5", "eval_resize": "40"}, "--crop_pct changes nothing with --eval_resize"),
+        ({"reduced_decoding": "all"}, "--reduced_decoding changes nothing without --antialias"),
+        ({"amp_level": "O2", "eval_engine": "onnx"}, "--amp_level changes nothing with onnxr"),
+    ],
+)
+def test_flags_that_change_nothing_in_evaluation_are_told(flags, words):
+    recorded = make_config(network="cifar_quick", image_size=32, num_classes=10)
+    metadata = {"config": recorded.model_dump(mode="json")}
+    (note,) = CheckpointModel.of({}, metadata, {"data_path": "x", **flags}).notes
+    assert words in note
+
+
+def test_two_choices_of_validation_images_are_refused():
+    recorded = make_config(network="cifar_quick", image_size=32, num_classes=10)
+    metadata = {"config": recorded.model_dump(mode="json")}
+    with pytest.raises(UserError, match="give only one of them"):
+        CheckpointModel.of({}, metadata, {"eval_data_path": "x", "val_split": "0.2"})
+    for no_choice in ("auto", "0"):
+        CheckpointModel.of({}, metadata, {"eval_data_path": "x", "val_split": no_choice})

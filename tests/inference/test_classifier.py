@@ -43,6 +43,26 @@ def test_a_picture_and_an_array_are_as_good_as_a_file(classifier, image_root):
     assert np.array_equal(classifier.logits(file), of_file)
 
 
+def test_threads_share_classifiers(trained_run, image_root):
+    """Without a lock, MindSpore ends the process."""
+    code = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from acnet_mindspore import load
+
+classifiers, files = [load(sys.argv[1]) for _ in range(2)], sys.argv[2:] * 10
+
+def ask(number):
+    return classifiers[number % 2].predict(files[number]).probabilities
+
+found = list(ThreadPoolExecutor(4).map(ask, range(len(files))))
+print(found == list(map(ask, range(len(files)))))
+"""
+    files = [image_root / "val" / name / "003.jpg" for name in ("ant", "bee", "cat")]
+    run = execute(["python3", "-c", code, trained_run / "best.ckpt", *files])
+    assert run.status == 0 and run.out.strip().endswith("True"), run
+
+
 def test_one_photo_gives_one_prediction(classifier, image_root):
     file = image_root / "val" / "bee" / "003.jpg"
     one, (again,) = classifier.predict(file), classifier.predict([file])
@@ -69,7 +89,9 @@ def test_what_is_no_photo_is_refused(classifier, photo, word):
     assert word in str(refusal.value)
 
 
-def test_evaluation_has_the_figures_of_the_command(classifier, image_root, trained_run, tmp_path):
+def test_evaluation_has_the_figures_of_the_command(
+    classifier, image_root, trained_run, tmp_path, capsys
+):
     run = execute(
         [
             "python3",
@@ -82,6 +104,7 @@ def test_evaluation_has_the_figures_of_the_command(classifier, image_root, train
     assert run.status == 0, run
     (expected,) = json.loads((tmp_path / "e.json").read_text())
     found = json.loads(json.dumps(classifier.evaluate(image_root / "train")))
+    assert "the images that training used" in capsys.readouterr().err
     for one in (expected, found):
         del one["images_per_second"]
     assert found == expected and found["images"] == 48

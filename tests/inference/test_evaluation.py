@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import execute, make_config, mpirun
+from conftest import TINY, execute, make_config, mpirun, only_run
 from mindspore import Parameter, Tensor
 from scipy.special import softmax
 
@@ -15,6 +15,7 @@ from src.dataset.sources import open_images
 from src.distributed.communicator import Communicator
 from src.inference import backends
 from src.inference.calibration import best_temperature
+from src.inference.checkpoint_model import CheckpointModel
 from src.inference.evaluation import Evaluator
 from src.inference.metrics import (
     EvalResult,
@@ -29,6 +30,7 @@ from src.inference.metrics import (
     cross_entropy_sum,
     interval,
 )
+from src.inference.prediction import Prediction, _probabilities
 from src.kernels.library import KernelChoice
 from src.models.weight_files import read_weights, without_optimizer_state
 from src.runs.checkpoint import save_checkpoint
@@ -326,3 +328,60 @@ def test_the_temperature_is_the_one_that_labels_were_drawn_with():
     labels = (softmax(logits, axis=1).cumsum(axis=1) < random.random((20000, 1))).sum(axis=1)
     assert best_temperature(3 * logits, labels) == pytest.approx(3, rel=0.03)
     assert best_temperature(logits, labels) == pytest.approx(1, rel=0.03)
+
+
+@pytest.mark.slow
+def test_each_checkpoint_of_a_folder_is_compared_with_its_own_training(
+    trained_run, image_root, tmp_path
+):
+    """One of two has been trained on the images that both are evaluated on."""
+    other = train_on(image_root / "val", tmp_path / "out")
+    (tmp_path / "two").mkdir()
+    shutil.copy(trained_run / "latest.ckpt", tmp_path / "two" / "a-1_1.ckpt")
+    shutil.copy(other / "latest.ckpt", tmp_path / "two" / "b-1_2.ckpt")
+    run = evaluated(f"--checkpoint_file_path={tmp_path}/two", f"--data_path={image_root}/val")
+    warnings = [line for line in run.out.splitlines() if "training used" in line]
+    assert len(warnings) == 1 and warnings[0].startswith("warning: b-1_2.ckpt: these look"), run
+
+
+@pytest.mark.slow
+def test_other_evaluation_images_are_not_split_as_training_split_its_own(image_root, tmp_path):
+    run_folder = train_on(image_root / "train", tmp_path / "out", "--val_split=0.25")
+    checkpoint = f"--checkpoint_file_path={run_folder}/latest.ckpt"
+    assert "the 12 images of" in evaluated(checkpoint).out
+    result = tmp_path / "result.json"
+    evaluated(checkpoint, f"--eval_data_path={image_root}/val", f"--result_path={result}")
+    found = json.loads(result.read_text())
+    whole = len(list((image_root / "val").glob("*/*")))
+    assert found[0]["images"] == whole
+
+
+def train_on(folder, output, *flags):
+    run = execute(
+        [
+            "python3",
+            "train.py",
+            f"--data_path={folder}",
+            f"--output_path={output}",
+            *TINY,
+            "--max_epoch=1",
+            *flags,
+        ]
+    )
+    assert run.status == 0, run
+    return only_run(output)
+
+
+def evaluated(*flags):
+    run = execute(["python3", "eval.py", *flags])
+    assert run.status == 0, run
+    return run
+
+
+def test_the_order_of_classes_survives_very_small_probabilities(image_root):
+    """With a low temperature all but one are 0 in float32."""
+    logits = np.array([[0.0, 150.0, 300.0, 450.0]], np.float32)
+    (path, *_) = sorted((image_root / "val" / "ant").iterdir())
+    model = CheckpointModel(make_config(num_classes=4, top_k=4, image_size=32), False, None)
+    ((_, probabilities, _),) = _probabilities([str(path)], model, lambda images: logits)
+    assert Prediction.of("x", probabilities, model).classes == ["3", "2", "1", "0"]

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, execute, mpirun, randomise
 from mindspore import Tensor
+from scipy.special import softmax
 
-from src.inference.backends import naming_file
+from src.inference.backends import exported_metadata, naming_file, refusing_probabilities
 from src.inference.calibration import calibration_of
-from src.inference.export import export_checkpoint, network_size
+from src.inference.export import MindirFormat, export_checkpoint, network_size
+from src.inference.onnx import write_onnx
 from src.models.create import create_model
 from src.models.networks import NETWORKS
 from src.models.reparam import fuse
@@ -88,15 +90,26 @@ def test_exported_network_evaluates_like_the_trained_one(
     assert (
         run.status == 0 and "largest relative difference" in run.out and "multiply-adds" in run.out
     ), run
+    # Its blocks became convolutions with biases.
+    assert ("networks of torchvision do not load it" in run.out) == (file_format == "SAFETENSORS")
     expected = evaluated(trained_run / "best.ckpt", image_root, tmp_path)
     assert expected[2] == 67 and evaluated(target, image_root, tmp_path) == expected
     if file_format == "ONNX":
         assert evaluated(target, image_root, tmp_path, ranks=2) == expected
+        words = [f"--data_path={image_root}/val", f"--checkpoint_file_path={target}"]
+        run = execute(["python3", "eval.py", *words, "--image_size=48"])
+        assert run.status == 2 and "takes images of 32 pixels" in run.error_lines[0], run
 
 
 @pytest.mark.parametrize(
     "file_format,temperature",
-    [("CKPT", "auto"), pytest.param("ONNX", "auto", marks=pytest.mark.slow), ("CKPT", "2.5")],
+    [
+        ("CKPT", "auto"),
+        *(
+            pytest.param(*case, marks=pytest.mark.extended)
+            for case in (("ONNX", "auto"), ("CKPT", "2.5"))
+        ),
+    ],
 )
 def test_a_temperature_changes_probabilities_and_no_class(
     file_format, temperature, trained_run, image_root, tmp_path
@@ -175,18 +188,29 @@ def test_a_temperature_that_makes_probabilities_worse_is_refused():
 
 @pytest.mark.slow
 def test_the_documents_example_needs_no_mindspore(trained_run, image_root, tmp_path):
-    """docs/using.md's classify.py, in a folder of its own: the classes that predict.py finds."""
+    """docs/using.md's classify.py, in a folder of its own: the classes that predict.py finds.
+
+    Also with its three lines for a model that prepares images itself.
+    """
     pytest.importorskip("onnxruntime", reason="ONNX is an optional extra")
     words = (ROOT / "docs" / "using.md").read_text()
     (example,) = re.findall(r"```python\n(# classify.py\n.*?)```", words, re.S)
     assert not re.search(r"import (?!json|sys|numpy|onnxruntime|Image, ImageOps)", example)
+    (shorter,) = re.findall(r"```python\n(inputs = np.asarray.*?)```", words, re.S)
     (tmp_path / "classify.py").write_text(example)
-    run = export(
-        f"--checkpoint_file_path={trained_run}/best.ckpt",
-        "--file_format=ONNX",
-        f"--result_path={tmp_path}/net.onnx",
-    )
-    assert run.status == 0, run
+    beginning = example.partition("resized = ")[0]
+    (tmp_path / "inside.py").write_text(beginning + shorter)
+    for name, preprocessing in (("net", 0), ("inside", 1)):
+        run = export(
+            f"--checkpoint_file_path={trained_run}/best.ckpt",
+            "--file_format=ONNX",
+            f"--onnx_preprocessing={preprocessing}",
+            f"--result_path={tmp_path}/{name}.onnx",
+        )
+        assert run.status == 0, run
+    # This program ignores the preprocessing in the file: its own is that of the other one.
+    results = [evaluated(tmp_path / f"{n}.onnx", image_root, tmp_path) for n in ("net", "inside")]
+    assert results[0] == results[1]
     files = [str(image_root / "val" / name / "003.jpg") for name in ("ant", "bee", "cat")]
     predicted = execute(
         ["python3", "predict.py", f"--checkpoint_file_path={trained_run}/best.ckpt", *files]
@@ -194,8 +218,9 @@ def test_the_documents_example_needs_no_mindspore(trained_run, image_root, tmp_p
     )
     assert predicted.status == 0, predicted
     for file, entry in zip(files, json.loads((tmp_path / "p.json").read_text()), strict=True):
-        run = execute(["python3", tmp_path / "classify.py", f"{tmp_path}/net.onnx", file])
-        assert run.out.strip() == entry["predictions"][0]["class"], run
+        for script, model in (("classify.py", "net.onnx"), ("inside.py", "inside.onnx")):
+            run = execute(["python3", tmp_path / script, tmp_path / model, file])
+            assert run.out.strip() == entry["predictions"][0]["class"], run
 
 
 # Unfused exports take long to compile; these have each kind of layer.
@@ -203,12 +228,15 @@ def test_the_documents_example_needs_no_mindspore(trained_run, image_root, tmp_p
 @pytest.mark.parametrize(
     "name,size,fused",
     [
-        ("resnext50_32x4d", 32, True),
-        ("alexnet", 80, False),
         ("resnet18", 32, False),
         *(
-            pytest.param(name, 32, True, marks=pytest.mark.extended)
-            for name in ("wrn16_8_cifar", "vgg16_cifar")
+            pytest.param(*case, marks=pytest.mark.extended)
+            for case in (
+                ("resnext50_32x4d", 32, True),
+                ("alexnet", 80, False),
+                ("wrn16_8_cifar", 32, True),
+                ("vgg16_cifar", 32, True),
+            )
         ),
     ],
 )
@@ -316,6 +344,7 @@ def test_wrong_checkpoint_or_folder_leaves_no_file(tmp_path, trained_run):
 
 
 def test_damaged_deployed_files_are_one_line(tmp_path):
+    (tmp_path / "a.mindir.json").write_text("{}")
     for name in ("a.onnx", "a.mindir"):
         (tmp_path / name).write_bytes(b"\x08\x07garbage" * 20)
         run = execute(
@@ -330,6 +359,48 @@ def test_damaged_deployed_files_are_one_line(tmp_path):
         assert run.status == 2 and len(run.error_lines) == 1 and "damaged" in run.error_lines[0], (
             run
         )
+
+
+def test_recorded_text_that_is_no_text_is_one_line(tmp_path):
+    """Damage of one byte can make the recorded names of classes invalid UTF-8."""
+    pytest.importorskip("onnxruntime")
+    file = tmp_path / "a.onnx"
+    write_onnx(create_model("cifar_quick", 10).set_train(False), file, {"classes": ["cat"]}, 32)
+    file.write_bytes(file.read_bytes().replace(b"cat", b"c\xa3t"))
+    (tmp_path / "a.mindir").touch()
+    (tmp_path / "a.mindir.json").write_bytes(b'{"classes": ["c\xa3t"]}')
+    for exported in (file, tmp_path / "a.mindir"):
+        with pytest.raises(UserError, match=f"metadata of '{exported}' is damaged"):
+            exported_metadata(exported)
+
+
+def test_a_mindir_without_its_own_record_is_refused(tmp_path):
+    for name, classes in (("a", 10), ("b", 5)):
+        network = create_model("cifar_quick", classes).set_train(False)
+        MindirFormat().write(network, tmp_path / f"{name}.mindir", {}, 32)
+    assert exported_metadata(tmp_path / "a.mindir")
+    (tmp_path / "b.mindir").replace(tmp_path / "a.mindir")
+    with pytest.raises(UserError, match="a.mindir.json' belongs to another 'a.mindir'"):
+        exported_metadata(tmp_path / "a.mindir")
+    (tmp_path / "a.mindir.json").unlink()
+    with pytest.raises(UserError, match="a.mindir.json' is missing"):
+        exported_metadata(tmp_path / "a.mindir")
+
+
+def test_outputs_that_are_probabilities_are_refused():
+    logits = np.array([[1, 2, 3], [0.2, 0.3, 0.5]], np.float32)
+    assert refusing_probabilities(lambda images: logits)(None) is logits
+    with pytest.raises(UserError, match="without the softmax"):
+        refusing_probabilities(lambda images: softmax(logits, axis=1))(None)
+
+
+def test_an_export_records_the_images_of_training(trained_run, image_root, tmp_path):
+    export_checkpoint(
+        trained_run / "best.ckpt", {"data_path": f"{image_root}/val"}, "CKPT", f"{tmp_path}/x.ckpt"
+    )
+    before, after = (read_weights(f)[1] for f in (trained_run / "best.ckpt", tmp_path / "x.ckpt"))
+    for key in ("data_path", "val_split", "eval_data_path", "seed"):
+        assert before["config"][key] == after["config"][key], key
 
 
 def test_an_error_while_computing_an_exported_file_names_it():
@@ -392,6 +463,19 @@ def test_a_name_without_its_ending_is_one_line(trained_run, tmp_path, file_forma
         and f".{file_format.lower()}" in run.error_lines[0]
     ), run
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        ((), "add --file_format=ONNX"),
+        (("--file_format=ONNX", "--quantize=int8"), "exclude each other"),
+    ],
+)
+def test_preprocessing_is_for_float_onnx_files(trained_run, flags, words):
+    checkpoint = f"--checkpoint_file_path={trained_run}/best.ckpt"
+    run = export(checkpoint, "--onnx_preprocessing=1", *flags)
+    assert run.status == 2 and len(run.error_lines) == 1 and words in run.error_lines[0], run
 
 
 def test_quantize_needs_onnx(trained_run):

@@ -1,10 +1,12 @@
 """What a network says of each image of a set."""
 
 import numpy as np
+import pytest
 from conftest import make_config
 
 from src.dataset.image_set import ImageSet, class_names
 from src.inference.report import augmented_samples, most_confused, predict_set
+from src.utils.errors import UserError
 
 
 def test_judgement_by_hand(tmp_path):
@@ -40,6 +42,14 @@ def test_judgement_by_hand(tmp_path):
     p = np.exp(1 + 38 / 10) / (np.exp(1 + 38 / 10) + 2)
     assert np.isclose(judged.probability[judged.worst(1)][0], p)
     assert np.isclose(judged.probability_of_label[judged.worst(1)][0], (1 - p) / 2)
+
+
+def test_outputs_that_are_not_finite_are_no_judgement():
+    images = ImageSet({"a": 0}, np.zeros(2, np.int32), pixels=np.zeros((2, 32, 32, 3), np.uint8))
+    with pytest.raises(UserError, match="2 of 2"):
+        predict_set(
+            images, lambda batch: np.full((len(batch), 1), np.nan), make_config(image_size=32)
+        )
 
 
 def test_augmented_images_are_those_of_the_first_epoch():

@@ -1,6 +1,5 @@
 """serve.py: answers as predict.py's, bounds, batches, the end; its page in a browser."""
 
-import asyncio
 import base64
 import http.client
 import json
@@ -9,20 +8,30 @@ import signal
 import subprocess
 import threading
 import time
+import urllib.error
+import urllib.request
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 from browser import CHROMIUM, Browser
-from conftest import ROOT, execute, user_environment
+from conftest import ROOT, execute, make_config, user_environment
+from scipy.special import softmax
 
 pytest.importorskip("uvicorn")
 
-from src.inference.backends import MindSporeBackend, open_backends  # noqa: E402
+from src.dataset.decoding import decode_image  # noqa: E402
+from src.dataset.transforms import eval_transform  # noqa: E402
+from src.inference.backends import open_backends  # noqa: E402
+from src.inference.checkpoint_model import CheckpointModel  # noqa: E402
 from src.inference.export import export_checkpoint  # noqa: E402
-from src.inference.onnx import OnnxBackend  # noqa: E402
-from src.inference.server_requests import files_in_form  # noqa: E402
-from src.inference.serving import LARGEST_BODY, Batcher, Busy, bind  # noqa: E402
+from src.inference.heatmap import covered, heat, overlay  # noqa: E402
+from src.inference.image_service import LARGEST_BODY, ImageService  # noqa: E402
+from src.inference.mindspore_backend import MindSporeBackend  # noqa: E402
+from src.inference.onnx_backend import OnnxBackend  # noqa: E402
+from src.inference.server_requests import ServerMetrics, files_in_form  # noqa: E402
+from src.inference.serving import bind, create_app, serve_app  # noqa: E402
 from src.kernels.library import KernelChoice  # noqa: E402
 from src.utils.errors import UserError  # noqa: E402
 
@@ -43,14 +52,15 @@ class Server:
         self.port = int(re.search(r"on http://127\.0\.0\.1:(\d+)/", line)[1])
 
     def request(self, method, path, body=None, **headers):
-        """(status, JSON or text of the answer)."""
+        """(status, answer): JSON, text, or the bytes of an image."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         connection.request(method, path, body, headers)
         answer = connection.getresponse()
-        text = answer.read().decode()
-        return answer.status, json.loads(text) if answer.headers[
-            "content-type"
-        ] == "application/json" else text
+        content, kind = answer.read(), answer.headers["content-type"]
+        if kind.startswith("image/"):
+            return answer.status, content
+        text = content.decode()
+        return answer.status, json.loads(text) if kind == "application/json" else text
 
     def stop(self):
         self.process.send_signal(signal.SIGTERM)
@@ -122,6 +132,13 @@ def test_many_clients_at_once_have_their_own_answers(server, image_root):
         (b"\xff\xd8\xff" + bytes(1000), "image/jpeg", 400, ""),
         (b"x" * (LARGEST_BODY + 1), "", 413, "20 MiB"),
         (b"--x\r\n\r\n--x--", "multipart/form-data; boundary=x", 400, "--data-binary"),
+        (
+            b"--x\r\n\r\none\r\n--x\r\n\r\ntwo\r\n--x--",
+            "multipart/form-data; boundary=x",
+            400,
+            "as the file of a form",
+        ),
+        (b'{"image": "", "top_k": 3}', "application/json", 400, "unknown keys: top_k"),
     ],
 )
 def test_what_is_no_picture_is_refused_in_words(server, body, kind, status, word):
@@ -155,6 +172,15 @@ def test_files_in_forms_arrive_as_they_are():
         found = files_in_form("multipart/form-data; boundary=edge", form + data + b"\r\n--edge--")
         assert found == [("y", data)], data
     assert files_in_form("multipart/form-data", b"no boundary") == []
+    for written, name in (
+        ("naïve & <b>.webp".encode(), "naïve & <b>.webp"),
+        (b"na\xefve", "naïve"),
+    ):
+        form = b'--edge\r\nContent-Disposition: form-data; name="x"; filename="%s"\r\n\r\n'
+        found = files_in_form(
+            "multipart/form-data; boundary=edge", form % written + b"1\r\n--edge--"
+        )
+        assert found == [(name, b"1")]
     nested = b"--edge\r\nContent-Type: multipart/mixed; boundary=edge\r\n\r\n" * 3000
     assert files_in_form("multipart/form-data; boundary=edge", nested) is not None
 
@@ -193,6 +219,10 @@ def test_images_in_json(server, image_root):
 
     assert ask(json.dumps({"image": text})) == alone
     assert ask(json.dumps({"image": f"data:image/jpeg;base64,{text}"})) == alone
+    assert ask(json.dumps({"image": base64.encodebytes(photo).decode()})) == alone
+    status, found = ask(json.dumps({"images": [text, "!!!", text]}))
+    assert status == 200 and [one.pop("image")[-1] for one in found["answers"]] == ["0", "1", "2"]
+    assert found["answers"] == [alone[1], {"error": "image 1 is not base64"}, alone[1]]
     status, found = ask(json.dumps({"images": [text]}))
     assert status == 200 and found == {"answers": [{"image": "image 0", **alone[1]}]}
     for content, words in {
@@ -203,9 +233,107 @@ def test_images_in_json(server, image_root):
         '{"images": {}}': 'send {"image": BASE64}',
         '{"images": []}': "--data-binary",
         '{"image": "%"}': "image 0 is not base64",
+        json.dumps({"image": text, "images": [text]}): "not both",
+        json.dumps({"image": text, "images": []}): "not both",
     }.items():
         status, found = ask(content)
         assert status == 400 and words in found["error"], content
+
+
+class Answering:
+    """A service whose backend does as a test says, over real HTTP."""
+
+    def __init__(self, backend):
+        model = CheckpointModel(make_config(image_size=8, num_classes=3), False, None)
+        self.figures, self.lines, ready = ServerMetrics(), [], threading.Event()
+        signals = SimpleNamespace(defer_to=lambda stop: setattr(self, "stop", stop))
+        address = bind("127.0.0.1", 0)
+        self.port = address.getsockname()[1]
+
+        def run():
+            app = create_app(ImageService(model, [backend]), self.figures, self.lines.append)
+            serve_app(app, address, signals, lambda text: ready.set())
+
+        self.thread = threading.Thread(target=run)
+        self.thread.start()
+        assert ready.wait(60)
+
+    request = Server.request
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.stop(signal.SIGTERM)
+        self.thread.join(60)
+
+
+def encoded_image():
+    return cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
+
+
+def test_a_request_finds_room_for_all_of_its_images_or_is_refused():
+    opened = threading.Event()
+    opened.set()
+
+    def backend(images):
+        assert opened.wait(60)
+        return np.zeros((len(images), 3), np.float32)
+
+    text = base64.b64encode(encoded_image()).decode()
+    body, kind = json.dumps({"images": [text] * 64}), {"Content-Type": "application/json"}
+    found = {}
+    with Answering(backend) as server:
+        opened.clear()
+
+        def ask(number):
+            found[number] = server.request("POST", "/predict", body, **kind)
+
+        # 16 requests of 64 images are the 1,024 that there is room for.
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(20)]
+        for thread in threads:
+            thread.start()
+        while len(found) < 4:
+            time.sleep(0.01)
+        opened.set()
+        for thread in threads:
+            thread.join()
+        assert server.figures.requests == {503: 4, 200: 16}
+    for status, answer in found.values():
+        if status == 200:
+            assert not any("error" in one for one in answer["answers"])
+        else:
+            assert "too many" in answer["error"]
+
+
+@pytest.mark.parametrize("path", ["/predict", "/heatmap"])
+def test_what_goes_wrong_in_the_network_is_an_answer_and_a_line(path):
+    problem = {}
+
+    def backend(images):
+        if problem.get("raises"):
+            raise RuntimeError("no more memory")
+        return np.full((len(images), 3), problem.get("value", 0.0), np.float32)
+
+    with Answering(backend) as server:
+        problem["value"] = np.nan
+        status, answer = server.request("POST", path, encoded_image())
+        assert status == 500 and "are not finite" in answer["error"] and not server.lines
+        problem["raises"] = True
+        status, answer = server.request("POST", path, encoded_image())
+        assert status == 500 and "its log says why" in answer["error"]
+        assert server.lines == [f"{path} failed: RuntimeError: no more memory"]
+        problem.clear()
+        assert server.request("POST", path, encoded_image())[0] == 200
+
+
+@pytest.mark.parametrize("excess", [1, 1 << 20])
+def test_a_client_that_closes_learns_that_its_body_is_too_large(server, excess):
+    """urllib sends Connection: close, and reads the answer when all is sent."""
+    address = f"http://127.0.0.1:{server.port}/predict"
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        urllib.request.urlopen(address, bytes(LARGEST_BODY + excess), timeout=60)
+    assert refusal.value.code == 413 and b"20 MiB" in refusal.value.read()
 
 
 def test_figures_for_prometheus_count_requests_and_images(server, image_root):
@@ -227,10 +355,53 @@ def test_figures_for_prometheus_count_requests_and_images(server, image_root):
     assert after["acnet_waiting_images"] == 0
 
 
+def test_heat_maps_are_pictures_of_what_the_network_saw(server, trained_run, image_root):
+    """The same picture as report.py's functions make of predict.py's network."""
+    body = (image_root / "val" / "bee" / "003.jpg").read_bytes()
+    found = {}
+
+    def ask(number):
+        found[number] = server.request("POST", "/heatmap", body)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    # Nobody waits for heat maps only.
+    assert server.request("POST", "/predict", body)[0] == 200
+    for thread in threads:
+        thread.join()
+    assert [status for status, _ in found.values()] == [200] * 3
+    pictures = [
+        cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+        for _, content in found.values()
+    ]
+    model, (backend, *_) = open_backends(trained_run / "best.ckpt", {}, KernelChoice())
+    image = eval_transform(decode_image(np.frombuffer(body, np.uint8), "bee"), model.config)
+    images = np.concatenate([image[None], covered(image, model.config.mean)])
+    probabilities = softmax(backend(images), axis=1)
+    warmth = heat(probabilities, probabilities[0].argmax(), model.config.image_size)
+    expected = overlay(image, warmth)[..., ::-1]
+    for picture in pictures:
+        assert picture.shape == expected.shape
+        assert np.abs(picture.astype(int) - expected).max() <= 2
+
+
+@pytest.mark.parametrize("count,body", [(0, b"no image"), (2, None)])
+def test_a_heat_map_is_of_one_image(server, image_root, count, body):
+    file = (image_root / "val" / "bee" / "003.jpg").read_bytes()
+    images = [base64.b64encode(file).decode()] * count
+    body = body or json.dumps({"images": images}).encode()
+    kind = {"content-type": "application/json"} if count else {}
+    status, answer = server.request("POST", "/heatmap", body, **kind)
+    assert status == 400 and ("one image" if count else "body") in answer["error"], answer
+
+
 def test_the_description_names_every_place(server):
     status, found = server.request("GET", "/openapi.json")
     assert status == 200 and found["openapi"].startswith("3.1")
     assert "ant, bee, cat" in found["info"]["description"]
+    status, page = server.request("GET", "/docs")
+    assert status == 200 and all(f" {path}<" in page for path in found["paths"])
     for path, methods in found["paths"].items():
         for method in methods:
             assert server.request(method.upper(), path)[0] in (200, 400), path
@@ -243,54 +414,6 @@ def test_other_methods_and_places(server):
     status, text = server.request("GET", "/")
     assert status == 200 and "cifar_quick" in text and "<h1>ant, bee or cat?</h1>" in text
     assert "NETWORK" not in text and "QUESTION" not in text
-
-
-def test_what_waits_is_one_batch_and_there_is_a_bound():
-    sizes = []
-
-    def engine(images):
-        sizes.append(len(images))
-        return images.reshape(len(images), -1)[:, :2].astype(np.float32)
-
-    async def trial():
-        batcher = Batcher([engine], 8, queued=20)
-        images = [np.full((8, 8, 3), number, np.uint8) for number in range(21)]
-        asked = [asyncio.ensure_future(batcher.classify(image)) for image in images]
-        await asyncio.sleep(0)
-        running = asyncio.ensure_future(batcher.run())
-        found = await asyncio.gather(*asked, return_exceptions=True)
-        running.cancel()
-        return found
-
-    found = asyncio.run(trial())
-    assert isinstance(found[20], Busy) and all(
-        isinstance(answer, np.ndarray) for answer in found[:20]
-    )
-    assert sizes == [16, 4]
-
-
-def test_each_size_of_a_batch_takes_the_engine_that_is_fastest_for_it():
-    used = []
-
-    def engine(name, of_batch, of_image):
-        def compute(images):
-            time.sleep(of_batch + of_image * len(images))
-            used.append(name)
-            return np.zeros((len(images), 3), np.float32)
-
-        return compute
-
-    async def run():
-        batcher = Batcher([engine("large", 0.08, 0.001), engine("small", 0.0, 0.02)], 8)
-        batcher.warm_up()
-        used.clear()
-        running = asyncio.create_task(batcher.run())
-        await batcher.classify(np.zeros((8, 8, 3), np.uint8))
-        await asyncio.gather(*[batcher.classify(np.zeros((8, 8, 3), np.uint8)) for _ in range(16)])
-        running.cancel()
-
-    asyncio.run(run())
-    assert used == ["small", "large"]
 
 
 @pytest.mark.extended
@@ -310,23 +433,6 @@ def test_a_checkpoint_has_both_engines_and_they_agree(trained_run, kernels, tmp_
         )
     export_checkpoint(trained_run / "best.ckpt", {}, "ONNX", target=str(tmp_path / "net.onnx"))
     assert len(open_backends(tmp_path / "net.onnx", {}, choice)[1]) == 1
-
-
-def test_a_failing_engine_does_not_end_the_batcher():
-    def engine(images):
-        if images[0, 0, 0, 0] == 1:
-            raise RuntimeError("this one")
-        return np.zeros((len(images), 2), np.float32)
-
-    async def trial():
-        batcher = Batcher([engine], 8)
-        running = asyncio.ensure_future(batcher.run())
-        with pytest.raises(RuntimeError, match="this one"):
-            await batcher.classify(np.full((8, 8, 3), 1, np.uint8))
-        assert (await batcher.classify(np.zeros((8, 8, 3), np.uint8))).tolist() == [0.5, 0.5]
-        running.cancel()
-
-    asyncio.run(trial())
 
 
 @pytest.mark.slow
@@ -399,6 +505,12 @@ def test_the_page_in_a_browser(server, image_root, tmp_path):
         browser.run(settled)
         found = browser.run(classes)
         assert len(found) == 3 and found[0].startswith("bee"), found
+        browser.run("document.querySelector('button').click()")
+        browser.run(
+            "new Promise(done => { const look = () => { const map = "
+            "document.querySelector('img[alt^=heat]'); map && map.naturalWidth ? done() : "
+            "setTimeout(look, 20) }; look() })"
+        )
         browser.screenshot(tmp_path / "page.png")
         # A picture that is dropped.
         data = list((image_root / "val" / "cat" / "003.jpg").read_bytes())

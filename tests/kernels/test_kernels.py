@@ -14,7 +14,7 @@ from mindspore import Tensor
 
 from src.dataset.batches import Batch
 from src.distributed.communicator import Communicator
-from src.inference.backends import MindSporeBackend
+from src.inference.mindspore_backend import MindSporeBackend
 from src.kernels import library as kernels_library
 from src.kernels.attributes import attribute_table
 from src.kernels.layers import ConvNormLayer, NchwFallback
@@ -132,7 +132,7 @@ def test_a_step_is_mindspores(kernels, network, block, measured):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("network", ["resnet56_cifar", "wrn16_8_cifar"])
 def test_a_step_with_stochastic_depth_is_mindspores(kernels, network):
     options = {"images": 4, "steps": 2, "stochastic_depth": 0.6, "global_batch_size": 4}
@@ -245,12 +245,16 @@ def test_a_layer_that_the_kernels_cannot_take_falls_back_alone(kernels, monkeypa
         ), name
 
 
-def test_bfloat16_learns_like_float32(kernels):
+@pytest.mark.parametrize(
+    "block",
+    ["acb", *(pytest.param(name, marks=pytest.mark.extended) for name in ("repvgg", "dbb"))],
+)
+def test_bfloat16_learns_like_float32(kernels, block):
     if not kernels.has_bfloat16:
         pytest.skip("the processor has no bfloat16")
     (halves, parameters, _), (singles, expected, _) = (
-        one_step(kernels, "cifar_quick", "acb", steps=12, amp_level="O2"),
-        one_step(kernels, "cifar_quick", "acb", steps=12),
+        one_step(kernels, "cifar_quick", block, steps=12, amp_level="O2"),
+        one_step(kernels, "cifar_quick", block, steps=12),
     )
     assert (
         halves == pytest.approx(singles, rel=0.03)
@@ -269,7 +273,7 @@ def test_the_same_bits_on_every_run(kernels):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_threads_repeat_themselves(kernels, tmp_path):
     lines = []
     for _ in range(2):

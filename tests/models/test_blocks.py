@@ -148,8 +148,8 @@ CASES = [
 def marks_of(name, kind):
     if (name, kind) in FAST:
         return ()
-    # DenseNets compile for a minute.
-    return (pytest.mark.extended,) if "densenet" in name else (pytest.mark.slow,)
+    is_quick = name in ("resnext50_32x4d", "wrn16_8_cifar") and kind == "acb"
+    return (pytest.mark.slow,) if is_quick else (pytest.mark.extended,)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from mindspore import Tensor
 
 from src.models.create import create_model
 from src.models.weight_files import read_weights
-from src.runs.checkpoint import TrainingState, choose_checkpoint, find_checkpoints, save_checkpoint
+from src.runs.checkpoint import TrainingState, save_checkpoint
+from src.runs.checkpoint_files import choose_checkpoint, find_checkpoints
 from src.runs.run_folder import RunFolder, create_run_folder, dated_run_folder
 from src.utils.errors import UserError
 from src.utils.files import remove_partials
@@ -158,6 +159,9 @@ def test_of_a_folder_the_best_or_the_newest_is_taken_and_said(tmp_path):
     for name in ("net-9_5.ckpt", "net-10_5.ckpt", "net-10_3.ckpt"):
         (tmp_path / name).write_text("")
     said = []
+    # What was made of a checkpoint is no later one.
+    (tmp_path / "net-10_5_exported.ckpt").write_text("")
+    (tmp_path / "net-10_5_fused.ckpt").write_text("")
     assert choose_checkpoint(str(tmp_path), said.append).name == "net-10_5.ckpt"
     (tmp_path / "best.ckpt").write_text("")
     assert choose_checkpoint(str(tmp_path), said.append).name == "best.ckpt"
@@ -167,6 +171,10 @@ def test_of_a_folder_the_best_or_the_newest_is_taken_and_said(tmp_path):
         choose_checkpoint(str(tmp_path / "net-9_5.ckpt"), said.append).name == "net-9_5.ckpt"
         and len(said) == 2
     )
+    (tmp_path / "run").mkdir()
+    for name in ("latest.ckpt", "latest_exported.ckpt"):
+        (tmp_path / "run" / name).write_text("")
+    assert choose_checkpoint(str(tmp_path / "run"), said.append).name == "latest.ckpt"
 
 
 def test_what_is_not_finite_is_not_written(tmp_path):

@@ -1,13 +1,18 @@
 """A run that was killed and resumed is bit-identical to an uninterrupted run."""
 
 import json
+import os
+import shutil
 import signal
 
 import numpy as np
 import pytest
+import yaml
 from conftest import TINY, execute, mpirun, mpirun_words, only_run
+from mindspore import Parameter, Tensor
 
 from src.models.weight_files import read_weights
+from src.runs.checkpoint import save_checkpoint
 
 # Batch norm, momentum, augmentation, evaluation: all that has state.
 FLAGS = (
@@ -87,6 +92,9 @@ def test_killed_and_resumed_run_ends_with_the_same_bits(
         assert np.array_equal(arrays[name], value), name
     assert resumed_metrics == metrics and [line["epoch"] for line in metrics] == [1, 2, 3]
     assert resumed["best_top1"] == told["best_top1"]
+    # Who repeats the run begins at its beginning.
+    config = yaml.safe_load((only_run(killed) / "config.yaml").read_text())
+    assert config["resume"] == "" and config["max_epoch"] == 3
 
 
 @pytest.mark.slow
@@ -115,7 +123,7 @@ def test_the_best_starts_again_with_other_validation_images(broken_copy, tmp_pat
     assert execute([*words, "--max_steps=12"]).status == 0
     next((broken_copy / "val" / "ant").iterdir()).unlink()
     run = execute([*words, "--max_steps=24", "--resume=auto"])
-    assert run.status == 0 and "warning: the validation images are not those" in run.out, run
+    assert run.status == 0 and "warning: the validation images have changed" in run.out, run
 
 
 @pytest.mark.slow
@@ -125,7 +133,7 @@ def test_the_best_survives_a_part_of_the_run_without_evaluation(image_root, tmp_
     for steps, evaluates in ((12, 1), (24, 0), (36, 1)):
         more = ["--resume=auto"] if steps > 12 else []
         run = execute([*words, f"--max_steps={steps}", f"--run_eval={evaluates}", *more])
-        assert run.status == 0 and "no longer counts" not in run.out, run
+        assert run.status == 0 and "validation images have changed" not in run.out, run
     metadata = read_weights(only_run(tmp_path / "out") / "latest.ckpt")[1]
     assert metadata["best_top1"] > 0 and metadata["validation"] is not None
     first = read_weights(only_run(tmp_path / "out") / "best.ckpt")[1]
@@ -141,7 +149,7 @@ def test_resuming_elsewhere_or_otherwise(image_root, tmp_path):
     refused = execute(
         command(1, image_root, tmp_path / "out", "--resume=auto", "--global_batch_size=8")
     )
-    assert refused.status == 2 and "steps per epoch" in refused.error_lines[0], refused
+    assert refused.status == 2 and "keep the global batch" in refused.error_lines[0], refused
     refused = execute(command(1, image_root, tmp_path / "none", "--resume=auto"))
     assert refused.status == 2 and "finds no checkpoint" in refused.error_lines[0], refused
     run = mpirun(2, *command(1, image_root, tmp_path / "out", "--resume=auto")[1:])
@@ -264,3 +272,86 @@ def test_every_optimizer_and_augmentation_resumes_to_the_same_bits(image_root, t
         all(np.array_equal(arrays[name], expected[name]) for name in expected)
         and resumed_metrics == metrics
     )
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_back_forgets_what_came_later(image_root, tmp_path):
+    """Later checkpoints were taken by the next --resume=auto, and a later best.ckpt stayed."""
+    words = command(1, image_root, tmp_path / "out", "--ckpt_interval=1", "--ckpt_interval_steps=0")
+    assert execute(words).status == 0
+    folder = only_run(tmp_path / "out")
+    write_best_of(folder, folder / "ckpt_0" / "cifar_quick-3_12.ckpt")
+    first = folder / "ckpt_0" / "cifar_quick-1_12.ckpt"
+    run = execute([*words, f"--resume={first}", "--max_steps=24"])
+    assert run.status == 0 and f"later steps to {folder}/superseded" in run.out, run
+    kept = sorted(file.name for file in (folder / "ckpt_0").iterdir())
+    assert kept == ["cifar_quick-1_12.ckpt", "cifar_quick-2_12.ckpt"]
+    assert read_weights(folder / "best.ckpt")[1]["epoch"] == 2
+    run = execute([*words, "--resume=auto"])
+    assert run.status == 0 and "superseded" not in run.out, run
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
+
+
+def write_best_of(folder, checkpoint):
+    """Make best.ckpt that of the last epoch."""
+    (folder / "best.ckpt").unlink()
+    shutil.copy(checkpoint, folder / "best.ckpt")
+
+
+@pytest.mark.slow
+def test_checkpoints_are_kept_by_their_steps_whatever_the_clock_said(image_root, tmp_path):
+    words = command(1, image_root, tmp_path / "out", "--ckpt_interval=1", "--ckpt_interval_steps=0")
+    words.append("--keep_checkpoint_max=2")
+    assert execute([*words, "--max_steps=24"]).status == 0
+    folder = only_run(tmp_path / "out")
+    for file in (folder / "ckpt_0").iterdir():
+        os.utime(file, (2 * 10**9, 2 * 10**9))
+    (folder / "ckpt_0" / "mine.ckpt").write_text("a copy of the user's")
+    assert execute([*words, "--resume=auto"]).status == 0
+    kept = sorted(file.name for file in (folder / "ckpt_0").iterdir())
+    assert kept == ["cifar_quick-2_12.ckpt", "cifar_quick-3_12.ckpt", "mine.ckpt"]
+    assert (folder / "latest.ckpt").resolve().name == "cifar_quick-3_12.ckpt"
+
+
+@pytest.mark.slow
+def test_a_run_keeps_its_global_batch(image_root, tmp_path):
+    """An epoch of 48 images has three steps of 13 images or of 16, and an order of its own."""
+    words = command(1, image_root, tmp_path / "out", "--ckpt_interval=1")
+    assert execute([*words, "--global_batch_size=13", "--max_steps=2"]).status == 0
+    run = execute([*words, "--global_batch_size=16", "--resume=auto"])
+    assert run.status == 2 and "keep the global batch: --global_batch_size=13" in run.err, run
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_before_its_last_evaluation_stops_early_all_the_same(
+    image_root, tmp_path
+):
+    """A signal in the last step of an epoch leaves its evaluation to the resumed run."""
+    words = command(1, image_root, tmp_path / "out", "--ckpt_interval_steps=0", "--warmup_epochs=0")
+    words += ["--early_stopping=1", "--lr=1e-30", "--ckpt_interval=1", "--max_epoch=4"]
+    assert execute(words).status == 0
+    folder = only_run(tmp_path / "out")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    stopped_at = json.loads(lines[-1])["epoch"]
+    assert stopped_at < 4
+    # What such a signal leaves: the state of the last step, of an epoch that is not finished.
+    last = folder / "latest.ckpt"
+    change_metadata(last.resolve(), finished_epoch=False, since_best=0)
+    run = execute([*words, "--resume=auto"])
+    assert run.status == 0 and "stopping early" in run.out, run
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == stopped_at
+
+
+def change_metadata(path, **changes):
+    arrays, metadata = read_weights(path)
+    parameters = [Parameter(Tensor(array), name=name) for name, array in arrays.items()]
+    save_checkpoint(path, parameters, {**metadata, **changes})
+
+
+@pytest.mark.slow
+def test_a_run_that_never_evaluated_deploys_its_last_weights(image_root, tmp_path):
+    words = command(1, image_root, tmp_path / "out", "--max_epoch=1", "--run_eval=0")
+    assert execute(words).status == 0
+    run = execute([*words, "--resume=auto", "--run_eval=1", "--deploy=best"])
+    assert run.status == 0 and "warning: there is no best.ckpt" in run.out, run

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import os
 import shutil
 import sys
 
@@ -78,6 +79,25 @@ def test_an_error_line_passes_at_once_and_mpiruns_report_in_the_end(launch):
         found = io.BytesIO()
         launch.pass_on(io.BytesIO("".join(lines).encode()), found)
         assert found.getvalue().decode() == shown
+
+
+@pytest.mark.parametrize(
+    "environment,passed",
+    [
+        ({}, set()),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX2"}, {"ONEDNN_MAX_CPU_ISA"}),
+        # A process of this program, which limits MindSpore's own kernels only, or the user's limit.
+        ({"ONEDNN_MAX_CPU_ISA": "AVX2", "ACNET_KERNELS_ISA": ""}, set()),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX2", "ACNET_KERNELS_ISA": "AVX"}, {"ACNET_KERNELS_ISA"}),
+    ],
+)
+def test_the_limit_of_instructions_reaches_other_machines(launch, monkeypatch, environment, passed):
+    names = ("ONEDNN_MAX_CPU_ISA", "ACNET_KERNELS_ISA")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert {*launch.passed_on(dict(os.environ))} & {*names} == passed
 
 
 def test_environment_file_reaches_the_ranks(tmp_path):

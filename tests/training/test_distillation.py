@@ -1,5 +1,7 @@
 """A teacher: targets, its checks, and that a run with one resumes to the same bits."""
 
+import shutil
+
 import numpy as np
 import pytest
 from conftest import TINY, execute, make_config, only_run
@@ -9,6 +11,7 @@ from src.kernels.library import KernelChoice
 from src.models.weight_files import read_weights
 from src.training.distillation import Teacher, open_teacher
 from src.utils.errors import UserError
+from src.utils.log import no_log
 
 CLASSES = {"ant": 0, "bee": 1, "cat": 2}
 
@@ -49,7 +52,26 @@ def test_the_loss_on_mixed_targets_is_hintons_weighted_sum():
 def test_a_teacher_that_does_not_fit_is_refused(trained_run, keys, classes, words):
     teacher = {"teacher": str(trained_run), "image_size": 32, "num_classes": 3}
     with pytest.raises(UserError, match=words):
-        open_teacher(make_config(**{**teacher, **keys}), classes, KernelChoice())
+        open_teacher(make_config(**{**teacher, **keys}), classes, KernelChoice(), no_log)
+
+
+@pytest.mark.slow
+def test_a_run_does_not_continue_with_another_teacher(image_root, trained_run, tmp_path):
+    teacher = tmp_path / "teacher.ckpt"
+    shutil.copy(trained_run / "best.ckpt", teacher)
+    words = ["python3", "train.py", *TINY, f"--data_path={image_root}/train", "--deploy=0"]
+    words += [f"--teacher={teacher}", f"--output_path={tmp_path}/out"]
+    assert execute([*words, "--max_steps=2"]).status == 0
+    checkpoint = next((only_run(tmp_path / "out") / "ckpt_0").iterdir())
+    shutil.copy(checkpoint, teacher)
+    run = execute([*words, "--max_steps=3", "--resume=auto"])
+    assert run.status == 2 and "is not the network that" in run.error_lines[0], run
+    shutil.copy(trained_run / "best.ckpt", teacher)
+    run = execute([*words, "--max_steps=2", "--resume=auto"])
+    assert (
+        run.status == 0
+        and "nothing is left to train: it has done 2 steps of --max_steps=2" in run.out
+    ), run
 
 
 @pytest.mark.slow

@@ -5,8 +5,11 @@ import pytest
 from conftest import make_config
 from mindspore import Tensor
 
-from src.models.create import create_model
+from src.dataset.batches import Batch
+from src.distributed.communicator import Communicator
+from src.models.create import create_model, create_network
 from src.models.weights import copy_weights
+from src.training.create_step import create_train_step
 from src.training.step import DropoutMasks
 from src.utils.errors import UserError
 
@@ -83,6 +86,28 @@ def test_stochastic_depth_leaves_branches_out_and_scales_the_rest(name):
     mask[:, -1] = 0
     assert np.allclose(network(images, Tensor(mask)).asnumpy(), left_out, rtol=1e-4, atol=1e-4)
     assert not np.allclose(kept, left_out, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "keys", [{"network": "resnet18", "stochastic_depth": 0.9}, {"network": "mobilenet_v2"}]
+)
+def test_nothing_is_dropped_while_the_backbone_is_frozen(keys):
+    """The loss is that of a network that never drops anything."""
+    losses = []
+    batch = Batch(
+        np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8),
+        np.arange(4, dtype=np.int32),
+    )
+    for kept in ({}, {"stochastic_depth": 0.0, "dropout": 0.0}):
+        config = make_config(
+            **{"image_size": 32, "num_classes": 4, "global_batch_size": 4, **keys, **kept}
+        )
+        network = create_network(config, None)
+        assert any(network.drop_probabilities) == (not kept)
+        step = create_train_step(network, config, Communicator(), None)
+        step.optimizer.backbone_frozen = True
+        losses.append(step([batch], 0.0, 0).loss)
+    assert losses[0] == losses[1]
 
 
 def test_stochastic_depth_needs_residual_branches():

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from conftest import TINY, execute, make_config, mpirun, only_run, write_image_f
 from src.models.create import create_model
 from src.models.weight_files import read_weights, without_optimizer_state
 from src.training.optimizers import HostOptimizer
-from src.training.trainer import BestSoFar
+from src.training.trainer import BestSoFar, Trainer
 from src.training.update_rules import create_update_rule
 
 FINETUNE = ("--config_path=finetune", "--max_epoch=3", "--freeze_epochs=1", "--lr=0.02")
@@ -176,7 +177,12 @@ def test_early_stopping_ends_with_the_best_and_stays_ended(trained_run, photos, 
     assert len(lines) == best + 3 < 40
     again = mpirun(2, "train.py", *words, "--resume=auto")
     assert again.status == 0 and "\nepoch " not in again.out, again
+    assert "nothing is left to train: it stopped early" in again.out, again
     assert len((only_run(tmp_path) / "metrics.jsonl").read_text().splitlines()) == len(lines)
+    # With more patience the run continues.
+    longer = [*words, "--resume=auto", f"--max_steps={lines[-1]['step'] + 1}"]
+    run = mpirun(2, "train.py", *longer, "--early_stopping=9")
+    assert run.status == 0 and f"\nepoch {len(lines) + 1}/40" in run.out, run
 
 
 @pytest.mark.parametrize(
@@ -219,3 +225,13 @@ def test_a_fused_network_is_not_trained_on(finetuned, photos, tmp_path):
         and "fused" in run.error_lines[0]
         and not list(tmp_path.iterdir())
     ), run
+
+
+def test_a_run_that_evaluated_nothing_did_not_get_worse():
+    """A finished run that was resumed ended with 0.00 %, it said."""
+    trainer = SimpleNamespace(
+        config=make_config(), best=BestSoFar(), _last_top1=None, _first_top1=94.3
+    )
+    assert Trainer.accuracy_drop_warning(trainer) is None
+    trainer._last_top1 = 90.0
+    assert "below the 94.30 %" in Trainer.accuracy_drop_warning(trainer)

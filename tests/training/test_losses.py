@@ -89,3 +89,13 @@ def test_mixed_labels_train_with_binary_cross_entropy(tmp_path):
         if "acc=" in line
     ]
     assert top1 and max(top1) > 30, run
+
+
+@pytest.mark.parametrize("threshold,verdict", [(0.01, "right"), (0.95, "wrong")])
+def test_a_threshold_that_makes_all_targets_the_same_is_refused(threshold, verdict):
+    """With 10 classes and 0.1 spread over the others, targets are 0.0111 and 0.9."""
+    config = make_config(
+        num_classes=10, label_smooth_factor=0.1, loss=f"binary_cross_entropy(threshold={threshold})"
+    )
+    with pytest.raises(UserError, match=f"targets are 0.0111 and 0.9, so every class.*{verdict}"):
+        create_loss(config)

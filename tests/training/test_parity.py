@@ -19,7 +19,7 @@ from mindspore import Tensor
 
 from src.dataset.batches import Batch
 from src.distributed.communicator import Communicator
-from src.inference.backends import MindSporeBackend
+from src.inference.mindspore_backend import MindSporeBackend
 from src.kernels.library import choose_kernels
 from src.models.create import create_model
 from src.models.layers import InputNormalizer

@@ -1,26 +1,30 @@
 """What the checkpoint of a run holds, and from which one ranks resume."""
 
+import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import make_config
 from mindspore import Parameter, Tensor
 
+from src.dataset.image_set import are_numbers_sorted_as_text
 from src.distributed.communicator import Communicator
 from src.models.create import create_model
-from src.runs.checkpoint import (
-    TrainingState,
-    checkpoint_place,
-    in_order,
-    read_training_state,
-    restore_arrays,
-    save_checkpoint,
-)
+from src.runs.checkpoint import TrainingState, read_training_state, restore_arrays, save_checkpoint
+from src.runs.checkpoint_files import checkpoint_position, in_order
+from src.runs.recorder import Recorder
 from src.runs.run_folder import RunFolder
-from src.training.start import ResumePoint, find_resume_point, resume_message
+from src.training.start import (
+    PretrainedWeights,
+    ResumePoint,
+    find_resume_point,
+    read_pretrained,
+    resume_message,
+)
 from src.utils.errors import UserError
 
 
@@ -73,6 +77,27 @@ def test_what_is_written_is_read(tmp_path, network):
         [*network.get_parameters(), *optimizer_state], [*other.get_parameters(), *others]
     ):
         assert np.array_equal(a.asnumpy(), b.asnumpy()), a.name
+
+
+@pytest.mark.parametrize(
+    "classes,words",
+    [
+        ({"a": 1, "b": 0, "c": 2, "d": 3}, "for 4 classes, which 'w.ckpt' has in another order"),
+        ({"a": 0, "b": 1, "c": 2, "e": 3}, "for 4 classes instead of 4 other"),
+    ],
+)
+def test_a_new_classifier_says_why(network, classes, words):
+    trainer = SimpleNamespace(
+        network=network,
+        config=make_config(network="cifar_quick", num_classes=4, allow_head_mismatch=1),
+        recorder=Recorder(),
+        class_to_index={"a": 0, "b": 1, "c": 2, "d": 3},
+    )
+    arrays = {p.name: p.asnumpy() for p in network.get_parameters()}
+    weights = PretrainedWeights("w.ckpt", arrays, {}, classes)
+    assert weights.load_into(trainer).endswith(words) and not trainer.has_pretrained_classifier
+    same = PretrainedWeights("w.ckpt", arrays, {}, dict(trainer.class_to_index))
+    assert same.load_into(trainer) == "starting from w.ckpt" and trainer.has_pretrained_classifier
 
 
 def test_optimizer_state_that_is_missing_is_named(tmp_path, network):
@@ -189,6 +214,15 @@ def test_the_newest_is_the_one_with_the_most_steps_whatever_the_files_times(run_
     assert find_resume_point(config, Communicator()).state.step == 15
 
 
+def test_of_copies_of_a_run_the_one_with_the_most_steps_is_the_newest(run_folder):
+    run = run_folder / "2026-01-01_time_00_00_00"
+    (run_folder / "run").rename(run)
+    shutil.copytree(run, run_folder / f"{run.name}_backup")
+    (run_folder / f"{run.name}_backup" / "ckpt_0" / "n-1_15.ckpt").unlink()
+    config = make_config(resume="auto", output_path=str(run_folder))
+    assert find_resume_point(config, Communicator()).path == run / "ckpt_0" / "n-1_15.ckpt"
+
+
 @pytest.mark.parametrize("best,taken", [(12, "n-1_15.ckpt"), (18, "best.ckpt")])
 def test_the_best_checkpoint_counts_by_its_step(run_folder, network, best, taken):
     state(best, epoch=1, steps_per_epoch=20).write(run_folder / "run" / "best.ckpt", network, [])
@@ -287,4 +321,31 @@ def test_the_order_of_evaluation_is_that_of_resuming():
     names = ["run-2_9-1_5.ckpt", "n-10_1.ckpt", "n-9_45.ckpt", "n-9_100.ckpt", "x-3_4-old.ckpt"]
     paths = [Path(name) for name in names]
     assert [path.name for path in in_order(paths)] == [names[4], names[0], *names[2:4], names[1]]
-    assert sorted(paths, key=checkpoint_place)[-1] == in_order(paths)[-1]
+    assert sorted(paths, key=checkpoint_position)[-1] == in_order(paths)[-1]
+
+
+@pytest.mark.parametrize(
+    "file,content,expected",
+    [
+        ("config.json", {"architecture": "resnet18", "label_names": ["b", "a"]}, {"b": 0, "a": 1}),
+        ("class_indexing.json", {"b": 0, "a": 1}, {"b": 0, "a": 1}),
+        (None, None, None),
+    ],
+)
+def test_the_classes_of_weights_are_those_that_evaluation_takes(tmp_path, file, content, expected):
+    """Training took none of them, and learnt the classes in the order of the folders."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    torch.save(
+        {"fc.weight": torch.ones(2, 512), "fc.bias": torch.ones(2)}, tmp_path / "resnet18.pth"
+    )
+    if file:
+        (tmp_path / file).write_text(json.dumps(content))
+    assert read_pretrained(str(tmp_path / "resnet18.pth"), {}).class_to_index == expected
+
+
+@pytest.mark.parametrize("classes,is_other", [(12, True), (10, False)])
+def test_nobody_knows_the_order_of_numbers(classes, is_other):
+    """Folders of numbers are sorted as text, and the network may have been trained otherwise."""
+    of_data = {name: label for label, name in enumerate(sorted(map(str, range(classes))))}
+    assert are_numbers_sorted_as_text(of_data) == is_other
+    assert not are_numbers_sorted_as_text({"cat": 0, "10": 1})

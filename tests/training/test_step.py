@@ -127,7 +127,7 @@ def test_gradients_agree_with_finite_differences():
         )
 
 
-@pytest.mark.parametrize("dropout", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dropout", [0.0, pytest.param(0.5, marks=pytest.mark.extended)])
 def test_accumulation_equals_the_large_batch(dropout):
     """With dropout too: a sample's mask does not depend on the batch that it is in."""
 

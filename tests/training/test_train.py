@@ -13,7 +13,7 @@ from PIL import Image
 
 from src.dataset.batches import epoch_order
 from src.models.weight_files import read_weights, without_optimizer_state
-from src.training.job import loss_hint, rate_warning, warmup_warning
+from src.training.job import rate_warning, stop_hint, val_loss_hint, warmup_warning
 
 
 def test_run_folder_holds_what_the_readme_says(trained_run):
@@ -155,7 +155,7 @@ def test_threads_give_the_same_bits_on_machines_with_other_numbers_of_cores(imag
         assert np.array_equal(array, weights["two, one used"][key]), key
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_world_sizes_follow_the_same_loss(image_root, tmp_path):
     """The same global batch gives the same losses on 1 and 2 ranks (no batch norm, no dropout)."""
     losses = []
@@ -179,6 +179,7 @@ def test_world_sizes_follow_the_same_loss(image_root, tmp_path):
     assert np.allclose(*losses, rtol=2e-5), losses
 
 
+@pytest.mark.extended
 def test_compressed_gradients_train_nearly_the_same(image_root, tmp_path):
     losses = {}
     for form in ("none", "float16"):
@@ -372,9 +373,9 @@ def test_copies_of_images_are_told(tmp_path):
 
 def test_two_losses_are_not_taken_for_one():
     other = {"loss": "binary_cross_entropy", "run_eval": 1}
-    assert "val_loss is the cross-entropy" in loss_hint(make_config(**other))
-    assert loss_hint(make_config(**{**other, "run_eval": 0})) is None
-    assert loss_hint(make_config(run_eval=1)) is None
+    assert "val_loss is the softmax cross-entropy" in val_loss_hint(make_config(**other))
+    assert val_loss_hint(make_config(**{**other, "run_eval": 0})) is None
+    assert val_loss_hint(make_config(run_eval=1)) is None
 
 
 @pytest.mark.parametrize(
@@ -397,6 +398,14 @@ def test_a_rate_that_never_falls_or_is_0_is_told(flags, words):
     for steps_per_epoch in (4, 50, 5000):
         message = warmup_warning(config) or rate_warning(config, steps_per_epoch)
         assert message is None if words is None else words in message
+
+
+def test_a_run_that_stops_within_its_schedule_is_told():
+    config = make_config(max_epoch=10, max_steps=3, lr=0.3, warmup_epochs=1)
+    # The third of 100 steps of warm-up.
+    assert "of 1000 steps, ends: the last learning rate is 0.009" in stop_hint(config, 100)
+    for max_steps in (0, 1000, 2000):
+        assert stop_hint(make_config(max_epoch=10, max_steps=max_steps), 100) is None
 
 
 @pytest.mark.slow

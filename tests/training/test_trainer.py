@@ -4,6 +4,7 @@ Real ranks are in test_train.py.
 """
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -78,16 +79,18 @@ class TwoRanks(Communicator):
 
 def trainer(recorder, communicator=None, eval_images=None, **keys):
     config = make_config(
-        network="cifar_quick",
-        image_size=32,
-        train_crop="resize",
-        num_classes=4,
-        per_batch_size=4,
-        max_epoch=2,
-        lr=0.01,
-        warmup_epochs=0,
-        compile_cache=0,
-        **keys,
+        **{
+            "network": "cifar_quick",
+            "image_size": 32,
+            "train_crop": "resize",
+            "num_classes": 4,
+            "per_batch_size": 4,
+            "max_epoch": 2,
+            "lr": 0.01,
+            "warmup_epochs": 0,
+            "compile_cache": 0,
+            **keys,
+        }
     )
     trainer = Trainer(
         create_network(config, None),
@@ -173,6 +176,44 @@ def test_ends_early_in_the_middle_of_an_epoch():
         "save 8",
         "finish",
     ]
+
+
+def evaluations(*top1s):
+    """An evaluator that finds these accuracies, one after the other."""
+    results = iter(top1s)
+    found = SimpleNamespace(top5=100.0, correct=1, images=4, loss=1.0, class_top1=[])
+    return lambda backend: SimpleNamespace(
+        **vars(found), top1=next(results), text="", undecodable=(), nonfinite=0
+    )
+
+
+@pytest.mark.parametrize(
+    "keys,top1s,best,since",
+    [
+        # In the middle of an epoch; after an epoch that is not evaluated otherwise.
+        ({"max_steps": 8}, (50.0, 75.0), [6], 0),
+        ({"max_steps": 6, "eval_interval": 2}, (50.0,), [6], 0),
+        ({"max_steps": 18, "max_epoch": 4, "eval_interval": 2}, (50.0, 75.0), [12], 0),
+        ({"max_steps": 8}, (50.0, 25.0), [6], 0),
+        # As far as every run would evaluate, all of them count.
+        ({"max_steps": 12}, (50.0, 75.0), [6, 12], 0),
+        ({}, (50.0, 25.0), [6], 1),
+    ],
+)
+def test_an_evaluation_that_only_this_stop_makes_counts_for_nothing(keys, top1s, best, since):
+    """Else a resumed run would end with another best.ckpt, or earlier."""
+    notes = Notes()
+    stopped = trainer(notes, **keys)
+    stopped.evaluator = evaluations(*top1s)
+    stopped.fit()
+    assert [int(call.split()[1]) for call in notes.calls if call.startswith("best")] == best
+    assert notes.states[-1].since_best == since
+    # A run that has no other best keeps this one, and does not know it when it resumes.
+    counted = keys != {"max_steps": 6, "eval_interval": 2}
+    expected = max(top1s[: len(best)]) if counted else -1
+    assert notes.states[-1].best_top1 == expected
+    says = any("best.ckpt is unchanged" in call for call in notes.calls)
+    assert says == (max(top1s) > expected and counted)
 
 
 def test_a_run_without_steps_to_do_reports_nothing_twice():

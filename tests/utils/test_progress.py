@@ -52,7 +52,7 @@ def test_ranks_that_stay_silent_are_silent():
 def test_lines_with_the_time_left(monkeypatch):
     now, lines = [0.0], []
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    with ProgressBar("packed", 40, "image", lines.append) as task:
+    with ProgressBar("packed", 40, "image", lines.append, line_s=30.0) as task:
         for _ in range(40):
             now[0] += 4
             task.advance()

@@ -12,6 +12,7 @@ from conftest import TINY, execute, only_run
 from PIL import Image
 
 from src.inference.metrics import interval
+from src.runs.report_page import line_chart, most_shown
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +99,17 @@ def test_mistakes_are_shown_with_their_files(trained_run, image_root, tmp_path):
     for old, new in (("ant", "x"), ("bee", "ant"), ("x", "bee")):
         (val / old).rename(val / new)
     command = ["python3", "report.py", trained_run, f"--data_path={tmp_path}/images/train"]
-    run = execute([*command, f"--result_path={tmp_path}/report.html"])
+    run = execute([*command, f"--result_path={tmp_path}/report.html", "--heat_maps=2"])
     assert run.status == 0, run
     text = (tmp_path / "report.html").read_text()
+    command = ["python3", "eval.py", f"--checkpoint_file_path={trained_run}/best.ckpt"]
+    run_eval = execute([*command, f"--data_path={val}", f"--result_path={tmp_path}/e.json"])
+    assert run_eval.status == 0, run_eval
+    (result,) = json.loads((tmp_path / "e.json").read_text())
+    (error,) = re.findall(r"off by ([\d.]+) percentage points", text)
+    assert (
+        float(error) == pytest.approx(result["calibration_error"], abs=0.06) and float(error) > 20
+    )
     captions = re.findall(r'<span class="file" title="(.*?)">(.*?)</span>(.*?)</fig', text)
     assert captions and "other images than training evaluated" in text and "other images" in run.out
     for path, shown, words in captions:
@@ -110,6 +119,22 @@ def test_mistakes_are_shown_with_their_files(trained_run, image_root, tmp_path):
             rf"predicted (\w+) (\d+) %, is {label} (\d+) %", words.removesuffix("</figcaption>")
         ).groups()
         assert predicted != label and int(of_predicted) >= int(of_label)
+    figures = re.findall(r"<figure>.*?</figure>", text.partition("Most confident")[2])
+    of_mistakes = figures[: len(captions)]
+    assert [one.count("<img") for one in of_mistakes[:3]] == [2, 2, 1], "--heat_maps=2"
+
+
+@pytest.mark.slow
+def test_moved_images_are_split_as_training_split_them(image_root, tmp_path):
+    """Also if there are validation images next to them, which training did not use."""
+    shutil.copytree(image_root, tmp_path / "before")
+    words = [f"--data_path={tmp_path}/before/train", f"--output_path={tmp_path}/out"]
+    words += [*TINY, "--max_epoch=1", "--val_split=0.25"]
+    assert execute(["python3", "train.py", *words]).status == 0
+    (tmp_path / "before").rename(tmp_path / "after")
+    command = ["python3", "report.py", only_run(tmp_path / "out")]
+    run = execute([*command, f"--data_path={tmp_path}/after/train"])
+    assert run.status == 0 and "other images" not in run.out, run
 
 
 def test_images_that_cannot_be_decoded_are_said_to_be_missing(trained_run, image_root, tmp_path):
@@ -130,6 +155,23 @@ def test_a_damaged_best_checkpoint_leaves_the_rest_of_the_report(trained_run, tm
     assert run.status == 0 and "the report is incomplete" in run.out, run
     text = (tmp_path / "run" / "report.html").read_text()
     assert "Not everything could be shown" in text and rows_of(text, "summary")
+
+
+def test_a_huge_loss_does_not_press_the_others_flat():
+    usual = [(epoch, 2.0 - epoch / 20) for epoch in range(1, 20)]
+
+    def chart(points):
+        lines = [("run", points)]
+        return line_chart("loss", lines, most=most_shown(lines))
+
+    def spread(drawn):
+        heights = [float(height) for height in re.findall(r'<circle .*?cy="([\d.]+)"', drawn)]
+        return heights[-1] - heights[-19]
+
+    whole, with_huge = chart(usual), chart([(0, 5000.0), *usual])
+    assert spread(with_huge) > spread(whole) / 6
+    assert "loss; 1 higher, up to 5000" in with_huge and "run, epoch 0: 5000<" in with_huge
+    assert "higher" not in whole and most_shown([("run", [])]) == float("inf")
 
 
 def test_it_is_one_file_without_script_and_network(page):

@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from src.runs.run_folder import has_top5
+from src.utils.log import shortened
 
 _WIDTH, _HEIGHT = 420, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 12, 30, 34
@@ -21,18 +22,23 @@ def line_chart(
     x_title: str = "epoch",
     dashed: Sequence[str] = (),
     mark: float | None = None,
+    most: float = math.inf,
 ) -> str:
     """An SVG of ``lines``, [(name, [(x, y)])], each with its own colour.
 
     Lines whose names are in ``dashed`` are dashed. Each point has its name and figures as a
-    tooltip. Points that are not finite are left out. There is a vertical line at x = ``mark``.
+    tooltip. Points that are not finite are left out. Points above ``most`` are drawn at the top,
+    and the title says how many. There is a vertical line at x = ``mark``.
     """
     lines = [(name, [(x, y) for x, y in points if math.isfinite(y)]) for name, points in lines]
     xs = [x for _, points in lines for x, _ in points]
     ys = [y for _, points in lines for _, y in points]
     if not xs:
         return ""
-    across = _Scale(xs, _LEFT, _WIDTH - _RIGHT, least_step=1)
+    if above := sum(y > most for y in ys):
+        title += f"; {above} higher, up to {max(ys):.4g}"
+        ys = [min(y, most) for y in ys]
+    across = _Scale(xs, _LEFT, _WIDTH - _RIGHT, min_step=1)
     up = _Scale(ys, _HEIGHT - _BOTTOM, _TOP)
     parts = [
         f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
@@ -60,10 +66,10 @@ def line_chart(
         )
     for number, (name, points) in enumerate(lines):
         style = f"c{number % COLOURS}" + (" dashed" if name in dashed else "")
-        path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in points)
+        path = " ".join(f"{across(x):.1f},{up(min(y, most)):.1f}" for x, y in points)
         parts.append(f'<polyline class="{style}" points="{path}"/>')
         parts += [
-            f'<circle class="{style}" cx="{across(x):.1f}" cy="{up(y):.1f}" '
+            f'<circle class="{style}" cx="{across(x):.1f}" cy="{up(min(y, most)):.1f}" '
             f'r="{2.2 if len(points) < 80 else 1}">'
             f"<title>{escape(name)}, {escape(x_title)} {x:g}: {y:g}</title></circle>"
             for x, y in points
@@ -71,11 +77,20 @@ def line_chart(
     return "".join([*parts, "</svg>"])
 
 
+def most_shown(lines: Sequence[Line]) -> float:
+    """The largest y to show: all, unless some are more than ten times the 90th percentile."""
+    ys = sorted(y for _, points in lines for _, y in points if math.isfinite(y))
+    if not ys or ys[0] < 0:
+        return math.inf
+    usual = ys[int(0.9 * (len(ys) - 1))]
+    return 2 * usual if ys[-1] > 10 * usual > 0 else math.inf
+
+
 class _Scale:
     """Numbers to places between ``begin`` and ``end``, and ticks at round numbers."""
 
     def __init__(
-        self, values: Sequence[float], begin: float, end: float, least_step: float = 0
+        self, values: Sequence[float], begin: float, end: float, min_step: float = 0
     ) -> None:
         low, high = min(values), max(values)
         if high == low:
@@ -84,7 +99,7 @@ class _Scale:
         step = next(
             step * factor for factor in (0.2, 0.5, 1, 2, 5) if (high - low) / (step * factor) <= 6
         )
-        step = max(step, least_step)
+        step = max(step, min_step)
         first = math.ceil(low / step - 1e-9)
         self.ticks = [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
         self._low, self._high, self._begin, self._end = low, high, begin, end
@@ -130,9 +145,13 @@ th, td { padding: .25rem .7rem .25rem 0; text-align: left; vertical-align: top;
 td.number, th.number { text-align: right; }
 .charts, .sheet { display: grid; gap: 1rem;
                   grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }
-.sheet { gap: .7rem; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); }
+.alone { max-width: 30rem; }
+.sheet { gap: .7rem; margin-bottom: .9rem;
+         grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); }
 figure { margin: 0; }
-figure img { width: 100%; border-radius: 4px; background: var(--panel); display: block; }
+.pairs { grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); }
+.shown { display: flex; gap: 3px; align-items: flex-start; }
+.shown img { flex: 1; min-width: 0; border-radius: 4px; background: var(--panel); }
 figcaption { font-size: .82rem; line-height: 1.3; margin-top: .25rem; overflow-wrap: anywhere; }
 .chart { width: 100%; height: auto; background: var(--panel); border-radius: 6px; }
 .chart text { fill: var(--dim); font-size: 12px; }
@@ -163,16 +182,17 @@ details.part > summary { font-size: 1.15rem; font-weight: 600; margin: 1.4rem 0 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as a data: URL, the words below it, and its file if that is shown."""
+    """An image as a data: URL, the words below it, its file and its heat map if they are shown."""
 
     source: str
     words: str
     file: str = ""
+    heat_map: str = ""
 
 
 @dataclass(frozen=True)
 class RunReport:
-    """What the page says of one run.
+    """The data of one run on the page.
 
     Attributes:
         name: what to call it.
@@ -184,7 +204,10 @@ class RunReport:
         confusion: images by label and likeliest class, (classes, classes), or None.
         confused: (label, what it was taken for, how often), the most frequent first.
         mistakes, samples: the worst mistakes, and augmented training images.
-        note: what to know about the classes and pictures, such as why there are none.
+        calibration_error: expected calibration error in percent, or None.
+        calibration: (mean top-1 probability, accuracy) of each non-empty bin, in percent.
+        note: a remark above the class table, such as why there are no images.
+        defaults: {key: default}, to show which keys differ.
     """
 
     name: str
@@ -199,6 +222,8 @@ class RunReport:
     confused: Sequence[tuple[int, int, int]] = ()
     mistakes: Sequence[Picture] = ()
     samples: Sequence[Picture] = ()
+    calibration_error: float | None = None
+    calibration: Sequence[tuple[float, float]] = ()
     note: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
@@ -211,13 +236,13 @@ class RunReport:
 
 
 def render(runs: Sequence[RunReport]) -> str:
-    """The page."""
+    """The page as HTML text."""
     title = _headline(runs[0]) if len(runs) == 1 else f"{len(runs)} runs compared"
     sections = [_subtitle(runs), _summary(runs)]
     for run in runs:
         of_run = _of(run, runs)
         mistakes = _pictures(f"Most confident mistakes{of_run}", run.mistakes)
-        sections += [_classes(run, of_run), mistakes]
+        sections += [_classes(run, of_run), mistakes, _calibration(run, of_run)]
     sections.append(_curves(runs))
     for run in runs:
         samples = _pictures("", run.samples)
@@ -239,7 +264,7 @@ def render(runs: Sequence[RunReport]) -> str:
 def _headline(run: RunReport) -> str:
     best = run.best
     if best is None:
-        return run.name
+        return f"{run.config['network']}, not evaluated on validation images"
     if "correct" not in best:
         return f"{best['top1']:.2f} % of the validation images are right"
     return f"{best['correct']} of {best['val_images']} validation images are right"
@@ -315,16 +340,20 @@ def _curves(runs: Sequence[RunReport]) -> str:
     ]
     mark = runs[0].best["epoch"] if len(runs) == 1 and runs[0].best else None
     charts = [
-        line_chart("training loss", lines("loss")),
+        line_chart("training loss", lines("loss"), most=most_shown(lines("loss"))),
         line_chart("validation top-1 (%)", lines("top1"), mark=mark),
-        line_chart("validation loss", lines("val_loss")),
+        line_chart("validation loss", lines("val_loss"), most=most_shown(lines("val_loss"))),
         line_chart("validation top-5 (%)", lines("top5")),
         line_chart("learning rate", lines("lr")),
         line_chart("images/s", lines("images_per_second")),
     ]
     if len(runs) == 1:
         charts[0] = line_chart(
-            "loss in training and, dashed, validation", both, dashed=[both[1][0]], mark=mark
+            "loss, dashed in validation",
+            both,
+            dashed=[both[1][0]],
+            mark=mark,
+            most=most_shown(both),
         )
         charts[2] = ""
     about = "<p>The dotted line is the best epoch.</p>" if mark is not None else ""
@@ -508,26 +537,52 @@ def _confusion(run: RunReport) -> str:
     )
 
 
+def _calibration(run: RunReport, of_run: str) -> str:
+    """How well calibrated the probabilities are."""
+    if run.calibration_error is None:
+        return ""
+    exact = [(percent, percent) for percent in (0.0, 100.0)]
+    lines = [("measured", run.calibration), ("perfect calibration", exact)]
+    chart = line_chart(
+        "images right (%); dashed: perfect calibration",
+        lines,
+        "probability (%)",
+        dashed=[lines[1][0]],
+    )
+    return (
+        f"<h2>Probabilities{of_run}</h2><p>They are off by {run.calibration_error:.1f} percentage "
+        "points on average (expected calibration error). Of 100 images whose class gets 80 %, 80 "
+        "should be right. <code>python3 export.py --temperature=auto</code> can correct them.</p>"
+        f'<div class="alone">{chart}</div>'
+    )
+
+
 def _pictures(title: str, pictures: Sequence[Picture]) -> str:
     if not pictures:
         return ""
-    heading = f"<h2>{title}</h2>" if title else ""
-    return f'{heading}<div class="sheet">{"".join(map(_figure, pictures))}</div>'
+    explained = "".join(_figure(picture) for picture in pictures if picture.heat_map)
+    others = "".join(_figure(picture) for picture in pictures if not picture.heat_map)
+    parts = [f"<h2>{title}</h2>" if title else ""]
+    if explained:
+        parts.append(
+            "<p>On the right, a heat map: covering the warm regions makes the predicted class less "
+            f'likely.</p><div class="sheet pairs">'
+            f"{explained}</div>"
+        )
+    if others:
+        parts.append(f'<div class="sheet">{others}</div>')
+    return "".join(parts)
 
 
 def _figure(picture: Picture) -> str:
     file = ""
     if picture.file:
-        name = _cut("/".join(picture.file.split("/")[-2:]))
+        name = shortened("/".join(picture.file.split("/")[-2:]), _NAME_LENGTH)
         file = f'<span class="file" title="{escape(picture.file)}">{escape(name)}</span>'
     caption = f"<figcaption>{file}{escape(picture.words)}</figcaption>"
-    return f'<figure><img src="{picture.source}" alt="">{caption}</figure>'
-
-
-def _cut(name: str) -> str:
-    """``name`` without its middle if it is long: beginnings and endings tell files apart."""
-    half = _NAME_LENGTH // 2
-    return name if len(name) <= _NAME_LENGTH else f"{name[:half]}…{name[-half:]}"
+    sources = filter(None, (picture.source, picture.heat_map))
+    shown = "".join(f'<img src="{source}" alt="">' for source in sources)
+    return f'<figure><div class="shown">{shown}</div>{caption}</figure>'
 
 
 def _shows(line: Mapping[str, Any], key: str) -> bool:

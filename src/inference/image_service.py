@@ -1,0 +1,162 @@
+"""The image service of the server: reads images, classifies them, and explains predictions.
+
+Raises RequestError for requests that get no result; src/inference/serving.py makes HTTP of both.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from src.cli.config import Config
+from src.dataset.decoding import BadImage, decode_image
+from src.dataset.transforms import eval_min_side, eval_transform
+from src.inference.backends import Backend, with_flip
+from src.inference.batcher import MAX_IMAGES_AT_ONCE, Batcher, Capacity
+from src.inference.checkpoint_model import CheckpointModel
+from src.inference.heatmap import covered, encode_png, heat, overlay
+from src.inference.prediction import Prediction
+from src.inference.server_requests import ImageRequest, RequestError, read_request
+from src.utils.machine import available_cores
+
+LARGEST_BODY = 20 * 2**20
+# How much of a body that is too large is read and thrown away.
+_FORGOTTEN = 100 * 2**20
+# How long a body may take to arrive.
+_BODY_S = 60
+_MAX_HEAT_MAPS = 8
+
+
+class ImageService:
+    """Answers requests: images in, predictions and heat maps out.
+
+    Args:
+        backends: (B, S, S, 3) uint8 images -> (B, C) logits; all are timed for every batch size.
+
+    Attributes:
+        model: what is served, with class names that can be sent.
+        batcher: computes the images of all requests.
+    """
+
+    def __init__(self, model: CheckpointModel, backends: Sequence[Backend]) -> None:
+        # Names may have bytes that are not UTF-8.
+        classes = (model.class_to_index or {}).items()
+        sendable = {name.encode("utf-8", "backslashreplace").decode(): i for name, i in classes}
+        self.model = replace(model, class_to_index=sendable)
+        self.batcher = Batcher(
+            [with_flip(backend) for backend in backends] if model.config.test_flip else backends,
+            model.config.image_size,
+        )
+        self.batcher.warm_up()
+        # The default pool has more threads than cores, each of which may hold a large image.
+        self._readers = ThreadPoolExecutor(available_cores(), thread_name_prefix="reader")
+        self._images, self._heat_maps = Capacity(MAX_IMAGES_AT_ONCE), Capacity(_MAX_HEAT_MAPS)
+        self._one_heat_map = asyncio.Semaphore(1)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes that have one."""
+        return list(self.model.class_to_index or ())
+
+    async def read(self, request: Any) -> ImageRequest:
+        """The images in a request. Raises RequestError."""
+        try:
+            body = await asyncio.wait_for(_body(request), _BODY_S)
+        except asyncio.TimeoutError:
+            raise RequestError(408, f"the request did not arrive within {_BODY_S} s") from None
+        if body is None:
+            raise RequestError(413, f"the request has more than {LARGEST_BODY >> 20} MiB")
+        content_type = request.headers.get("content-type", "")
+        try:
+            return await self._in_reader(read_request, content_type, body)
+        except ValueError as failure:
+            raise RequestError(400, str(failure)) from None
+
+    async def predict(self, sent: ImageRequest) -> dict[str, Any]:
+        """The answer to a request: of one image, or of a list, where each may have an error.
+
+        Raises:
+            RequestError: if there is no room for its images, or if it is not a list and has no
+                image.
+        """
+        with self._images.taken(len(sent.images)):
+            if not sent.is_list:
+                return await self._predicted(*sent.images[0])
+            return {"answers": await asyncio.gather(*(self._entry(*one) for one in sent.images))}
+
+    async def heat_map(self, sent: ImageRequest) -> bytes:
+        """A PNG of where in the one image its likeliest class comes from. Raises RequestError."""
+        if len(sent.images) != 1:
+            raise RequestError(400, "send one image for a heat map")
+        # One at a time, so that its many images leave room for those of others.
+        with self._heat_maps.taken(1):
+            async with self._one_heat_map:
+                image = await self._image(*sent.images[0])
+                images = [image, *covered(image, self.model.config.mean)]
+                with self._images.taken(len(images)):
+                    found = await asyncio.gather(*map(self.batcher.classify, images))
+                return await self._in_reader(_heat_map, image, np.stack(found))
+
+    async def _entry(self, name: str, body: bytes | None) -> dict[str, Any]:
+        """One entry of a list of answers."""
+        try:
+            return {"image": name, **await self._predicted(name, body)}
+        except RequestError as refusal:
+            return {"image": name, **refusal.answer}
+
+    async def _predicted(self, name: str, body: bytes | None) -> dict[str, Any]:
+        probabilities = await self.batcher.classify(await self._image(name, body))
+        return Prediction.of("", probabilities, self.model).answer()
+
+    async def _image(self, name: str, body: bytes | None) -> np.ndarray:
+        """(S, S, 3) uint8."""
+        if body is None:
+            raise RequestError(400, f"{name} is not base64")
+        try:
+            return await self._in_reader(_prepared, name, body, self.model.config)
+        except BadImage as failure:
+            raise RequestError(400, str(failure)) from None
+        except MemoryError:
+            raise RequestError(
+                503, "there is too little memory for this image now; try again"
+            ) from None
+
+    async def _in_reader(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._readers, function, *arguments)
+
+
+def _prepared(name: str, body: bytes, config: Config) -> np.ndarray:
+    encoded = np.frombuffer(body, np.uint8)
+    image = decode_image(encoded, name, config.max_pixels, eval_min_side(config))
+    return eval_transform(image, config)
+
+
+def _heat_map(image: np.ndarray, probabilities: np.ndarray) -> bytes:
+    warmth = heat(probabilities, int(probabilities[0].argmax()), len(image))
+    return encode_png(overlay(image, warmth))
+
+
+async def _body(request: Any) -> bytes | None:
+    """The body of a request; None if it is too large.
+
+    What is not read resets the connection, and then some clients do not see the answer. So a body
+    is read to its end, unless it is far too large.
+    """
+    declared = request.headers.get("content-length", "0")
+    if declared.isdigit() and int(declared) > LARGEST_BODY + _FORGOTTEN:
+        return None
+    parts: list[bytes] = []
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > LARGEST_BODY + _FORGOTTEN:
+            return None
+        if size > LARGEST_BODY:
+            parts.clear()
+        else:
+            parts.append(part)
+    return b"".join(parts) if size <= LARGEST_BODY else None
