@@ -117,7 +117,8 @@ def prepare_restart(options, script, facts_file, status, restarts_left):
                 "--fit_batch=0",
             ]
     if facts and any(Path(facts["run_folder"]).glob("ckpt_0/*.ckpt")):
-        options.script_arguments.append("--resume=auto")
+        # Not --resume=auto: another run under the same output_path may be newer.
+        options.script_arguments.append(f"--resume={facts['run_folder']}")
         parts.append("starting again from the newest checkpoint")
     else:
         parts.append("starting from scratch: there is no checkpoint yet")

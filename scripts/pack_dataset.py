@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.cli.run import run_process  # noqa: E402
+from src.distributed.launcher import check_single_process, launched_rank  # noqa: E402
 from src.utils.errors import UserError  # noqa: E402
 
 
@@ -28,6 +29,7 @@ def main(arguments):
     from src.utils.machine import available_cores
 
     options = parse(arguments)
+    check_single_process("pack_dataset")
     prepare_process()
     from src.utils.progress import ProgressBar
 
@@ -102,4 +104,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] in (["-h"], ["--help"]):
         print(__doc__)
     else:
-        run_process(lambda signals: main(sys.argv[1:]))
+        run_process(lambda signals: main(sys.argv[1:]), launched_rank())

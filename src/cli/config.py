@@ -172,14 +172,14 @@ class _Network(_Keys):
         None,
         Affects.MODEL,
         "initial batch-norm scale inside blocks; null: 1 (ACNet's code: 1/3 on CIFAR)",
-        _USES_MODEL,
+        _TRAIN,
         needs="block=acb|repvgg|dbb",
     )
     dropout: Fraction = key(
         0.5,
         Affects.MODEL,
         "drop probability before the last layers of AlexNet and MobileNetV2, in training only",
-        _USES_MODEL,
+        _TRAIN,
         needs="network=alexnet|mobilenet_v2|mobilenetv2",
     )
     stochastic_depth: Fraction = key(
@@ -643,8 +643,8 @@ class _Output(_Keys):
     resume: Annotated[str, BeforeValidator(_resume)] = key(
         "",
         Affects.RUN,
-        "run to continue; auto, or a bare --resume: the newest under output_path; or a checkpoint "
-        "file",
+        "run to continue: its folder or one of its checkpoints; auto, or a bare --resume: the "
+        "newest under output_path",
         _TRAIN,
     )
     keep_checkpoint_max: Positive = key(
@@ -708,7 +708,11 @@ class _Output(_Keys):
         ("export",),
     )
     calibration_images: Positive = key(
-        128, Affects.RUN, "number of training images to calibrate quantize with", ("export",)
+        128,
+        Affects.RUN,
+        "number of training images to calibrate quantize with",
+        ("export",),
+        needs="quantize=int8",
     )
     temperature: Annotated[Literal["auto"] | PositiveReal, Word] = key(
         1.0,

@@ -15,6 +15,7 @@ from src.dataset.batches import global_batch_size
 from src.dataset.sources import check_source
 from src.distributed.communicator import Communicator, check_ranks_agree, connect
 from src.distributed.launcher import (
+    check_single_process,
     exec_launcher,
     exec_launcher_under_torchrun,
     has_launcher,
@@ -52,6 +53,8 @@ def start(
     """
     if distributed:
         exec_launcher_under_torchrun()
+    else:
+        check_single_process(_command_name())
     flags, names = parse_flags(arguments)
     _check_positional(names, positional)
     check_default_config()

@@ -45,6 +45,15 @@ def on_one_machine() -> bool:
     return launched_here() == launched_ranks()
 
 
+def check_single_process(script: str) -> None:
+    """Raise UserError if a launcher started several processes of a script that needs only one."""
+    if launched_ranks() > 1:
+        raise UserError(
+            f"{script}.py runs in one process, and the launcher started {launched_ranks()}, which "
+            "would all do the same; start it without the launcher"
+        )
+
+
 def has_launcher() -> bool:
     """True under a launcher, even of a single process."""
     return any(name in os.environ for name in (*_SIZES, "PMIX_RANK"))

@@ -17,7 +17,7 @@ from src.utils.progress import ProgressBar
 BATCH_SIZES = (1, 2, 4, 8, 16)
 MAX_IMAGES_AT_ONCE = 1024
 _TIMED = 3
-_BUSY = "too many requests are waiting; try again"
+BUSY = "too many requests are waiting; try again"
 _NOT_FINITE = "the network's outputs for this image are not finite"
 
 
@@ -31,7 +31,7 @@ class Capacity:
     def taken(self, count: int) -> Iterator[None]:
         """Take room for ``count`` in this context. Raises RequestError if there is not as much."""
         if self._taken + count > self._most:
-            raise RequestError(503, _BUSY)
+            raise RequestError(503, BUSY)
         self._taken += count
         try:
             yield
@@ -86,7 +86,7 @@ class Batcher:
         try:
             self._waiting.put_nowait((image, answer))
         except asyncio.QueueFull:
-            raise RequestError(503, _BUSY) from None
+            raise RequestError(503, BUSY) from None
         return await answer
 
     async def run(self) -> None:

@@ -201,9 +201,8 @@ def _notes(
     config: Config, recorded: Mapping[str, Any], flags: Mapping[str, Any], path: Path | None
 ) -> list[str]:
     """Warnings on what the recipe and the flags change, and on flags that change nothing."""
-    evaluation = ("crop_pct", "eval_resize", "reduced_decoding")
-    preprocessing = {key: flags[key] for key in evaluation if key in flags}
-    notes = flags_without_effect(preprocessing, config, ranks=1)
+    keys = ("crop_pct", "eval_resize", "reduced_decoding", "calibration_images")
+    notes = flags_without_effect({k: flags[k] for k in keys if k in flags}, config, ranks=1)
     is_onnx = config.eval_engine == "onnx" or (path is not None and path.suffix == ".onnx")
     if is_onnx and "amp_level" in flags and config.amp_level not in ("auto", "O0"):
         notes.append(f"{WARNING}--amp_level changes nothing with onnxruntime, which uses float32")

@@ -4,9 +4,10 @@ Raises RequestError for requests that get no result; src/inference/serving.py ma
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from src.cli.config import Config
 from src.dataset.decoding import BadImage, decode_image
 from src.dataset.transforms import eval_min_side, eval_transform
 from src.inference.backends import Backend, with_flip
-from src.inference.batcher import MAX_IMAGES_AT_ONCE, Batcher, Capacity
+from src.inference.batcher import BUSY, MAX_IMAGES_AT_ONCE, Batcher, Capacity
 from src.inference.checkpoint_model import CheckpointModel
 from src.inference.heatmap import covered, encode_png, heat, overlay
 from src.inference.prediction import Prediction
@@ -23,6 +24,8 @@ from src.inference.server_requests import ImageRequest, RequestError, read_reque
 from src.utils.machine import available_cores
 
 LARGEST_BODY = 20 * 2**20
+# Bytes of all bodies in memory together, before they are decoded.
+MOST_BODY_BYTES = 256 * 2**20
 # How much of a body that is too large is read and thrown away.
 _FORGOTTEN = 100 * 2**20
 # How long a body may take to arrive.
@@ -55,25 +58,27 @@ class ImageService:
         self._readers = ThreadPoolExecutor(available_cores(), thread_name_prefix="reader")
         self._images, self._heat_maps = Capacity(MAX_IMAGES_AT_ONCE), Capacity(_MAX_HEAT_MAPS)
         self._one_heat_map = asyncio.Semaphore(1)
+        self._bodies = Bodies()
 
     @property
     def class_names(self) -> list[str]:
         """Names of the classes that have one."""
         return list(self.model.class_to_index or ())
 
-    async def read(self, request: Any) -> ImageRequest:
-        """The images in a request. Raises RequestError."""
-        try:
-            body = await asyncio.wait_for(_body(request), _BODY_S)
-        except asyncio.TimeoutError:
-            raise RequestError(408, f"the request did not arrive within {_BODY_S} s") from None
-        if body is None:
-            raise RequestError(413, f"the request has more than {LARGEST_BODY >> 20} MiB")
+    @asynccontextmanager
+    async def receive(self, request: Any) -> AsyncIterator[ImageRequest]:
+        """A context with the images in a request, which keep their memory in it.
+
+        Raises:
+            RequestError: if the request has no images, or there is no room for them.
+        """
         content_type = request.headers.get("content-type", "")
-        try:
-            return await self._in_reader(read_request, content_type, body)
-        except ValueError as failure:
-            raise RequestError(400, str(failure)) from None
+        async with self._bodies.receive(request) as body:
+            try:
+                sent = await self._in_reader(read_request, content_type, body)
+            except ValueError as failure:
+                raise RequestError(400, str(failure)) from None
+            yield sent
 
     async def predict(self, sent: ImageRequest) -> dict[str, Any]:
         """The answer to a request: of one image, or of a list, where each may have an error.
@@ -140,23 +145,81 @@ def _heat_map(image: np.ndarray, probabilities: np.ndarray) -> bytes:
     return encode_png(overlay(image, warmth))
 
 
-async def _body(request: Any) -> bytes | None:
-    """The body of a request; None if it is too large.
+@dataclass(eq=False)
+class _Body:
+    """The body of a request.
 
-    What is not read resets the connection, and then some clients do not see the answer. So a body
-    is read to its end, unless it is far too large.
+    Attributes:
+        parts: what is kept of it, ``size`` bytes.
+        arriving: whether more may come.
+        refusal: why nothing is kept of it; None if all is.
     """
-    declared = request.headers.get("content-length", "0")
-    if declared.isdigit() and int(declared) > LARGEST_BODY + _FORGOTTEN:
-        return None
-    parts: list[bytes] = []
-    size = 0
-    async for part in request.stream():
-        size += len(part)
-        if size > LARGEST_BODY + _FORGOTTEN:
-            return None
-        if size > LARGEST_BODY:
-            parts.clear()
-        else:
-            parts.append(part)
-    return b"".join(parts) if size <= LARGEST_BODY else None
+
+    parts: list[bytes] = field(default_factory=list)
+    size: int = 0
+    arriving: bool = True
+    refusal: RequestError | None = None
+
+    def keep(self, part: bytes) -> None:
+        if not self.refusal:
+            self.parts.append(part)
+            self.size += len(part)
+
+    def drop(self, refusal: RequestError) -> None:
+        self.parts.clear()
+        self.size, self.refusal = 0, refusal
+
+
+class Bodies:
+    """Reads bodies of requests, and bounds how many bytes of them are in memory together.
+
+    When a part arrives for which there is no room, the largest body that is still arriving is
+    dropped. So large bodies that arrive slowly do not keep out small ones.
+    """
+
+    def __init__(self, most: int = MOST_BODY_BYTES) -> None:
+        self._most = most
+        self._bodies: set[_Body] = set()
+
+    @asynccontextmanager
+    async def receive(self, request: Any) -> AsyncIterator[bytes]:
+        """A context with the body of a request, which has its room in it. Raises RequestError."""
+        body = _Body()
+        self._bodies.add(body)
+        try:
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._read(request, body), _BODY_S)
+            if body.refusal:
+                raise body.refusal
+            if body.arriving:
+                raise RequestError(408, f"the request did not arrive within {_BODY_S} s")
+            body.parts = [b"".join(body.parts)]
+            yield body.parts[0]
+        finally:
+            self._bodies.remove(body)
+
+    async def _read(self, request: Any, body: _Body) -> None:
+        """Read a body to its end, also if it is refused, unless it is far too large.
+
+        What is not read resets the connection, and then some clients do not see the answer.
+        """
+        too_large = RequestError(413, f"the request has more than {LARGEST_BODY >> 20} MiB")
+        declared = request.headers.get("content-length", "0")
+        if declared.isdigit() and int(declared) > LARGEST_BODY + _FORGOTTEN:
+            body.drop(too_large)
+            return
+        received = 0
+        async for part in request.stream():
+            received += len(part)
+            if received > LARGEST_BODY:
+                body.drop(too_large)
+            if received > LARGEST_BODY + _FORGOTTEN:
+                return
+            body.keep(part)
+            self._make_room()
+        body.arriving = False
+
+    def _make_room(self) -> None:
+        while sum(body.size for body in self._bodies) > self._most:
+            arriving = [body for body in self._bodies if body.arriving]
+            max(arriving, key=lambda body: body.size).drop(RequestError(503, BUSY))

@@ -74,9 +74,9 @@ def create_app(service: ImageService, figures: ServerMetrics, log: Log) -> Any:
     async def predict(request: Any) -> Any:
         started, status = time.perf_counter(), 500
         try:
-            sent = await service.read(request)
-            with figures.count_if_cancelled():
-                answer = await service.predict(sent)
+            async with service.receive(request) as sent:
+                with figures.count_if_cancelled():
+                    answer = await service.predict(sent)
             status = 200
             return responses.JSONResponse(answer)
         except RequestError as refusal:
@@ -86,9 +86,9 @@ def create_app(service: ImageService, figures: ServerMetrics, log: Log) -> Any:
             figures.add(status, time.perf_counter() - started)
 
     async def explain(request: Any) -> Any:
-        sent = await service.read(request)
-        with figures.count_if_cancelled():
-            picture = await service.heat_map(sent)
+        async with service.receive(request) as sent:
+            with figures.count_if_cancelled():
+                picture = await service.heat_map(sent)
         return responses.Response(picture, media_type="image/png")
 
     async def refuse(request: Any, refusal: RequestError) -> Any:

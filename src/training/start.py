@@ -210,21 +210,20 @@ def choose_start(
 
 
 def find_resume_point(config: Config, communicator: Communicator) -> ResumePoint:
-    """The ResumePoint that ``config.resume`` names: a file, or "auto". Every rank calls it.
+    """The ResumePoint that ``config.resume`` names. Every rank calls it.
 
-    "auto" is the newest checkpoint under output_path: the newest run first, and in it the
-    checkpoint with the most steps, whatever the time of its file. All ranks take the first one that
-    every rank can read and that belongs to the same run.
+    That is a file, the folder of a run, or "auto" for the newest run under output_path. Of a run
+    it is the checkpoint with the most steps, whatever the time of its file. All ranks take the
+    first one that every rank can read and that belongs to the same run.
 
     Raises:
         UserError: if there is none; gives the reason for the newest.
     """
-    is_auto = config.resume == "auto"
-    paths = communicator.broadcast_object(
-        _newest_first(config.output_path) if is_auto else [config.resume]
-    )
-    if not paths:
+    paths = communicator.broadcast_object(_candidates(config))
+    if not paths and config.resume == "auto":
         raise UserError(f"resume=auto finds no checkpoint under output_path '{config.output_path}'")
+    if not paths:
+        raise UserError(f"resume={config.resume} is not the folder of a run with checkpoints")
     skipped: list[str] = []
     reasons: list[str] = []
     for path in paths:
@@ -308,11 +307,22 @@ def _counts(threads: Sequence[int]) -> str:
     return str(threads[0]) if len(set(threads)) == 1 else ", ".join(map(str, threads))
 
 
-def _newest_first(output_path: str) -> list[str]:
-    """Checkpoints of the runs under ``output_path``.
+def _candidates(config: Config) -> list[str]:
+    """Checkpoints that ``config.resume`` may mean, the newest first."""
+    if config.resume == "auto":
+        files = [file for run in _newest_first(config.output_path) for file in _checkpoints_of(run)]
+    elif Path(config.resume).is_dir():
+        files = _checkpoints_of(Path(config.resume))
+    else:
+        return [config.resume]
+    return [str(file) for file in files]
+
+
+def _newest_first(output_path: str) -> list[Path]:
+    """The folders of the runs under ``output_path``.
 
     The newest run comes first, judging from its name, which begins with its date; of copies of a
-    run the one with the most steps; in a run, the most steps.
+    run the one with the most steps.
     """
     runs = [
         RunFolder(folder) for folder in Path(output_path).glob("*/") if (folder / "ckpt_0").is_dir()
@@ -322,16 +332,18 @@ def _newest_first(output_path: str) -> list[str]:
         positions = map(checkpoint_position, run.saved_checkpoints())
         return *run_date(run.path), max(positions, default=NO_POSITION), run.path.name
 
-    paths: list[Path] = []
-    for run in (folder.path for folder in sorted(runs, key=age, reverse=True)):
-        files = [f for f in (run / "ckpt_0").glob("*.ckpt") if not f.name.startswith(".")]
-        files.sort(key=checkpoint_position, reverse=True)
-        best = run / "best.ckpt"
-        if best.is_file():
-            position = _position_of_best(best)
-            files.insert(sum(checkpoint_position(file) >= position for file in files), best)
-        paths += files
-    return [str(path) for path in paths]
+    return [run.path for run in sorted(runs, key=age, reverse=True)]
+
+
+def _checkpoints_of(run: Path) -> list[Path]:
+    """The checkpoints in the folder of a run, those with the most steps first."""
+    files = [f for f in (run / "ckpt_0").glob("*.ckpt") if not f.name.startswith(".")]
+    files.sort(key=checkpoint_position, reverse=True)
+    best = run / "best.ckpt"
+    if best.is_file():
+        position = _position_of_best(best)
+        files.insert(sum(checkpoint_position(file) >= position for file in files), best)
+    return files
 
 
 def _position_of_best(file: Path) -> tuple[int, int]:

@@ -248,3 +248,21 @@ def test_ranks_that_cannot_be_started_are_one_line(tmp_path):
         run = execute(["python3", "train.py", *flags, f"--output_path={tmp_path}/out"])
         assert run.status == 2 and len(run.error_lines) == 1 and words in run.error_lines[0], run
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("predict.py", "--checkpoint_file_path=a.ckpt", "b.jpg"),
+        ("export.py", "--checkpoint_file_path=a.ckpt"),
+        ("serve.py", "--checkpoint_file_path=a.ckpt"),
+        ("scripts/check_dataset.py", "--data_path=digits"),
+        ("scripts/pack_dataset.py", "--data_path=digits", "--result_path=c.safetensors"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_commands_of_one_process_are_not_done_twice(words, tmp_path):
+    run = mpirun(2, ROOT / words[0], *words[1:], cwd=tmp_path)
+    assert run.status == 2 and len(run.error_lines) == 1, run
+    assert "runs in one process, and the launcher started 2" in run.error_lines[0]
+    assert not list(tmp_path.iterdir())

@@ -4,9 +4,9 @@
 
 Serves a network that was trained on the bundled digits for one epoch. First honest clients are
 alone, then attackers draw what they send from a seed: slow bodies, halves of requests, many idle
-connections, decompression bombs, wrong types, lengths and headers. Prints the honest clients'
-requests, how many were not answered rightly, their 99th percentile alone and in traffic, and the
-server's memory. The exit status is 1 if a request was lost.
+connections, large bodies that do not end, decompression bombs, wrong types, lengths and headers.
+Prints the honest clients' requests, how many were not answered rightly, their 99th percentile alone
+and in traffic, and the server's memory. The exit status is 1 if a request was lost.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import threading
 import time
 import zlib
 from collections import Counter
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 _HONEST, _ATTACKERS = 2, 6
 _ALONE_S = 20.0
-_IDLE_CONNECTIONS = 150
+_IDLE_CONNECTIONS = 200
+_HELD_CONNECTIONS, _HELD_BYTES = 12, 16 * 2**20
 
 
 def main():
@@ -152,7 +153,16 @@ class Attacker(threading.Thread):
         self.start()
 
     def run(self):
-        attacks = (self.slow, self.half, self.idle, self.bomb, self.wrong, self.large, self.odd)
+        attacks = (
+            self.slow,
+            self.half,
+            self.idle,
+            self.held,
+            self.bomb,
+            self.wrong,
+            self.large,
+            self.odd,
+        )
         while time.monotonic() < self._ends:
             attack = self._draw.choice(attacks)
             self.sent[attack.__name__] += 1
@@ -183,6 +193,15 @@ class Attacker(threading.Thread):
         finally:
             for connection in connections:
                 connection.close()
+
+    def held(self):
+        """Several large bodies whose ends never come."""
+        head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {_HELD_BYTES + 1}\r\n\r\n"
+        with ExitStack() as stack:
+            for _ in range(self._draw.randrange(_HELD_CONNECTIONS)):
+                connection = stack.enter_context(self._connected())
+                connection.sendall(head.encode() + bytes(_HELD_BYTES))
+            time.sleep(self._draw.random() * 3)
 
     def bomb(self):
         """A small file whose header declares a huge picture."""

@@ -1,15 +1,18 @@
 """serve.py: answers as predict.py's, bounds, batches, the end; its page in a browser."""
 
 import base64
+import contextlib
 import http.client
 import json
 import re
 import signal
+import socket
 import subprocess
 import threading
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from types import SimpleNamespace
 
 import cv2
@@ -27,7 +30,7 @@ from src.inference.backends import open_backends  # noqa: E402
 from src.inference.checkpoint_model import CheckpointModel  # noqa: E402
 from src.inference.export import export_checkpoint  # noqa: E402
 from src.inference.heatmap import covered, heat, overlay  # noqa: E402
-from src.inference.image_service import LARGEST_BODY, ImageService  # noqa: E402
+from src.inference.image_service import LARGEST_BODY, MOST_BODY_BYTES, ImageService  # noqa: E402
 from src.inference.mindspore_backend import MindSporeBackend  # noqa: E402
 from src.inference.onnx_backend import OnnxBackend  # noqa: E402
 from src.inference.server_requests import ServerMetrics, files_in_form  # noqa: E402
@@ -304,6 +307,28 @@ def test_a_request_finds_room_for_all_of_its_images_or_is_refused():
             assert not any("error" in one for one in answer["answers"])
         else:
             assert "too many" in answer["error"]
+
+
+def test_large_bodies_that_arrive_slowly_do_not_keep_out_a_photograph(server, image_root):
+    """They are refused, the largest first, when together they pass 256 MiB."""
+    count, size = 16, 19 << 20
+    head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {size + 1}\r\n\r\n".encode()
+    assert count * size > MOST_BODY_BYTES
+    with contextlib.ExitStack() as stack:
+        slow = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=60))
+            for _ in range(count)
+        ]
+        for connection in slow:
+            connection.sendall(head + bytes(size))
+        photograph = next(image_root.glob("val/*/*")).read_bytes()
+        assert server.request("POST", "/predict", photograph)[0] == 200
+        for connection in slow:
+            connection.sendall(b"x")
+        statuses = Counter(int(connection.recv(1000).split()[1]) for connection in slow)
+    # The others have arrived: they are no pictures.
+    refused = count - MOST_BODY_BYTES // size
+    assert statuses == {503: refused, 400: count - refused}
 
 
 @pytest.mark.parametrize("path", ["/predict", "/heatmap"])

@@ -161,6 +161,17 @@ def test_all_ranks_take_the_newest_that_every_rank_can_read(run_folder):
         find_resume_point(config, OtherRank("ckpt"))
 
 
+def test_the_folder_of_a_run_means_its_newest_checkpoint(run_folder, network):
+    """Also if another run is newer, as after a restart by scripts/launch.py."""
+    write_config(run_folder / "a_newer_run")
+    state(20).write(run_folder / "a_newer_run" / "ckpt_0" / "n-1_20.ckpt", network, [])
+    config = make_config(resume=str(run_folder / "run"), output_path=str(run_folder))
+    assert find_resume_point(config, Communicator()).state.step == 15
+    assert find_resume_point(config, OtherRank("1_15")).state.step == 10
+    with pytest.raises(UserError, match="is not the folder of a run with checkpoints"):
+        find_resume_point(make_config(resume=str(run_folder)), Communicator())
+
+
 def test_a_checkpoint_that_is_asked_for_is_not_passed_over(run_folder):
     file = run_folder / "run" / "ckpt_0" / "n-1_15.ckpt"
     with pytest.raises(UserError, match="rank 1 cannot"):
