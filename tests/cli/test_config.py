@@ -459,13 +459,14 @@ def test_each_need_names_a_key_and_values_that_it_takes():
         needs, _, wanted = key_info(name).needs.partition("=")
         assert not needs or needs in values, name
         for value in wanted.split("|") if wanted else ():
-            load_config({"data_path": "x", needs: value})
+            load_config({"data_path": "x", "file_format": "ONNX", needs: value})
 
 
 def test_a_flag_of_other_commands_is_told():
     assert misplaced_flags({"lr": "1", "data_path": "x", "config_path": "y"}, "eval") == [
         "warning: --lr changes nothing here; it is a flag of train.py"
     ]
+    assert len(misplaced_flags({"gamma_init": "0.5", "dropout": "0.1"}, "eval")) == 2
     assert misplaced_flags({"lr": "1", "data_path": "x"}, "train") == []
 
 

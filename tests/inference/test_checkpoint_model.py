@@ -349,6 +349,7 @@ def test_a_recipe_that_changes_what_is_recorded_is_told():
     [
         ({"crop_pct": "0.5", "eval_resize": "40"}, "--crop_pct changes nothing with --eval_resize"),
         ({"reduced_decoding": "all"}, "--reduced_decoding changes nothing without --antialias"),
+        ({"calibration_images": "9"}, "--calibration_images changes nothing without --quantize"),
         ({"amp_level": "O2", "eval_engine": "onnx"}, "--amp_level changes nothing with onnxr"),
     ],
 )
