@@ -31,6 +31,7 @@ METHODS = {
     "clip": ["--clip_norm=1"],
     "label_smoothing": ["--label_smooth_factor=0.1"],
     "aug_repeats": ["--aug_repeats=3"],
+    "progressive": ["--progressive_size=16"],
     "acb": ["--block=acb"],
 }
 

@@ -277,6 +277,12 @@ class _Augmentation(_Keys):
         "cutmix; arguments as in 'mixup(alpha=0.2)'",
         _AUGMENTS,
     )
+    progressive_size: Annotated[int, Field(ge=0)] = key(
+        0,
+        Affects.TRAINING,
+        "side in pixels of training images in the first epochs, such as 128; in four stages it "
+        "grows to image_size; 0: always image_size",
+    )
     train_crop: Annotated[Literal["random_resized", "padded", "resize"], Word] = key(
         "random_resized",
         Affects.TRAINING,

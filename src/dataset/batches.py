@@ -26,6 +26,9 @@ PADDING_LABEL = -1
 # Labels images that cannot be decoded, which count as wrong.
 UNDECODABLE_LABEL = -2
 _PREFETCHED_BATCHES = 2
+# Of progressive_size: Tan and Le, arXiv:2104.00298, table 6.
+SIZE_STAGES = 4
+_SIZE_MULTIPLE = 8
 _REPEATED = 1 << 32
 HOW_TO_GO_ON = (
     "replace or remove it, or train with --bad_samples=replace; scripts/check_dataset.py lists all "
@@ -116,6 +119,22 @@ def balanced_order(seed: int, epoch: int, labels: np.ndarray) -> np.ndarray:
     return np.concatenate(chosen)[order]
 
 
+def training_size(config: Config, epoch: int) -> int:
+    """Side in pixels of the training images of an epoch, counted from 0.
+
+    With the key progressive_size, max_epoch is divided into four stages, whose sizes grow linearly
+    from it to image_size (Tan and Le, arXiv:2104.00298, algorithm 1), in multiples of 8.
+    """
+    smallest, largest = config.progressive_size, config.image_size
+    stage = epoch * SIZE_STAGES // config.max_epoch
+    if not smallest or stage >= SIZE_STAGES - 1:
+        return largest
+    if stage <= 0:
+        return smallest
+    size = smallest + (largest - smallest) * stage / (SIZE_STAGES - 1)
+    return min(max(round(size / _SIZE_MULTIPLE) * _SIZE_MULTIPLE, smallest), largest)
+
+
 def _repeats(order: np.ndarray) -> np.ndarray:
     """How often each entry of ``order`` occurs before its place, (N,) int64."""
     by_index = np.argsort(order, kind="stable")
@@ -169,6 +188,7 @@ class TrainBatches:
         self.steps_per_epoch = steps_per_epoch(len(images), config, size)
         self._threads = _Threads(config.num_parallel_workers or available_cores())
         self._augmenter = Augmenter(config, len(images), images.num_classes)
+        self._augmenters = {config.image_size: self._augmenter}
         self._kept: dict[int, np.ndarray] = {}
         self._keepable_bytes = min(_KEPT_BYTES, available_bytes() / 8) / size
         self._order = -1, np.empty(0), np.empty(0)
@@ -183,8 +203,11 @@ class TrainBatches:
 
     def __getitem__(self, number: int) -> Batch:
         indices, repeats = self.samples(number)
+        epoch = number // self.per_epoch
+        size = training_size(self.config, epoch)
+        augmenter = self._augmenter_for(size)
         # A repeated image draws as in another epoch, far behind the last one.
-        epochs = number // self.per_epoch + repeats * _REPEATED
+        epochs = epoch + repeats * _REPEATED
         substituted: list[int] = []
 
         def load(index: int) -> tuple[np.ndarray, int]:
@@ -200,8 +223,8 @@ class TrainBatches:
         )
         images = self._threads.fill(
             range(self.batch),
-            lambda slot: self._augmenter.sample(load, int(epochs[slot]), int(indices[slot])),
-            self.config.image_size,
+            lambda slot: augmenter.sample(load, int(epochs[slot]), int(indices[slot])),
+            size,
             labels,
         )
         return Batch(images, labels, len(substituted))
@@ -215,6 +238,13 @@ class TrainBatches:
         places = places[part * self.batch : (part + 1) * self.batch]
         order, repeats = self._epoch_order(epoch)
         return order[places], repeats[places]
+
+    def _augmenter_for(self, size: int) -> Augmenter:
+        """The Augmenter that makes images of ``size``."""
+        if size not in self._augmenters:
+            config = self.config.model_copy(update={"image_size": size})
+            self._augmenters[size] = Augmenter(config, len(self.images), self.images.num_classes)
+        return self._augmenters[size]
 
     def _load(self, index: int) -> tuple[int, np.ndarray]:
         """(index of the image used, image) for image ``index``."""
@@ -233,6 +263,7 @@ class TrainBatches:
     def _decoded(self, index: int) -> np.ndarray:
         image = self._kept.get(index)
         if image is None:
+            # As large as the last epochs need it, since it may be kept for them.
             image = self.images.load(index, self._augmenter.min_side)
             # The next epoch gets the same array.
             image.flags.writeable = False

@@ -42,6 +42,7 @@ class Network:
         image_size: side of an input in pixels if none is given.
         single_pixel_at: side of an input in pixels up to which the last batch norms see one pixel
             per image; 0 if they never do.
+        has_fixed_size: whether it is built for one image size, because of its dense layers.
         aliases: other names, including those of the seeds.
         arguments: arguments that distinguish it from others with the same builder.
         settings: {key: value} of the configuration that belong to the network: preprocessing,
@@ -61,6 +62,7 @@ class Network:
     min_image_size: int
     image_size: int = 224
     single_pixel_at: int = 0
+    has_fixed_size: bool = False
     aliases: tuple[str, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
@@ -126,6 +128,7 @@ NETWORKS: dict[str, Network] = {
     "alexnet": Network(
         "src.models.alexnet:AlexNet",
         min_image_size=63,
+        has_fixed_size=True,
         settings={**_MODEL_ZOO, "dropout": 0.35},
         size=NetworkSize(61_100_840, 714_188_480, 494_184),
         torch_module=weight_names.torchvision_alexnet,
@@ -209,6 +212,7 @@ NETWORKS: dict[str, Network] = {
         "src.models.cifar:CifarQuick",
         min_image_size=15,
         image_size=32,
+        has_fixed_size=True,
         aliases=("cfqkbnc",),
         settings=_ACNET_CIFAR,
         recipes={"cfqkbnc": "acnet_cifar_quick_cifar10"},
@@ -219,6 +223,7 @@ NETWORKS: dict[str, Network] = {
         "src.models.cifar:Vgg16Cifar",
         min_image_size=32,
         image_size=32,
+        has_fixed_size=True,
         aliases=("vc",),
         settings=_ACNET_CIFAR,
         recipes={"vc": "acnet_vgg16_cifar_cifar10"},

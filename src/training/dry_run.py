@@ -1,4 +1,4 @@
-"""A dry run: three timed steps, from which the cost of the whole run is estimated."""
+"""A dry run: the last three steps, timed, from which the cost of the whole run is estimated."""
 
 import math
 import time
@@ -21,7 +21,8 @@ def estimate(trainer: Trainer, config: Config, communicator: Communicator) -> li
     Returns:
         Lines on the input, memory, the time per step, and the time of the whole run.
     """
-    steps = range(min(_STEPS, trainer.last_step))
+    # The last ones, for which progressive_size makes the largest images.
+    steps = range(max(trainer.last_step - _STEPS, 0), trainer.last_step)
     seconds = [_step_seconds(trainer, step, config, communicator) for step in steps]
     reading = min(read for read, _ in seconds)
     first, later = seconds[0][1], min((step for _, step in seconds[1:]), default=seconds[0][1])

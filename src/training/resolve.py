@@ -13,7 +13,7 @@ import numpy as np
 from src.cli.command import Command
 from src.cli.config import DIGITS, Config
 from src.cli.recipes import load_config
-from src.dataset.batches import global_batch_size, micro_batch_size
+from src.dataset.batches import SIZE_STAGES, global_batch_size, micro_batch_size
 from src.dataset.splits import TrainingData, open_training_data, split_fraction
 from src.distributed.communicator import Communicator
 from src.models.networks import NETWORKS, check_network, network_name
@@ -87,6 +87,8 @@ def resolve(
 def check_training_keys(config: Config) -> None:
     """Raise UserError for keys that the network or device does not support, or that need others."""
     check_network(config.network, config.image_size)
+    if config.progressive_size:
+        _check_progressive_size(config)
     if config.freeze_epochs and not (config.checkpoint_file_path or config.resume):
         raise UserError(
             f"freeze_epochs={config.freeze_epochs} trains only the classifier at first, so the "
@@ -118,6 +120,27 @@ def check_training_keys(config: Config) -> None:
             f"gradient_compression={config.gradient_compression} compresses what MPI sends; add "
             "--reducer=mpi"
         )
+
+
+def _check_progressive_size(config: Config) -> None:
+    """Raise UserError if training cannot begin with smaller images."""
+    name, smallest = f"progressive_size={config.progressive_size}", config.progressive_size
+    network = NETWORKS[network_name(config.network)]
+    problem = ""
+    if smallest >= config.image_size:
+        problem = f"must be below image_size={config.image_size}"
+    elif smallest < network.min_image_size:
+        problem = f"is too small for {config.network}, which needs {network.min_image_size} or more"
+    elif network.has_fixed_size:
+        problem = f"does not fit {config.network}, which is built for images of one size only"
+    elif config.max_epoch < SIZE_STAGES:
+        problem = f"needs --max_epoch={SIZE_STAGES} or more, an epoch for each size"
+    elif config.input_pipeline != "own":
+        problem = "needs --input_pipeline=own"
+    elif config.teacher:
+        problem = "and teacher exclude each other: the teacher takes images of one size"
+    if problem:
+        raise UserError(f"{name} {problem}")
 
 
 def resolve_data(config: Config, data: TrainingData) -> Config:
@@ -192,11 +215,13 @@ def _check_batch_norm(config: Config, images: int) -> None:
         images: per rank and micro-batch.
     """
     network = NETWORKS[network_name(config.network)]
-    if images == 1 and config.image_size <= network.single_pixel_at and not config.sync_bn:
+    key = "progressive_size" if config.progressive_size else "image_size"
+    size = getattr(config, key)
+    if images == 1 and size <= network.single_pixel_at and not config.sync_bn:
         raise UserError(
-            f"one image per rank at image_size={config.image_size} leaves the last batch norms of "
+            f"one image per rank at {key}={size} leaves the last batch norms of "
             f"{config.network} a single value per channel, which has no variance; use two or more "
-            f"images per rank, or an image_size above {network.single_pixel_at}"
+            f"images per rank, or a larger {key} than {network.single_pixel_at}"
         )
 
 

@@ -381,7 +381,9 @@ def _check_same_training(path: str, state: TrainingState, config: Config) -> Non
     differing = [
         key for key in Config.model_fields if key in fixed and stored.get(key) != present[key]
     ]
-    if set(differing) & {"max_epoch", "T_max"} and _has_steps_left(state, config):
+    # The size of images depends on max_epoch too.
+    may_be_longer = _has_steps_left(state, config) and not config.progressive_size
+    if set(differing) & {"max_epoch", "T_max"} and may_be_longer:
         before, now = _schedule_horizon(stored), _schedule_horizon(present)
         if before == now:
             differing = [key for key in differing if key not in ("max_epoch", "T_max")]

@@ -14,7 +14,7 @@ from typing import Any
 from mindspore import Parameter, nn
 
 from src.cli.config import Config
-from src.dataset.batches import Batch, TrainBatches, prefetch
+from src.dataset.batches import Batch, TrainBatches, prefetch, training_size
 from src.dataset.imagefolder import MindSporeTrainBatches
 from src.dataset.splits import TrainingData
 from src.distributed.communicator import Communicator
@@ -39,7 +39,7 @@ from src.utils.log import WARNING
 from src.utils.machine import available_cores
 from src.utils.progress import TrainingProgress
 
-# The first steps compile the graph and fill caches; rates exclude them.
+# The first steps of a size of images compile the graph and fill caches; rates exclude them.
 _WARMUP_STEPS = 2
 
 
@@ -142,7 +142,7 @@ class Trainer:
         # Whether the epoch of the last step was evaluated and recorded, and whether its checkpoint
         # is still missing.
         self._epoch_is_finished, self._is_unsaved = True, False
-        self._first_top1 = 0.0
+        self._first_top1, self._timed_from = 0.0, 0
         self._last_top1: float | None = None
         self._rates, self._times = StepRates(self.batches.global_batch_size), RankTimes()
 
@@ -187,6 +187,7 @@ class Trainer:
         batches = prefetch(
             self.batches, self.first_step * micro_steps, self.last_step * micro_steps
         )
+        self._timed_from = self.first_step + _WARMUP_STEPS
         with self._progress() as progress:
             for step in range(self.first_step, self.last_step):
                 if step == self.first_step or step % self.steps_per_epoch == 0:
@@ -231,7 +232,7 @@ class Trainer:
         loss, stop_signal = self._share_result(result, micro_batches, stop)
         shared = time.perf_counter()
         # A run of one or two steps has no others to time.
-        if step >= min(self.first_step + _WARMUP_STEPS, self.last_step - 1):
+        if step >= min(self._timed_from, self.last_step - 1):
             reduction = result.seconds["allreduce"]
             self._rates.add_step(shared - started)
             self._times = self._times.plus(
@@ -314,6 +315,10 @@ class Trainer:
     def _begin_epoch(self, step: int, progress: TrainingProgress) -> None:
         epoch = step // self.steps_per_epoch + 1
         self.step.optimizer.backbone_frozen = epoch <= self.config.freeze_epochs
+        size, before = (training_size(self.config, index) for index in (epoch - 1, epoch - 2))
+        if self.config.progressive_size and (size != before or step == self.first_step):
+            self.recorder.log(f"images of {size} pixels from epoch {epoch} on")
+            self._timed_from = step + _WARMUP_STEPS
         first = (epoch - 1) * self.steps_per_epoch
         steps = min(self.steps_per_epoch, self.last_step - first)
         progress.begin_epoch(f"epoch {epoch}/{self.config.max_epoch}", first, steps, step)

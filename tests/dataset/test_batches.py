@@ -16,6 +16,7 @@ from src.dataset.batches import (
     global_batch_size,
     micro_batch_size,
     prefetch,
+    training_size,
 )
 from src.dataset.image_set import ImageSet
 from src.dataset.sources import open_images
@@ -59,6 +60,37 @@ def test_balanced_epochs_have_each_class_equally_often():
     # No class stands at the beginning.
     firsts = np.concatenate([labels[order[:12]] for order in orders])
     assert np.bincount(firsts).min() > 90
+
+
+@pytest.mark.parametrize(
+    "first,last,epochs,sizes",
+    [
+        (128, 224, 9, [128] * 3 + [160] * 2 + [192] * 2 + [224] * 2),
+        (16, 32, 4, [16, 24, 24, 32]),
+        (30, 33, 4, [30, 32, 32, 33]),
+        (0, 224, 3, [224] * 3),
+    ],
+)
+def test_training_images_grow_in_four_stages(first, last, epochs, sizes):
+    config = make_config(image_size=last, progressive_size=first, max_epoch=epochs)
+    assert [training_size(config, epoch) for epoch in range(epochs)] == sizes
+
+
+@pytest.mark.parametrize("augmentations", ["crop, flip, color_jitter", "crop, cutmix(alpha=1)"])
+@pytest.mark.parametrize("crop", ["padded", "random_resized"])
+def test_smaller_images_are_those_of_a_smaller_image_size(tmp_path, crop, augmentations):
+    write_image_folder(tmp_path, "train", ("ant", "bee"), 4, size=(50, 70))
+    images = open_images(str(tmp_path / "train"), "train")
+    keys = {"train_crop": crop, "augmentations": augmentations, "max_epoch": 4, "per_batch_size": 8}
+    source = TrainBatches(
+        images, make_config(image_size=32, progressive_size=16, **keys), rank=0, size=1
+    )
+    for number, size in enumerate([16, 24, 24, 32]):
+        alone = TrainBatches(images, make_config(image_size=size, **keys), rank=0, size=1)[number]
+        batch = source[number]
+        assert batch.images.shape == (8, size, size, 3)
+        assert np.array_equal(batch.images, alone.images)
+        assert np.array_equal(batch.labels, alone.labels)
 
 
 @pytest.mark.parametrize("side,is_kept", [(128, True), (129, False)])

@@ -355,3 +355,37 @@ def test_a_run_that_never_evaluated_deploys_its_last_weights(image_root, tmp_pat
     assert execute(words).status == 0
     run = execute([*words, "--resume=auto", "--run_eval=1", "--deploy=best"])
     assert run.status == 0 and "warning: there is no best.ckpt" in run.out, run
+
+
+@pytest.mark.extended
+def test_images_that_grow_resume_to_the_same_bits(image_root, tmp_path):
+    """One step of 32 images an epoch: stopped after the second size of images."""
+    words = [
+        "train.py",
+        f"--data_path={image_root}/train",
+        "--network=wrn16_8_cifar",
+        "--train_crop=padded",
+        "--image_size=32",
+        "--progressive_size=16",
+        "--max_epoch=4",
+        "--per_batch_size=32",
+        "--run_eval=1",
+        "--threads=1",
+    ]
+    saved = []
+    for name, parts in (("whole", [[]]), ("parts", [["--max_steps=2"], ["--resume=auto"]])):
+        for flags in parts:
+            run = execute(["python3", *words, f"--output_path={tmp_path / name}", *flags])
+            assert run.status == 0, run
+        saved.append(read_weights(only_run(tmp_path / name) / "latest.ckpt")[0])
+    log = (only_run(tmp_path / "whole") / "log.txt").read_text()
+    assert [line.split("images of ")[1] for line in log.splitlines() if "pixels from" in line] == [
+        "16 pixels from epoch 1 on",
+        "24 pixels from epoch 2 on",
+        "32 pixels from epoch 4 on",
+    ]
+    assert all(np.array_equal(saved[0][name], saved[1][name]) for name in saved[0])
+    longer = execute(
+        ["python3", *words, f"--output_path={tmp_path}/parts", "--max_epoch=8", "--resume=auto"]
+    )
+    assert longer.status == 2 and "max_epoch=4 there and 8 here" in longer.error_lines[0], longer

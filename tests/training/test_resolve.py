@@ -10,10 +10,11 @@ from conftest import ROOT, execute, make_config
 from src.dataset.image_set import ImageSet
 from src.dataset.splits import TrainingData
 from src.distributed.communicator import Communicator
+from src.models.create import create_model
 from src.models.networks import NETWORKS
 from src.training import resolve as fitting
 from src.training.job import batch_messages
-from src.training.resolve import auto_batch_size, resolve_data, training_bytes
+from src.training.resolve import auto_batch_size, check_training_keys, resolve_data, training_bytes
 from src.utils.errors import UserError
 from src.utils.machine import available_bytes, peak_bytes
 
@@ -178,3 +179,43 @@ def test_class_weights_that_mean_nothing_are_refused(keys, words):
 def test_class_weights_that_are_none_are_refused(value):
     with pytest.raises(UserError, match="class_weights"):
         make_config(class_weights=value)
+
+
+@pytest.mark.parametrize(
+    "keys,words",
+    [
+        ({"progressive_size": 64}, "must be below image_size=64"),
+        ({"progressive_size": 24}, "too small for resnet18, which needs 32"),
+        ({"network": "vgg16_cifar", "progressive_size": 48}, "images of one size only"),
+        ({"max_epoch": 3}, "--max_epoch=4"),
+        ({"input_pipeline": "mindspore"}, "--input_pipeline=own"),
+        ({"teacher": "x"}, "exclude each other"),
+        ({}, None),
+    ],
+)
+def test_images_that_cannot_grow_are_refused(keys, words):
+    config = make_config(
+        **{"network": "resnet18", "image_size": 64, "progressive_size": 32, "max_epoch": 4, **keys}
+    )
+    if words is None:
+        check_training_keys(config)
+        return
+    with pytest.raises(UserError, match=words):
+        check_training_keys(config)
+
+
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+def test_networks_say_whether_they_are_built_for_one_size(name):
+    network = NETWORKS[name]
+    built = [
+        create_model(name, num_classes=10, image_size=size)
+        for size in (network.image_size, 2 * network.image_size)
+    ]
+    described = [
+        (
+            [type(cell) for _, cell in model.cells_and_names()],
+            [parameter.shape for parameter in model.get_parameters()],
+        )
+        for model in built
+    ]
+    assert (described[0] != described[1]) == network.has_fixed_size
