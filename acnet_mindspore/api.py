@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ from src.models.blocks import BLOCKS
 from src.models.networks import NETWORKS
 from src.models.published_weights import fetch_weights
 from src.utils.device import select_device
-from src.utils.errors import UserError
+from src.utils.errors import DamagedImage, UserError
 from src.utils.log import WARNING
 from src.utils.progress import print_status
 
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 __all__ = ["BLOCKS", "NETWORKS", "UserError", "create_network", "fit", "load"]
 
 
+# Flags of predict.py and train.py that the functions here have other means for.
+_NOT_FOR_LOAD = ("checkpoint_file_path", "result_path", "save_figure")
+_NOT_FOR_NETWORK = ("checkpoint_file_path", "resume", "teacher")
 # Of the flags of a training, those that its classifier takes too.
 _DEVICE_FLAGS = ("device_target", "device_id", "kernels", "threads")
 
@@ -47,7 +52,10 @@ def load(checkpoint: str | Path, **flags: Any) -> "Classifier":
     values = parse_only_flags(command_line(flags))
     for message in misplaced_flags(values, "predict"):
         raise UserError(message.removeprefix(WARNING))
+    _refuse(values, _NOT_FOR_LOAD, "load() reads the file that it is given and writes none")
     config = load_config({**values, "checkpoint_file_path": str(checkpoint)})
+    if config.strict:
+        warnings.simplefilter("error", DamagedImage)
     fetch_weights(str(checkpoint))
     _start_mindspore(config)
     from src.inference.classifier import Classifier
@@ -94,11 +102,20 @@ def create_network(network: str, num_classes: int, **flags: Any) -> "ImageClassi
         UserError: for an unknown name, or a wrong flag.
     """
     values = {"network": network, "num_classes": num_classes, "data_path": os.curdir, **flags}
-    config = load_config(parse_only_flags(command_line(values)))
+    typed = parse_only_flags(command_line(values))
+    _refuse(typed, _NOT_FOR_NETWORK, "create_network() has random weights; load() reads a file")
+    config = load_config(typed)
     _start_mindspore(config)
     from src.models import create
 
     return create.create_network(config)
+
+
+def _refuse(flags: Mapping[str, str], names: Sequence[str], why: str) -> None:
+    """Raise UserError if one of ``names`` is among the flags."""
+    for name in names:
+        if name in flags:
+            raise UserError(f"{name} changes nothing here: {why}")
 
 
 def _start_mindspore(config: Config) -> None:

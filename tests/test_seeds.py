@@ -306,7 +306,7 @@ def test_resnext50_by_mpirun_shows_its_progress_and_where_the_log_is(
     folder = only_run(tmp_path / "out")
     lines = run.out.splitlines()
     assert lines[0].endswith(f"the log will be {folder / 'log.txt'}"), run
-    assert any(re.match(r"epoch 1/1 step 1/\d+ loss", line) for line in lines[1:6]), run
+    assert any(re.match(r"epoch 1/1 step 1/\d+ loss", line) for line in lines), run
     assert re.search(
         r"^FPS: [\d.]+ img/s in total, [\d.]+ img/s per device, [\d.]+ it/s$", run.out, re.M
     ), run

@@ -254,7 +254,7 @@ class _Data(_Keys):
     )
     input_pipeline: Annotated[Literal["own", "mindspore"], Word] = key(
         "own",
-        Affects.TRAINING,
+        Affects.MODEL,
         "own: this program's, bit-identical on every number of ranks; mindspore: mindspore.dataset",
         ("train", "eval"),
     )

@@ -102,11 +102,17 @@ def merge_layers(below: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str
 
 def _scaled_resize(below: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, int]:
     """{"eval_resize": pixels} if ``layer`` changes the image_size that it was chosen for."""
-    resize, before = below.get("eval_resize"), below.get("image_size")
-    size = str(layer.get("image_size", ""))
-    if not (isinstance(resize, int) and isinstance(before, int) and before and size.isdigit()):
+    default = Config.model_fields["image_size"].default
+    values = (
+        below.get("eval_resize", 0),
+        below.get("image_size", default),
+        layer.get("image_size", ""),
+    )
+    # Recipes and flags have numbers as text.
+    if not all(str(value).isdigit() for value in values):
         return {}
-    return {"eval_resize": round(resize * int(size) / before)}
+    resize, before, size = map(int, values)
+    return {"eval_resize": round(resize * size / before)} if resize and before else {}
 
 
 def check_default_config() -> None:

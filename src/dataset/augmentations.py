@@ -25,7 +25,8 @@ from src.dataset.transforms import (
     padded_crop,
     random_resized_crop,
 )
-from src.utils.specs import FORBID_EXTRA, create_from_spec
+from src.utils.errors import UserError
+from src.utils.specs import FORBID_EXTRA, create_from_spec, parse_spec
 
 Probability = Annotated[float, pydantic.Field(ge=0, le=1)]
 Draw = Callable[[], tuple[np.ndarray, np.ndarray]]
@@ -387,8 +388,14 @@ class Augmenter:
 
 
 def check_augmentations(config: Config) -> None:
-    """Raise UserError for an unknown entry or argument."""
+    """Raise UserError for an unknown entry or argument, or an order that makes wrong targets."""
     _stages(config)
+    names = [parse_spec("augmentations", text)[0] for text in config.augmentations]
+    if "cutmix" in names and "crop" in names[names.index("cutmix") :]:
+        raise UserError(
+            "augmentations: list cutmix after crop, which may cut off what cutmix has pasted, and "
+            "the targets would count it all the same"
+        )
 
 
 def sample_generator(seed: int, epoch: int, index: int, stream: int = 0) -> np.random.Generator:

@@ -102,21 +102,27 @@ def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=key)).permutation(count)
 
 
-def balanced_order(seed: int, epoch: int, labels: np.ndarray) -> np.ndarray:
-    """As many samples as the data set has, (N,) int64, with every class equally often.
+def balanced_order(
+    seed: int, epoch: int, labels: np.ndarray, count: int | None = None
+) -> np.ndarray:
+    """``count`` samples, (count,) int64, with every class equally often.
 
     A function of (seed, epoch). Within a class, samples also occur equally often (up to one more):
     samples of small classes are repeated, and some of large classes are left out.
+
+    Args:
+        labels: (N,) int32.
+        count: None for N.
     """
-    count, present = len(labels), np.unique(labels)
-    order = epoch_order(seed, epoch, count)
+    present, count = np.unique(labels), len(labels) if count is None else count
+    order = epoch_order(seed, epoch, len(labels))
     share, rest = divmod(count, len(present))
     # In each epoch other classes have one sample more.
     shares = share + (np.roll(np.arange(len(present)), epoch) < rest)
     chosen = [
         np.resize(order[labels[order] == label], size) for label, size in zip(present, shares)
     ]
-    return np.concatenate(chosen)[order]
+    return np.concatenate(chosen)[epoch_order(seed, epoch, count)]
 
 
 def training_size(config: Config, epoch: int) -> int:
@@ -277,14 +283,15 @@ class TrainBatches:
             order = self._new_order(epoch)
             repeats = np.zeros_like(order)
             if self.config.sampling == "balanced" or self.config.aug_repeats > 1:
-                order = np.repeat(order, self.config.aug_repeats)[: len(order)]
+                order = np.repeat(order, self.config.aug_repeats)[: len(self.images)]
                 repeats = _repeats(order)
             self._order = epoch, order, repeats
         return self._order[1:]
 
     def _new_order(self, epoch: int) -> np.ndarray:
         if self.config.sampling == "balanced":
-            return balanced_order(self.config.seed, epoch, self.images.labels)
+            drawn = math.ceil(len(self.images) / self.config.aug_repeats)
+            return balanced_order(self.config.seed, epoch, self.images.labels, drawn)
         return epoch_order(self.config.seed, epoch, len(self.images))
 
 

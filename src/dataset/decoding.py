@@ -103,20 +103,29 @@ def open_regular(path: str) -> io.FileIO:
     return file
 
 
+def warn_of_damage(message: str) -> None:
+    """Warn, as DamagedImage, of an image that ``decode_image`` could only decode in part."""
+    warnings.warn(message, DamagedImage, 4)
+
+
 def decode_image(
-    encoded: np.ndarray, name: str, max_pixels: int = DEFAULT_MAX_PIXELS, min_side: int = 0
+    encoded: np.ndarray,
+    name: str,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    min_side: int = 0,
+    report: Callable[[str], object] = warn_of_damage,
 ) -> np.ndarray:
     """Decode the content of an image file, (N,) uint8, to (H, W, 3) uint8 RGB.
 
     Follows the EXIF orientation. Converts grey, CMYK and 16-bit pictures, and composites
     transparent parts onto white. Refuses files of 256 MiB or more, and images of more than
-    ``max_pixels`` pixels, from their headers: a small file may decode to gigabytes. Warns, as
-    DamagedImage, of a JPEG that can only be decoded in part.
+    ``max_pixels`` pixels, from their headers: a small file may decode to gigabytes.
 
     Args:
         name: what to call it in a message.
         min_side: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its sides if they keep as many
             pixels; 0: never.
+        report: called with a message if a JPEG could only be decoded in part.
 
     Raises:
         BadImage: if it is not an image, or is too large.
@@ -144,7 +153,10 @@ def decode_image(
                 "sets the limit"
             )
         try:
-            return _decoded(picture, encoded, name, _reduction(picture, min_side))
+            pixels, damage = _decoded(picture, encoded, name, _reduction(picture, min_side))
+            if damage:
+                report(f"{name} is damaged, and a part of it may be wrong: {damage}")
+            return pixels
         except (BadImage, MemoryError):
             raise
         except DamagedImage as warning:  # an error because of --strict=1
@@ -165,6 +177,9 @@ def picture_pixels(picture: Image.Image) -> np.ndarray:
         raise BadImage(f"{name} has a transparent colour; convert it to RGBA")
     try:
         _check_values(picture, name)
+        _scale_color_map(picture)
+        if _has_transparent_alpha(picture):
+            return _turned(np.asarray(picture.convert("RGB")), picture)
         return _upright(picture)
     except (BadImage, MemoryError):
         raise
@@ -209,31 +224,38 @@ def _reduction(picture: Image.Image, min_side: int) -> int:
     return next((reduction for reduction in _REDUCTIONS if reduction <= fraction), 1)
 
 
-def _decoded(picture: Image.Image, encoded: np.ndarray, name: str, reduction: int) -> np.ndarray:
+def _decoded(
+    picture: Image.Image, encoded: np.ndarray, name: str, reduction: int
+) -> tuple[np.ndarray, str]:
+    """The pixels, and what is damaged or ""."""
     damage = ""
-    if picture.format in _JPEG_FORMATS and picture.mode in _PLAIN_MODES:
+    if picture.format in _JPEG_FORMATS:
         try:
-            return _turned(_decoded_jpeg(encoded, picture, reduction), picture)
+            pixels = _decoded_jpeg(encoded, picture, reduction)
+            if picture.mode in _PLAIN_MODES:
+                return _turned(pixels, picture), ""
         except ValueError as failure:
             damage = str(failure).removeprefix("Corrupt JPEG data: ")
     if _is_plain(picture):
-        return _decoded_by_opencv(encoded, name)
+        return _decoded_by_opencv(encoded, name), ""
+    _check_chunks(encoded, name)
     if reduction > 1:
         picture.draft(None, (picture.width // reduction, picture.height // reduction))
     # Pillow shows what can be read of a damaged JPEG, and refuses one that was cut off.
-    pixels = _as_seen(picture, encoded, name)
-    if damage:
-        message = f"{name} is damaged, and a part of it may be wrong: {damage}"
-        warnings.warn(message, DamagedImage, 3)
-    return pixels
+    return _as_seen(picture, encoded, name), damage
 
 
 def _decoded_jpeg(encoded: np.ndarray, picture: Image.Image, reduction: int) -> np.ndarray:
-    """A JPEG as it is stored. Raises ValueError if something in it does not fit together."""
+    """A JPEG as it is stored, (H, W, 3), or (H, W, 4) of CMYK.
+
+    Raises:
+        ValueError: if something in it does not fit together.
+    """
     width, height = (-(-side // reduction) for side in picture.size)
+    space = "RGB" if picture.mode in _PLAIN_MODES else "CMYK"
     try:
         return simplejpeg.decode_jpeg(
-            encoded, "RGB", min_width=width, min_height=height, min_factor=reduction
+            encoded, space, min_width=width, min_height=height, min_factor=reduction
         )
     except ValueError as failure:
         if "memory" in str(failure).lower():
@@ -255,6 +277,14 @@ def _decoded_by_opencv(encoded: np.ndarray, name: str) -> np.ndarray:
     if image is None:
         raise BadImage(f"{name} is not an image that can be decoded")
     return image
+
+
+def _check_chunks(encoded: np.ndarray, name: str) -> None:
+    """Raise BadImage for a PNG with a damaged chunk: Pillow does not compare their checksums."""
+    try:
+        _without_metadata(encoded)
+    except ValueError as failure:
+        raise BadImage(f"{name} cannot be decoded: {failure}") from None
 
 
 def _without_metadata(encoded: np.ndarray) -> np.ndarray:
@@ -324,7 +354,13 @@ def _has_unused_alpha(picture: Image.Image, encoded: np.ndarray) -> bool:
         return False
     if picture.format == "TGA":
         return not encoded[_TGA_DESCRIPTOR] & _TGA_ALPHA_BITS
-    return picture.format in ("BMP", "DIB") and picture.getchannel("A").getextrema() == (0, 0)
+    return _has_transparent_alpha(picture)
+
+
+def _has_transparent_alpha(picture: Image.Image) -> bool:
+    """Whether a BMP or TGA is transparent everywhere, which its colours show not to be meant."""
+    has_alpha = picture.mode == "RGBA" and picture.format in ("BMP", "DIB", "TGA")
+    return has_alpha and picture.getchannel("A").getextrema() == (0, 0)
 
 
 def _scale_color_map(picture: Image.Image) -> None:

@@ -36,6 +36,9 @@ class EncodedImages(Protocol):
     def encoded(self, index: int) -> np.ndarray:
         """The bytes of image ``index``, (N,) uint8."""
 
+    def size(self, index: int) -> int:
+        """The number of these bytes."""
+
     def name(self, index: int) -> str:
         """How messages refer to image ``index``."""
 
@@ -154,6 +157,28 @@ class ImageSet:
             return decode_image(encoded, self.name(index), self.max_pixels, min_side)
         return read_image(self.name(index), self.max_pixels, min_side)
 
+    def content(self, index: int) -> bytes:
+        """The bytes of image ``index``: its file, or its pixels.
+
+        Raises:
+            OSError: if the file cannot be read.
+            BadImage: if it has changed in a packed set.
+        """
+        if self.pixels is not None:
+            return self.pixels[self._row(index)].tobytes()
+        if self.packed is not None:
+            return self.packed.encoded(self._row(index)).tobytes()
+        with open_regular(self.name(index)) as file:
+            return file.read()
+
+    def size(self, index: int) -> int:
+        """Length of ``content``; -1 for a file that is missing."""
+        if self.pixels is not None:
+            return self.pixels[0].nbytes
+        if self.packed is not None:
+            return self.packed.size(self._row(index))
+        return _size(self.name(index))
+
     def split(self, fraction: float, seed: int) -> tuple["ImageSet", "ImageSet"]:
         """(the other images, images drawn by ``seed``): a random split, stratified by class.
 
@@ -186,31 +211,29 @@ class ImageSet:
 
 
 def content_keys(sets: Sequence[ImageSet]) -> list[list[bytes | None]]:
-    """For each set, the keys of its images: files share a key only if they have the same content.
+    """For each set, the keys of its images, which share a key only if their content is the same.
 
-    None for an image that is not a file, or whose size no other file has. All keys are None if
-    there are too many files, or if comparing them would take too long.
+    The content is that of a file, also in a packed set, or an array of pixels. None for an image
+    with whose size there is no other. All keys are None if there are too many images, or if
+    comparing them would take too long.
     """
-    sizes = [[_size(path) for path in images.paths or ()] for images in sets]
+    if sum(map(len, sets)) > _MEASURED_FILES:
+        return [[None] * len(images) for images in sets]
+    sizes = [[images.size(index) for index in range(len(images))] for images in sets]
     counts = Counter(size for part in sizes for size in part if size > 0)
     shared = {size for size, count in counts.items() if count > 1}
-    too_many = sum(counts.values()) > _MEASURED_FILES
-    if too_many or sum(size * counts[size] for size in shared) > _COMPARED_BYTES:
+    if sum(size * counts[size] for size in shared) > _COMPARED_BYTES:
         shared = set()
     return [
-        [
-            _content_key(path) if size in shared else None
-            for path, size in zip(images.paths or (), part)
-        ]
+        [_content_key(images, index) if size in shared else None for index, size in enumerate(part)]
         for images, part in zip(sets, sizes)
     ]
 
 
-def _content_key(path: str) -> bytes | None:
+def _content_key(images: ImageSet, index: int) -> bytes | None:
     try:
-        with open_regular(path) as file:
-            return hashlib.blake2b(file.read(), digest_size=16).digest()
-    except OSError:
+        return hashlib.blake2b(images.content(index), digest_size=16).digest()
+    except (OSError, UserError):
         # It is reported when it is decoded.
         return None
 
@@ -220,25 +243,34 @@ def duplicate_messages(train: ImageSet, validation: ImageSet | None) -> list[str
     of_train, *others = content_keys([train] if validation is None else [train, validation])
     found = [_contradiction_message(train, of_train)]
     if validation is not None:
-        found.append(_seen_message(train, of_train, validation, others[0]))
+        copies = _shared_images(train, of_train, validation, others[0])
+        found.append(_overlap_message(validation, copies))
     return [message for message in found if message]
 
 
 def overlap_message(train: ImageSet, validation: ImageSet) -> str | None:
     """A message on validation images that are training images too; None if there are none."""
+    return _overlap_message(validation, shared_images(train, validation))
+
+
+def shared_images(train: ImageSet, validation: ImageSet) -> list[str]:
+    """Names of the validation images that are training images too, under any name."""
     of_train, of_validation = content_keys([train, validation])
-    return _seen_message(train, of_train, validation, of_validation)
+    return _shared_images(train, of_train, validation, of_validation)
 
 
-def _seen_message(
+def _shared_images(
     train: ImageSet,
     of_train: Sequence[bytes | None],
     validation: ImageSet,
     of_validation: Sequence[bytes | None],
-) -> str | None:
+) -> list[str]:
     known, paths = set(of_train) - {None}, set(train.paths or ())
-    pairs = zip(validation.paths or (), of_validation)
-    copies = [name for name, key in pairs if key in known or name in paths]
+    names = map(validation.name, range(len(validation)))
+    return [name for name, key in zip(names, of_validation) if key in known or name in paths]
+
+
+def _overlap_message(validation: ImageSet, copies: Sequence[str]) -> str | None:
     if not copies:
         return None
     return (

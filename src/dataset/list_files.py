@@ -7,13 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from src.dataset.class_folders import EXTENSIONS
+from src.dataset.class_folders import EXTENSIONS, find_part
 from src.dataset.image_set import ImageSet, composed
 from src.dataset.packed import ENDING as PACKED
 from src.utils.errors import UserError
 
 _MAX_LABEL = 10**6
 _SHOWN_CHARACTERS = 80
+# For longer lists the files in the folder next to them are not counted.
+_MOST_COUNTED = 100_000
 # From this label on, there must be a twentieth as many different ones.
 _LARGE_LABEL, _LABELS_PER_CLASS = 1000, 20
 
@@ -64,10 +66,26 @@ def open_list(path: Path, split: str, class_to_index: Mapping[str, int] | None) 
         raise UserError(
             f"{list_file} has label {outside[0]}, outside the {len(known)} training classes"
         )
-    notes = [*_repetition_note(list_file, paths), *_folder_note(list_file, paths, labels, known)]
+    notes = [*_unlisted_note(list_file, paths, split), *_repetition_note(list_file, paths)]
+    notes += [*_folder_note(list_file, paths, labels, known)]
     if labels.min() == 1:
         notes.append(f"{list_file} has no label 0; if its labels begin at 1, subtract 1 from each")
     return ImageSet(dict(known), labels, paths, notes=tuple(notes), is_list=True)
+
+
+def _unlisted_note(list_file: Path, paths: Sequence[str], split: str) -> list[str]:
+    """A note if there is a folder for this part too, with pictures that the list does not name."""
+    folder = find_part(list_file.parent, split)
+    if list_file.name != f"{split}_list.txt" or folder is None or len(paths) > _MOST_COUNTED:
+        return []
+    files = (name for _, _, names in os.walk(folder) for name in names)
+    count = sum(name.lower().endswith(EXTENSIONS) for name in files)
+    if count <= len(paths):
+        return []
+    return [
+        f"the {len(paths)} images of {list_file} are used, and not all {count} in {folder}; "
+        "--dataset_format=folder uses those"
+    ]
 
 
 def _check_gaps(list_file: Path, labels: np.ndarray) -> None:

@@ -79,7 +79,6 @@ class PackedImages:
     def __init__(self, path: Path) -> None:
         first = open_part(path)
         self.class_to_index = first.description["class_to_index"]
-        self.checksum = first.description["source"]
         self.is_list = bool(first.description.get("is_list"))
         self._parts = [first] + [
             open_part(part_name(path, number)) for number in range(1, first.description["parts"])
@@ -89,6 +88,10 @@ class PackedImages:
             raise UserError(
                 f"'{other.path}' is a part of another set than '{path}'; pack the data set again"
             )
+        self.checksum = first.description["source"]
+        for part in self._parts:
+            if part.checksums is not None:
+                self.checksum = zlib.crc32(part.checksums.data, self.checksum)
         self._first_of_part = np.cumsum([0] + [len(part.labels) for part in self._parts])
         self.labels = np.concatenate([part.labels for part in self._parts])
         if len(self.labels) != first.description["images"]:
@@ -101,6 +104,11 @@ class PackedImages:
         """The bytes of image ``index``, (N,) uint8. Raises BadImage if they have changed."""
         part, inside = self._place(index)
         return part.encoded(inside)
+
+    def size(self, index: int) -> int:
+        """The number of these bytes."""
+        part, inside = self._place(index)
+        return int(part.ends[inside + 1] - part.ends[inside])
 
     def name(self, index: int) -> str:
         part, inside = self._place(index)

@@ -15,7 +15,7 @@ from src.cli.flags import current_keys, flags_without_effect
 from src.cli.recipes import load_config
 from src.dataset.batches import global_batch_size
 from src.dataset.image_set import ImageSet, are_numbers
-from src.dataset.splits import open_eval_part, open_train_part, validation_path
+from src.dataset.splits import open_eval_part, open_train_part, split_fraction, validation_path
 from src.models.blocks import BLOCKS, find_block, recognise_block
 from src.models.networks import NETWORKS, aliases, count_classes
 from src.models.published_weights import published_as, published_at
@@ -116,6 +116,17 @@ class CheckpointModel:
         return cls(config, fused, class_to_index, tuple(notes))
 
     @property
+    def prediction_notes(self) -> tuple[str, ...]:
+        """``notes`` for commands that always prepare images with this program's own pipeline."""
+        if self.config.input_pipeline == "own":
+            return self.notes
+        return (
+            *self.notes,
+            f"{WARNING}training prepared images with input_pipeline={self.config.input_pipeline}, "
+            "which ignores their orientation and transparency; this command does not",
+        )
+
+    @property
     def has_branches(self) -> bool:
         """Whether its network has blocks that can be fused."""
         return bool(find_block(self.config.block).kernels) and not self.fused
@@ -127,25 +138,6 @@ class CheckpointModel:
             UserError: if there are none.
         """
         return open_train_part(self.config, self.class_to_index)
-
-    def open_recorded_training_images(self, metadata: Mapping[str, Any]) -> ImageSet | None:
-        """The images that it was trained on, if they are where they were and not very many.
-
-        Args:
-            metadata: what the checkpoint records.
-        """
-        recorded = metadata.get("config", {})
-        steps = metadata.get("steps_per_epoch", 0)
-        if not steps or not recorded.get("data_path"):
-            return None
-        try:
-            config = validated(current_keys(recorded))
-            if steps * global_batch_size(config, metadata["world_size"]) > _MAX_COMPARED:
-                return None
-            images = open_train_part(config, self.class_to_index)
-        except UserError:
-            return None
-        return images if images.fingerprint() == metadata.get("images") else None
 
     def open_images(self) -> ImageSet:
         """The images to evaluate on: those of --data_path, or the recorded validation images.
@@ -206,6 +198,8 @@ def _notes(
     is_onnx = config.eval_engine == "onnx" or (path is not None and path.suffix == ".onnx")
     if is_onnx and "amp_level" in flags and config.amp_level not in ("auto", "O0"):
         notes.append(f"{WARNING}--amp_level changes nothing with onnxruntime, which uses float32")
+    if flags.get("eval_data_path") and "data_path" in flags and not split_fraction(config):
+        notes.append(f"{WARNING}--data_path changes nothing with --eval_data_path")
     warning = _recipe_warning(config, recorded, flags)
     return [*notes, *([warning] if warning else [])]
 
@@ -244,6 +238,28 @@ def recorded_classes(
         or _class_map_beside(path, classes)
         or _timm_class_map(path, classes)
     )
+
+
+def open_recorded_training_images(
+    metadata: Mapping[str, Any], class_to_index: Mapping[str, int] | None
+) -> ImageSet | None:
+    """The images that a checkpoint was trained on, if they are where they were and not very many.
+
+    Args:
+        metadata, class_to_index: what the checkpoint records.
+    """
+    recorded = metadata.get("config", {})
+    steps = metadata.get("steps_per_epoch", 0)
+    if not steps or not recorded.get("data_path"):
+        return None
+    try:
+        config = validated(current_keys(recorded))
+        if steps * global_batch_size(config, metadata["world_size"]) > _MAX_COMPARED:
+            return None
+        images = open_train_part(config, class_to_index)
+    except UserError:
+        return None
+    return images if images.fingerprint() == metadata.get("images") else None
 
 
 def first_label_message(model: CheckpointModel, images: ImageSet) -> str | None:

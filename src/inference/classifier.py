@@ -56,7 +56,7 @@ class Classifier:
         self._opened = self._open(flags)
         self.config = self._opened.model.config
         self._log = refuse_warnings(print_status) if self.config.strict else print_status
-        for note in self._opened.model.notes:
+        for note in self._opened.model.prediction_notes:
             self._log(note)
         classes = self._opened.model.class_to_index or {}
         self.class_names = class_names(classes, self.config.num_classes)

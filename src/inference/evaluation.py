@@ -15,7 +15,11 @@ from src.dataset.imagefolder import MindSporeEvalBatches
 from src.dataset.splits import set_messages, split_fraction
 from src.distributed.communicator import Communicator, check_ranks_agree
 from src.inference.backends import Backend, OpenedModel, faster_backend_hint, open_backend
-from src.inference.checkpoint_model import CheckpointModel, first_label_message
+from src.inference.checkpoint_model import (
+    CheckpointModel,
+    first_label_message,
+    open_recorded_training_images,
+)
 from src.inference.metrics import (
     EvalResult,
     EvalSums,
@@ -258,6 +262,11 @@ def held_out_message(
         if trained is None:
             return f"evaluating on {len(images)} images split off from {config.data_path}"
         if model.open_training_images().fingerprint() == trained:
+            if seen := metadata.get("seen_before", 0):
+                return (
+                    f"{WARNING}training held out the {len(images)} images of {config.data_path}, "
+                    f"but the weights that it began with were trained on {seen} of them"
+                )
             return (
                 f"evaluating on the {len(images)} images of {config.data_path} that training held "
                 "out for validation"
@@ -276,7 +285,7 @@ def held_out_message(
                 f"{WARNING}training used these images and held some of them out; "
                 f"--val_split={fraction:g} evaluates on those only"
             )
-    trained_images = model.open_recorded_training_images(metadata)
+    trained_images = open_recorded_training_images(metadata, model.class_to_index)
     return overlap_message(trained_images, images) if trained_images is not None else None
 
 

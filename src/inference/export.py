@@ -57,7 +57,7 @@ def export(command: Command) -> None:
     exported = export_checkpoint(
         path, command.flags, config.file_format, config.result_path, config.fuse, temperature
     )
-    for note in exported.model.notes:
+    for note in exported.model.prediction_notes:
         log(note)
     for title, size in (("checkpoint", exported.original), ("exported", exported.exported)):
         log(

@@ -99,7 +99,9 @@ class ImageService:
         # One at a time, so that its many images leave room for those of others.
         with self._heat_maps.taken(1):
             async with self._one_heat_map:
-                image = await self._image(*sent.images[0])
+                image, damage = await self._image(*sent.images[0])
+                if damage:
+                    raise RequestError(400, damage)
                 images = [image, *covered(image, self.model.config.mean)]
                 with self._images.taken(len(images)):
                     found = await asyncio.gather(*map(self.batcher.classify, images))
@@ -113,11 +115,13 @@ class ImageService:
             return {"image": name, **refusal.answer}
 
     async def _predicted(self, name: str, body: bytes | None) -> dict[str, Any]:
-        probabilities = await self.batcher.classify(await self._image(name, body))
-        return Prediction.of("", probabilities, self.model).answer()
+        image, damage = await self._image(name, body)
+        probabilities = await self.batcher.classify(image)
+        answer = Prediction.of("", probabilities, self.model).answer()
+        return {**answer, "damaged": damage} if damage else answer
 
-    async def _image(self, name: str, body: bytes | None) -> np.ndarray:
-        """(S, S, 3) uint8."""
+    async def _image(self, name: str, body: bytes | None) -> tuple[np.ndarray, str]:
+        """(S, S, 3) uint8, and a message if a part of it may be wrong."""
         if body is None:
             raise RequestError(400, f"{name} is not base64")
         try:
@@ -134,10 +138,13 @@ class ImageService:
         return await loop.run_in_executor(self._readers, function, *arguments)
 
 
-def _prepared(name: str, body: bytes, config: Config) -> np.ndarray:
+def _prepared(name: str, body: bytes, config: Config) -> tuple[np.ndarray, str]:
     encoded = np.frombuffer(body, np.uint8)
-    image = decode_image(encoded, name, config.max_pixels, eval_min_side(config))
-    return eval_transform(image, config)
+    damage: list[str] = []
+    image = decode_image(encoded, name, config.max_pixels, eval_min_side(config), damage.append)
+    if damage and config.strict:
+        raise BadImage(damage[0])
+    return eval_transform(image, config), "".join(damage)
 
 
 def _heat_map(image: np.ndarray, probabilities: np.ndarray) -> bytes:

@@ -64,7 +64,9 @@ def other_backends(opened: OpenedModel, kernels: KernelChoice) -> list[Backend]:
     """Other backends for an opened model, equal up to rounding: onnxruntime if it is installed."""
     config, first = opened.model.config, opened.backend
     on_cpu = config.eval_engine == "auto" and config.device_target == "CPU"
-    if not (on_cpu and onnx_is_installed() and isinstance(first, MindSporeBackend)):
+    # onnxruntime computes in float32.
+    is_equal = on_cpu and config.compute_type == "float32"
+    if not (is_equal and onnx_is_installed() and isinstance(first, MindSporeBackend)):
         return []
     onnx_config = config.model_copy(update={"eval_engine": "onnx"})
     return [create_backend(first.network, onnx_config, kernels)]

@@ -184,7 +184,8 @@ def _repetition(run: RunFolder | None, metadata: Mapping[str, Any]) -> str:
         return "The run's folder is not known."
     environment = run.read_environment()
     versions = ", ".join(f"{key} {value}" for key, value in environment.items() if key != "hosts")
-    return (
-        f"`python3 train.py --config_path={run.config}` up to step {metadata['step']}; "
-        f"{versions or 'versions not recorded'}."
-    )
+    ranks = metadata.get("world_size", 1)
+    launcher = f"mpirun -n {ranks} " if ranks > 1 else ""
+    distribute = " --run_distribute=1" if ranks > 1 else ""
+    command = f"{launcher}python3 train.py --config_path={run.config}{distribute}"
+    return f"`{command}` up to step {metadata['step']}; {versions or 'versions not recorded'}."

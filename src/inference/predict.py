@@ -22,7 +22,7 @@ def predict(command: Command) -> None:
             raise UserError(f"--{key}={target} would replace an image that is to be classified")
     checkpoint = choose_checkpoint(config.checkpoint_file_path, print_status)
     opened = open_backend(checkpoint, command.flags, command.kernels)
-    for note in opened.model.notes:
+    for note in opened.model.prediction_notes:
         log(note)
     predictions, failures = predict_files(paths, opened.model, opened.backend)
     for message in failures:

@@ -21,6 +21,7 @@ from src.dataset.image_set import ImageSet, class_names
 from src.dataset.splits import validation_path
 from src.dataset.transforms import eval_min_side, eval_transform
 from src.inference.backends import Backend, open_backend
+from src.inference.evaluation import held_out_message
 from src.inference.heatmap import covered, heat, overlay
 from src.inference.metrics import (
     calibration_error,
@@ -56,6 +57,10 @@ def report(command: Command) -> None:
         _run_report(name, folder, command.flags, command.kernels, log)
         for name, folder in zip(names, folders)
     ]
+    if len({_validation_of(folder) for folder in folders}) > 1:
+        note = "The runs were evaluated on different images, so their accuracies do not compare."
+        log(f"{WARNING}{note[0].lower()}{note[1:].rstrip('.')}")
+        reports[0] = reports[0].with_note(note)
     target = command.config.result_path or str(folders[0].report)
     # Names may contain bytes that are not text.
     page = render(reports).encode("utf-8", "backslashreplace")
@@ -82,6 +87,8 @@ def _run_report(
     config = _comparable(folder.read_config())
     run = RunReport(name, config, folder.read_environment(), metrics, defaults=default_values())
     run = replace(run, best_step=_best_step(folder))
+    if len({line["val_images"] for line in metrics if "val_images" in line}) > 1:
+        run = run.with_note("Not all epochs were evaluated on the same images.")
     best = run.best
     if best and "correct" in best:
         run = replace(run, interval=interval(best["correct"], best["val_images"]))
@@ -89,7 +96,7 @@ def _run_report(
         return _with_pictures(run, folder, _moved_data(folder, flags), kernels, log)
     except UserError as failure:
         log(f"{WARNING}{name}: the report is incomplete: {failure}")
-        return replace(run, note=f"Not everything could be shown: {failure}.")
+        return run.with_note(f"Not everything could be shown: {failure}.")
 
 
 def _best_step(folder: RunFolder) -> int | None:
@@ -99,6 +106,14 @@ def _best_step(folder: RunFolder) -> int | None:
     """
     try:
         return read_weights(folder.best)[1].get("step")
+    except UserError:
+        return None
+
+
+def _validation_of(folder: RunFolder) -> int | None:
+    """The fingerprint of the images that a run evaluates on; None if it is not known."""
+    try:
+        return read_weights(folder.latest)[1].get("validation")
     except UserError:
         return None
 
@@ -130,7 +145,7 @@ def _with_pictures(
     checkpoint = folder.best if folder.best.exists() else folder.latest
     opened = open_backend(checkpoint, flags, kernels)
     model = opened.model
-    for note in model.notes:
+    for note in model.prediction_notes:
         log(note)
     classes = class_names(model.class_to_index, model.config.num_classes)
     images = model.open_images()
@@ -140,7 +155,12 @@ def _with_pictures(
             "names, sizes or labels differ"
         )
         log(f"{WARNING}{run.name}: {note}")
-        run = replace(run, note=f"{note[0].upper()}{note[1:]}.")
+        run = run.with_note(f"{note[0].upper()}{note[1:]}.")
+    message = held_out_message(model, opened.metadata, images) or ""
+    if message.startswith(WARNING):
+        note = message.removeprefix(WARNING)
+        log(f"{WARNING}{run.name}: {note}")
+        run = run.with_note(f"{note[0].upper()}{note[1:]}.")
     predictions = predict_set(images, opened.backend, model.config, log)
     confusion = predictions.confusion(model.config.num_classes)
     heat_maps = map(thumbnail, mistaken_parts(images, predictions, opened.backend, model.config))

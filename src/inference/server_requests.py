@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
+from src.cli.config import Config
+
 MAX_IMAGES = 64
 _DESCRIPTION_PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -86,6 +88,10 @@ def files_in_form(content_type: str, body: bytes) -> list[tuple[str, bytes]]:
         return []
     parts = [part for part in form.walk() if not part.is_multipart()] if form.is_multipart() else []
     files = [part for part in parts if part.get_filename() is not None]
+    others = [part.get_param("name", "", "content-disposition") for part in parts]
+    known = [field for field in others if field in Config.model_fields]
+    if files and known:
+        raise ValueError(f"unknown fields: {', '.join(sorted(known))}; they are flags of serve.py")
     contents = [
         (_as_text(part.get_filename("the form")), part.get_payload(decode=True))
         for part in files or (parts if len(parts) == 1 else [])
@@ -260,6 +266,10 @@ def openapi(network: str, classes: list[str]) -> dict[str, Any]:
                             },
                         },
                         "unsure": {"type": "boolean"},
+                        "damaged": {
+                            "type": "string",
+                            "description": "why a part of the image may be wrong",
+                        },
                     },
                 },
                 "Answers": {

@@ -38,7 +38,7 @@ def serve(command: Command) -> None:
     address = bind(config.host, config.port)
     path = choose_checkpoint(config.checkpoint_file_path, print_status)
     model, backends = open_backends(path, command.flags, command.kernels)
-    for note in model.notes:
+    for note in model.prediction_notes:
         log(note)
 
     def log_address(address: str) -> None:

@@ -50,6 +50,7 @@ class TrainingState:
         images, validation: fingerprints of the training and the validation images; None if unknown.
         teacher: checksum of the file of the teacher; None if there is none, or unknown.
         first_top1: accuracy of the weights that the run began with; 0 if it was not measured.
+        seen_before: number of validation images that those weights were trained on.
     """
 
     step: int
@@ -73,6 +74,7 @@ class TrainingState:
     validation: int | None = None
     teacher: int | None = None
     first_top1: float = 0.0
+    seen_before: int = 0
 
     @property
     def position(self) -> tuple[int, int]:

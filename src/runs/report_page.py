@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from typing import Any
 
@@ -233,6 +233,10 @@ class RunReport:
         evaluated = [line for line in self.metrics if "top1" in line]
         recorded = [line for line in evaluated if line["step"] == self.best_step]
         return max(recorded or evaluated, key=_goodness, default=None)
+
+    def with_note(self, note: str) -> "RunReport":
+        """The report with one more remark."""
+        return replace(self, note=f"{self.note} {note}".strip())
 
 
 def render(runs: Sequence[RunReport]) -> str:

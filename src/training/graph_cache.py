@@ -45,12 +45,18 @@ class GraphCache:
     ) -> bool:
         """Compile ``cell`` for ``inputs``, or load the graph from the cache.
 
+        A graph with cells from outside this program is always compiled: nothing tells whether
+        their code has changed.
+
         Args:
             layers: description of the layer factory of ``cell``, which is part of the key.
 
         Returns:
             Whether the graph came from the cache.
         """
+        if not _is_of_this_program(cell):
+            cell.compile(*inputs)
+            return False
         kept = self._folder / _digest(cell, inputs, config, layers)
         if _is_whole(kept):
             _mark_as_used(kept)
@@ -96,6 +102,12 @@ def user_graph_cache(config: Config) -> GraphCache | None:
     if not config.compile_cache or config.device_target != "CPU" or cache is None:
         return None
     return GraphCache(cache / "graphs")
+
+
+def _is_of_this_program(cell: nn.Cell) -> bool:
+    """Whether the digest covers the code of all cells."""
+    modules = {type(part).__module__.partition(".")[0] for _, part in cell.cells_and_names()}
+    return modules <= {"src", "mindspore"}
 
 
 def _digest(cell: nn.Cell, inputs: Sequence[Tensor], config: Config, layers: str) -> str:

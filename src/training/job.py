@@ -1,12 +1,20 @@
 """The story of a training run, from the opened data to the recorded results."""
 
+from pathlib import Path
+
 import numpy as np
 
 from src.cli.command import Command
 from src.cli.config import DIGITS, Config
 from src.cli.flags import flags_without_effect
 from src.dataset.batches import global_batch_size
-from src.dataset.image_set import ImageSet, duplicate_messages
+from src.dataset.class_folders import find_split
+from src.dataset.image_set import (
+    ImageSet,
+    are_numbers_sorted_as_text,
+    class_names,
+    duplicate_messages,
+)
 from src.dataset.splits import TrainingData, set_messages, validation_path
 from src.distributed.communicator import Communicator, check_ranks_agree
 from src.distributed.launcher import tell_launcher
@@ -28,6 +36,7 @@ from src.utils.machine import available_cores, software_versions
 # The largest class has this many times the images of the smallest.
 _IMBALANCED = 5
 _RATES_LOOKED_AT = 200
+_WEIGHTS_SHOWN = 12
 
 
 def train(command: Command, data: PreparedData) -> None:
@@ -136,6 +145,8 @@ def log_summary(trainer: Trainer, kernels: KernelChoice, start_message: str | No
         *(set_messages(validation, "validation") if validation is not None else ()),
         f"{WARNING}the training data has a single class" if config.num_classes == 1 else None,
         imbalance_hint(config, images.train),
+        class_weights_message(config, images.train),
+        block_init_warning(config),
         warmup_warning(config) or rate_warning(config, trainer.steps_per_epoch),
         stop_hint(config, trainer.steps_per_epoch),
         # Rank 0 reads the files, and only its lines are seen.
@@ -166,9 +177,8 @@ def validation_message(config: Config, images: TrainingData) -> str | None:
         if others is not None and config.data_path != DIGITS:
             message += f"\n{WARNING}the images of {others} are not used, because of val_split"
         return message
-    return (
-        f"{count} validation images of {config.eval_data_path or validation_path(config.data_path)}"
-    )
+    path = config.eval_data_path or validation_path(config.data_path) or ""
+    return f"{count} validation images of {find_split(Path(path), 'val') or path}"
 
 
 def imbalance_hint(config: Config, images: ImageSet) -> str | None:
@@ -182,6 +192,30 @@ def imbalance_hint(config: Config, images: ImageSet) -> str | None:
     return (
         f"the classes have {counts.min()} to {counts.max()} images; --sampling=balanced draws all "
         "classes equally often, --class_weights=balanced weights them equally"
+    )
+
+
+def class_weights_message(config: Config, images: ImageSet) -> str | None:
+    """A message that gives each class its weight; None without weights."""
+    weights, classes = config.class_weights, images.class_to_index
+    if not isinstance(weights, list):
+        return None
+    pairs = list(zip(class_names(classes, config.num_classes), weights))
+    shown = ", ".join(f"{name}={weight:.3g}" for name, weight in pairs[:_WEIGHTS_SHOWN])
+    more = " ..." if len(pairs) > _WEIGHTS_SHOWN else ""
+    message = f"class_weights, scaled to a mean of 1: {shown}{more}"
+    if are_numbers_sorted_as_text(classes):
+        return f"{WARNING}{message}; the classes are in the order of text, 10 before 2"
+    return message
+
+
+def block_init_warning(config: Config) -> str | None:
+    """A warning if weight_init does not reach the blocks, else None."""
+    if config.block == "base" or config.weight_init == "kaiming_uniform":
+        return None
+    return (
+        f"{WARNING}weight_init={config.weight_init} is for plain convolutions only; those in the "
+        f"blocks of block={config.block} keep kaiming_uniform"
     )
 
 

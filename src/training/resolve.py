@@ -161,8 +161,15 @@ def resolve_data(config: Config, data: TrainingData) -> Config:
         for key in ("data_path", "eval_data_path", "teacher")
         if (path := getattr(config, key)) not in ("", DIGITS)
     }
+    fraction = split_fraction(config)
     resolved = config.model_copy(
-        update={"num_classes": classes, "val_split": split_fraction(config), **paths}
+        update={
+            "num_classes": classes,
+            "val_split": fraction,
+            # val_split=auto has found images to evaluate on.
+            "run_eval": config.run_eval or (data.validation is not None and not fraction),
+            **paths,
+        }
     )
     if resolved.smoothing > 1:
         raise UserError(

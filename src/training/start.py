@@ -9,9 +9,13 @@ from typing import Any
 from src.cli.config import Affects, Config, default_values, keys_affecting
 from src.cli.flags import current_keys
 from src.dataset.batches import global_batch_size
-from src.dataset.image_set import are_numbers_sorted_as_text
+from src.dataset.image_set import are_numbers_sorted_as_text, shared_images
 from src.distributed.communicator import Communicator
-from src.inference.checkpoint_model import infer_model_settings, recorded_classes
+from src.inference.checkpoint_model import (
+    infer_model_settings,
+    open_recorded_training_images,
+    recorded_classes,
+)
 from src.models.networks import count_classes
 from src.models.published_weights import local_weights
 from src.models.weight_files import Arrays, read_weights
@@ -23,6 +27,7 @@ from src.training.schedules import create_schedule
 from src.training.trainer import Trainer
 from src.utils.errors import UserError
 from src.utils.log import WARNING
+from src.utils.machine import software_versions
 
 _KEYS_SHOWN = 3
 
@@ -47,12 +52,14 @@ class PretrainedWeights:
         settings: {key: value} of its network and preprocessing, as far as the file tells. Without
             num_classes: the data decides how many classes are trained.
         class_to_index: its class map, if it has one.
+        metadata: what the file records of the run that wrote it; {} if that is another program's.
     """
 
     path: str
     arrays: Arrays
     settings: dict[str, Any]
     class_to_index: dict[str, int] | None
+    metadata: Mapping[str, Any]
     run_folder = None
 
     def load_into(self, trainer: Trainer) -> str:
@@ -95,7 +102,22 @@ class PretrainedWeights:
             elif before is not None:
                 other = " other" if before == config.num_classes else ""
                 message += f" instead of {before}{other}"
+        # Rank 0 reads the files, and only its lines are seen.
+        if trainer.communicator.is_root and (seen := self._seen_images(trainer)):
+            trainer.seen_before = len(seen)
+            message += (
+                f"\n{WARNING}{len(seen)} of {len(trainer.data.validation or ())} validation images "
+                f"are among those that {self.path} was trained on, such as {seen[0]}; the accuracy "
+                "says little about unseen images"
+            )
         return message
+
+    def _seen_images(self, trainer: Trainer) -> list[str]:
+        """Names of the validation images that the weights were trained on, as far as is known."""
+        if trainer.data.validation is None:
+            return []
+        trained = open_recorded_training_images(self.metadata, self.class_to_index)
+        return shared_images(trained, trainer.data.validation) if trained is not None else []
 
 
 @dataclass(frozen=True)
@@ -132,6 +154,12 @@ class ResumePoint:
             lines.append(
                 f"{WARNING}the validation images have changed, so the best accuracy starts again"
             )
+        if state.best_top1 >= 0 and not evaluates:
+            lines.append(
+                f"{WARNING}best.ckpt stays that of an earlier epoch, because the run does not "
+                f"evaluate any more; its last weights are in {self.run_folder.latest}"
+            )
+        lines += self._version_lines()
         # A run can be killed after it wrote best.ckpt and before it wrote the epoch's checkpoint.
         is_best = self.path.name == "best.ckpt"
         trainer.restore(state, self.arrays, self.path, is_unsaved=is_best)
@@ -142,10 +170,30 @@ class ResumePoint:
             )
         if trainer.finished_reason:
             lines.append(f"nothing is left to train: {trainer.finished_reason}")
+        elif trainer.communicator.is_root and not trainer.config.dry_run:
+            lines += self._set_aside_fused()
         message = resume_message(
             self, trainer.communicator.size, trainer.threads, trainer.kernels.name
         )
         return "\n".join([message, *lines])
+
+    def _version_lines(self) -> list[str]:
+        """Lines on software that is not what the run was trained with so far."""
+        before, now = self.run_folder.read_environment(), software_versions()
+        return [
+            f"{WARNING}it ran with {name} {before[name]} and continues with {version}, which may "
+            "compute something else"
+            for name, version in now.items()
+            if name in before and before[name] != version
+        ]
+
+    def _set_aside_fused(self) -> list[str]:
+        """Set the deployed network aside, which is not that of the weights to come."""
+        folder = self.run_folder
+        if not folder.fused.is_file():
+            return []
+        folder.set_aside([folder.fused])
+        return [f"moved {folder.fused.name}, deployed before, to {folder.superseded}"]
 
     def _set_aside_later_checkpoints(self, trainer: Trainer) -> tuple[TrainingState, list[str]]:
         """The state after checkpoints of later steps are set aside, and messages on that.
@@ -189,10 +237,12 @@ def read_pretrained(name: str, flags: Mapping[str, Any]) -> PretrainedWeights:
             "exported from"
         )
     settings = infer_model_settings(arrays, metadata, Path(path), flags)
-    settings.pop("num_classes", None)
+    # How the new run prepares images is for its own flags to say.
+    for name in ("num_classes", "input_pipeline"):
+        settings.pop(name, None)
     classes = count_classes(arrays, settings.get("network", flags.get("network", "")))
     class_to_index = recorded_classes(metadata, Path(path), classes) if classes else None
-    return PretrainedWeights(path, arrays, settings, class_to_index)
+    return PretrainedWeights(path, arrays, settings, class_to_index, metadata)
 
 
 def choose_start(

@@ -101,10 +101,12 @@ class Trainer:
         has_pretrained_classifier: whether the initial weights include a classifier for these
             classes, so that evaluating them is meaningful.
         teacher: the network to distil from, or None.
+        seen_before: number of validation images that the initial weights were trained on.
     """
 
     has_pretrained_classifier = False
     teacher: Teacher | None = None
+    seen_before = 0
 
     def __init__(
         self,
@@ -160,7 +162,7 @@ class Trainer:
         self.best = BestSoFar(state.best_top1, state.best_loss, state.since_best)
         self.sums = EpochSums(**state.epoch_sums)
         self._epoch_is_finished, self._is_unsaved = state.finished_epoch, is_unsaved
-        self._first_top1 = state.first_top1
+        self._first_top1, self.seen_before = state.first_top1, state.seen_before
         if self._stops_early:
             self.last_step = self.first_step
         if self.data.validation is None:
@@ -430,6 +432,7 @@ class Trainer:
             validation=self.fingerprints[1],
             teacher=self.teacher.checksum if self.teacher is not None else None,
             first_top1=self._first_top1,
+            seen_before=self.seen_before,
         )
         return state, self.network, self._state_parameters
 

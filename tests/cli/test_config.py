@@ -496,3 +496,14 @@ def test_a_recipes_own_batch_goes_before_that_of_the_one_it_extends(tmp_path):
     (tmp_path / "recipe.yaml").write_text("extends: digits\nper_batch_size: 24\n")
     config = load_config({"config_path": str(tmp_path / "recipe.yaml")})
     assert (config.per_batch_size, config.global_batch_size) == (24, 0)
+
+
+def test_the_image_size_scales_the_resize_of_a_recipe(tmp_path):
+    """Recipes have numbers as text, so that it stayed, and accuracies were far too low."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("extends: digits\nimage_size: 32\neval_resize: 36\n")
+    assert load_config({"config_path": str(recipe), "image_size": "16"}).eval_resize == 18
+    assert load_config({"config_path": str(recipe)}).eval_resize == 36
+    recipe.write_text("network: resnet18\neval_resize: 256\n")
+    config = load_config({"config_path": str(recipe), "image_size": "112", "data_path": "x"})
+    assert config.eval_resize == 128

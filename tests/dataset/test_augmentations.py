@@ -246,3 +246,10 @@ def test_flip_probability():
         flip(image, sample_generator(0, 0, index))[0, 7, 0] == 255 for index in range(2000)
     )
     assert abs(flipped - 1000) < 4 * math.sqrt(500)
+
+
+def test_a_crop_after_cutmix_is_refused():
+    """It may cut off the pasted part, whose class the target counts all the same."""
+    with pytest.raises(UserError, match="list cutmix after crop"):
+        check_augmentations(make_config(augmentations="cutmix, flip, crop"))
+    check_augmentations(make_config(augmentations="mixup, crop, flip, cutmix"))

@@ -267,3 +267,19 @@ def test_batches_are_made_ahead_and_errors_arrive_as_they_are():
     assert source.made == [1, 2, 3]
     with pytest.raises(UserError, match="the sixth"):
         list(batches)
+
+
+def test_balanced_epochs_of_repeated_images_are_balanced_too():
+    """With --aug_repeats=10, 900, 90 and 10 images were drawn 410, 290 and 300 times."""
+    labels = np.repeat(np.arange(3, dtype=np.int32), [900, 90, 10])
+    pixels = np.zeros((1000, 1, 1, 3), np.uint8)
+    images = ImageSet({"a": 0, "b": 1, "c": 2}, labels, pixels=pixels)
+    for repeats in (1, 3, 10):
+        config = make_config(
+            sampling="balanced", aug_repeats=repeats, per_batch_size=1000, image_size=8
+        )
+        drawn, repeated = TrainBatches(images, config, 0, 1).samples(0)
+        counts = np.bincount(labels[drawn])
+        assert len(drawn) == 1000 and counts.max() - counts.min() <= repeats, counts
+        pairs = np.stack([drawn, repeated])
+        assert len(np.unique(pairs, axis=1).T) == 1000

@@ -589,3 +589,53 @@ def test_without_antialiasing_images_are_decoded_whole(large_photo, tmp_path):
         for reduced in ("all", "never")
     ]
     assert (seen[0] == seen[1]).all()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "LA", "L", "I;16", "1"])
+def test_a_png_with_a_changed_byte_is_refused(mode):
+    """Pillow does not compare the checksums: other pixels came out, without a word."""
+    pixels = photograph()[:64, :64]
+    source = Image.fromarray(pixels if mode != "I;16" else pixels[..., 0].astype(np.uint16) * 257)
+    file = io.BytesIO()
+    (source if mode == "I;16" else source.convert(mode)).save(file, "PNG")
+    whole = file.getvalue()
+    assert decode_image(np.frombuffer(whole, np.uint8), "x").shape == pixels.shape
+    start = whole.index(b"IDAT") + 4
+    for place in range(start, len(whole) - 16, max((len(whole) - 16 - start) // 20, 1)):
+        content = bytearray(whole)
+        content[place] ^= 0x10
+        with pytest.raises(BadImage, match="damaged"):
+            decode_image(np.frombuffer(content, np.uint8), "x")
+
+
+def test_damage_in_a_cmyk_jpeg_is_told():
+    file = io.BytesIO()
+    Image.fromarray(np.tile(photograph(), (3, 3, 1))).convert("CMYK").save(file, "JPEG", quality=90)
+    content = bytearray(file.getvalue())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decode_image(np.frombuffer(bytes(content), np.uint8), "x")
+    middle = len(content) // 2
+    content[middle : middle + 200] = bytes(200)
+    with pytest.warns(DamagedImage, match="x is damaged"):
+        decode_image(np.frombuffer(content, np.uint8), "x")
+
+
+@pytest.mark.parametrize("kind", ["BMP", "TGA", "TIFF"])
+def test_a_pillow_image_has_the_pixels_of_its_file(kind):
+    """Two were white, because nobody had meant their transparency, and the third black."""
+    pixels = photograph()[:40, :30]
+    if kind == "TIFF":
+        colors = [200] * 768
+        tags = {258: (3, [8]), 262: (3, [3]), 277: (3, [1]), 320: (3, colors)}
+        content = tiff(2, 1, tags, b"\0\1")
+    else:
+        file = io.BytesIO()
+        transparent = np.dstack([pixels, np.zeros((40, 30), np.uint8)])
+        Image.fromarray(transparent).save(file, kind)
+        content = bytearray(file.getvalue())
+        if kind == "TGA":
+            content[17] &= 0xF0
+    expected = decode_image(np.frombuffer(bytes(content), np.uint8), "x")
+    assert np.array_equal(picture_pixels(Image.open(io.BytesIO(bytes(content)))), expected)
+    assert 20 < expected.mean() < 235

@@ -12,6 +12,7 @@ from conftest import TINY, execute, make_config, write_image_folder
 
 from src.dataset.batches import TrainBatches
 from src.dataset.decoding import BadImage
+from src.dataset.image_set import ImageSet, duplicate_messages, overlap_message
 from src.dataset.packed import PackedImages, pack, part_name
 from src.dataset.sources import open_images
 from src.dataset.splits import validation_path
@@ -320,3 +321,24 @@ def test_wrong_packing_commands_are_one_line(tmp_path, flags, words):
     run = execute(["python3", ROOT / "scripts" / "pack_dataset.py", *flags], cwd=tmp_path)
     assert run.status == 2 and len(run.error_lines) == 1 and words in run.error_lines[0], run
     assert not list(tmp_path.iterdir())
+
+
+def test_a_set_that_was_packed_with_other_options_is_another_set(images, tmp_path):
+    """A run was resumed on it without a word."""
+    sets = [
+        packed_into(tmp_path / f"{side}.safetensors", images, short_side=side) for side in (0, 20)
+    ]
+    assert sets[0].fingerprint() != sets[1].fingerprint()
+    again = packed_into(tmp_path / "again.safetensors", images, short_side=20)
+    assert again.fingerprint() == sets[1].fingerprint()
+
+
+def test_copies_are_recognised_in_packed_sets_too(images, tmp_path):
+    packed = packed_into(tmp_path / "val.safetensors", images.at(np.arange(5, 12)))
+    message = overlap_message(images, packed)
+    assert message and message.startswith("warning: 7 of 7 validation images are training images")
+    (message,) = duplicate_messages(images.at(np.arange(8)), packed)
+    assert "3 of 7 validation images" in message
+    pixels = ImageSet({"a": 0}, np.zeros(3, np.int32), pixels=np.eye(3, dtype=np.uint8)[..., None])
+    assert "1 of 1" in (overlap_message(pixels, pixels.at(np.array([1]))) or "")
+    assert overlap_message(pixels.at(np.array([0, 2])), pixels.at(np.array([1]))) is None

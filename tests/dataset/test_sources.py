@@ -26,6 +26,8 @@ from src.dataset.splits import (
 )
 from src.utils.errors import UserError
 
+LABELLED = tuple(enumerate(("ant", "bee", "cat")))
+
 
 def test_folder_labels_follow_sorted_class_names(image_root):
     images = open_images(str(image_root / "train"), "train")
@@ -657,3 +659,19 @@ def test_a_label_that_is_no_number_of_a_class_is_refused(tmp_path):
     # A few images of a network with very many classes.
     many = {f"c{label}": label for label in range(100_000)}
     assert len(open_images(str(tmp_path), "train", class_to_index=many)) == 2
+
+
+def test_pictures_that_a_list_does_not_name_are_counted(image_root, tmp_path):
+    """An old list next to the folder of the training images replaced them silently."""
+    shutil.copytree(image_root / "train", tmp_path / "train")
+    lines = [f"train/{name}/{i:03}.jpg {label}" for i in range(5) for label, name in LABELLED]
+    (tmp_path / "train_list.txt").write_text("\n".join(lines))
+    (note,) = open_images(str(tmp_path), "train").notes
+    assert note == (
+        f"the 15 images of {tmp_path}/train_list.txt are used, and not all 48 in {tmp_path}/train; "
+        "--dataset_format=folder uses those"
+    )
+    assert len(open_images(str(tmp_path), "train", "folder")) == 48
+    every = [f"train/{name}/{i:03}.jpg {label}" for i in range(16) for label, name in LABELLED]
+    (tmp_path / "train_list.txt").write_text("\n".join(every))
+    assert open_images(str(tmp_path), "train").notes == ()

@@ -367,3 +367,24 @@ def test_two_choices_of_validation_images_are_refused():
         CheckpointModel.of({}, metadata, {"eval_data_path": "x", "val_split": "0.2"})
     for no_choice in ("auto", "0"):
         CheckpointModel.of({}, metadata, {"eval_data_path": "x", "val_split": no_choice})
+
+
+def test_images_are_evaluated_by_the_pipeline_that_training_had():
+    """Photographs that are stored turned had 98.9 % in training, and 5.9 % in evaluation."""
+    recorded = make_config(network="cifar_quick", num_classes=10, input_pipeline="mindspore")
+    metadata = {"config": recorded.model_dump(mode="json")}
+    model = CheckpointModel.of({}, metadata, {"data_path": "x"})
+    assert model.config.input_pipeline == "mindspore" and not model.notes
+    (note,) = model.prediction_notes
+    assert note.startswith("warning: training prepared images with input_pipeline=mindspore")
+    own = CheckpointModel.of({}, metadata, {"data_path": "x", "input_pipeline": "own"})
+    assert own.config.input_pipeline == "own" and not own.prediction_notes
+
+
+def test_a_data_path_that_other_images_replace_is_told():
+    recorded = make_config(network="cifar_quick", num_classes=10)
+    metadata = {"config": recorded.model_dump(mode="json")}
+    flags = {"data_path": "x", "eval_data_path": "y"}
+    assert CheckpointModel.of({}, metadata, flags).notes == (
+        "warning: --data_path changes nothing with --eval_data_path",
+    )

@@ -7,7 +7,7 @@ import pytest
 from conftest import execute
 from PIL import Image
 
-from acnet_mindspore import UserError, load
+from acnet_mindspore import UserError, create_network, load
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +117,7 @@ def test_flags_are_those_of_predict(trained_run, image_root):
         load(trained_run / "best.ckpt", tp_k=2)
     with pytest.raises(UserError, match="flag of train.py"):
         load(trained_run / "best.ckpt", lr=3)
+    with pytest.raises(UserError, match="save_figure changes nothing here: load"):
+        load(trained_run / "best.ckpt", save_figure="x.png")
+    with pytest.raises(UserError, match="create_network\\(\\) has random weights"):
+        create_network("cifar_quick", 10, pretrained=trained_run / "best.ckpt")

@@ -2,10 +2,12 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 from conftest import execute
 
 from src.inference.metrics import interval
+from src.inference.model_card import _repetition
 
 
 def exported(folder, checkpoint, *flags):
@@ -42,3 +44,12 @@ def test_a_checkpoint_without_its_run_claims_no_figure(trained_run, tmp_path):
     card = exported(tmp_path, tmp_path / "a.ckpt")
     assert "Not evaluated in training" in card and "The run's folder is not known" in card
     assert "right" not in card
+
+
+def test_the_command_that_repeats_a_run_has_its_ranks():
+    """Its batch is that of all ranks together."""
+    folder = SimpleNamespace(config="r/config.yaml", read_environment=dict)
+    text = _repetition(folder, {"step": 5, "world_size": 2})
+    command = "mpirun -n 2 python3 train.py --config_path=r/config.yaml --run_distribute=1"
+    assert text.startswith(f"`{command}` up to step 5")
+    assert _repetition(folder, {"step": 5, "world_size": 1}).startswith("`python3 train.py")

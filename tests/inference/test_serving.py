@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import http.client
+import io
 import json
 import re
 import signal
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 from browser import CHROMIUM, Browser
 from conftest import ROOT, execute, make_config, user_environment
+from PIL import Image
 from scipy.special import softmax
 
 pytest.importorskip("uvicorn")
@@ -35,7 +37,7 @@ from src.inference.mindspore_backend import MindSporeBackend  # noqa: E402
 from src.inference.onnx_backend import OnnxBackend  # noqa: E402
 from src.inference.server_requests import ServerMetrics, files_in_form  # noqa: E402
 from src.inference.serving import bind, create_app, serve_app  # noqa: E402
-from src.kernels.library import KernelChoice  # noqa: E402
+from src.kernels.library import KernelChoice, has_isa  # noqa: E402
 from src.utils.errors import UserError  # noqa: E402
 
 
@@ -558,3 +560,38 @@ def test_the_page_in_a_browser(server, image_root, tmp_path):
         )
         said = browser.run("document.querySelector('.bad').textContent")
         assert said == "text.jpg is not a picture that can be read" and browser.run(classes) == []
+
+
+def test_a_damaged_photograph_is_answered_and_said_to_be(server, image_root):
+    """The server's log had it once, and the client never."""
+    file = io.BytesIO()
+    Image.open(next(image_root.glob("val/*/*"))).resize((600, 500)).save(file, "JPEG", quality=90)
+    content = bytearray(file.getvalue())
+    middle = len(content) // 2
+    content[middle : middle + 200] = bytes(200)
+    for _ in range(2):
+        status, answer = server.request("POST", "/predict", bytes(content))
+        assert status == 200 and "is damaged" in answer["damaged"] and answer["predictions"]
+    assert server.request("POST", "/heatmap", bytes(content))[0] == 400
+    assert "damaged" not in server.request("POST", "/predict", file.getvalue())[1]
+
+
+def test_flags_in_a_form_are_refused(server, image_root):
+    content = next(image_root.glob("val/*/*")).read_bytes()
+    parts = {'name="image"; filename="x.jpg"': content, 'name="top_k"': b"1"}
+    body = b"".join(
+        b"--b\r\nContent-Disposition: form-data; %s\r\n\r\n%s\r\n" % (head.encode(), part)
+        for head, part in parts.items()
+    )
+    kind = {"Content-Type": "multipart/form-data; boundary=b"}
+    status, answer = server.request("POST", "/predict", body + b"--b--\r\n", **kind)
+    assert status == 400 and "unknown fields: top_k" in answer["error"], answer
+
+
+def test_in_bfloat16_the_server_has_one_backend(trained_run, kernels):
+    """onnxruntime computes in float32: which of the two answered was left to their speed."""
+    if not has_isa(kernels.isa, "AVX512_CORE_BF16"):
+        pytest.skip("the processor has no bfloat16")
+    flags = {"amp_level": "O2"}
+    _, backends = open_backends(trained_run / "best.ckpt", flags, KernelChoice(kernels))
+    assert len(backends) == 1

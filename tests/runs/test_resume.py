@@ -389,3 +389,19 @@ def test_images_that_grow_resume_to_the_same_bits(image_root, tmp_path):
         ["python3", *words, f"--output_path={tmp_path}/parts", "--max_epoch=8", "--resume=auto"]
     )
     assert longer.status == 2 and "max_epoch=4 there and 8 here" in longer.error_lines[0], longer
+
+
+@pytest.mark.slow
+def test_a_resumed_run_says_what_stays_and_what_has_changed(image_root, tmp_path):
+    """best.ckpt and fused.ckpt stayed those of the first epoch, and were taken for the newest."""
+    words = command(1, image_root, tmp_path, "--ckpt_interval_steps=0", "--max_steps=12")
+    assert execute([*words, "--deploy=1"]).status == 0
+    folder = only_run(tmp_path)
+    file = folder / "environment.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "numpy": "1.0"}))
+    assert (folder / "fused.ckpt").exists()
+    run = execute([*words, "--max_steps=16", "--run_eval=0", "--resume=auto"])
+    assert run.status == 0, run
+    assert "warning: best.ckpt stays that of an earlier epoch" in run.out, run
+    assert "warning: it ran with numpy 1.0 and continues with" in run.out, run
+    assert not (folder / "fused.ckpt").exists() and (folder / "superseded/fused.ckpt").exists()

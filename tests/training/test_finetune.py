@@ -235,3 +235,16 @@ def test_a_run_that_evaluated_nothing_did_not_get_worse():
     assert Trainer.accuracy_drop_warning(trainer) is None
     trainer._last_top1 = 90.0
     assert "below the 94.30 %" in Trainer.accuracy_drop_warning(trainer)
+
+
+@pytest.mark.slow
+def test_validation_images_that_the_weights_have_seen_are_told(image_root, trained_run, tmp_path):
+    """The accuracy was nearly that of training, and evaluation called the images held out."""
+    flags = [f"--data_path={image_root}/train", f"--pretrained={trained_run}/best.ckpt"]
+    flags += ["--val_split=0.25", "--max_steps=1", f"--output_path={tmp_path}"]
+    run = execute(["python3", "train.py", *TINY, *flags])
+    assert run.status == 0, run
+    assert f"12 of 12 validation images are among those that {trained_run}/best.ckpt" in run.out
+    checkpoint = only_run(tmp_path) / "latest.ckpt"
+    run = execute(["python3", "eval.py", f"--checkpoint_file_path={checkpoint}"])
+    assert "weights that it began with were trained on 12 of them" in run.out, run

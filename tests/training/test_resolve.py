@@ -219,3 +219,17 @@ def test_networks_say_whether_they_are_built_for_one_size(name):
         for model in built
     ]
     assert (described[0] != described[1]) == network.has_fixed_size
+
+
+def test_a_run_that_finds_validation_images_records_that_it_evaluates():
+    """Its config.yaml repeated it without evaluation."""
+    config = resolve_data(make_config(data_path="digits", val_split="auto"), digits(True))
+    assert (config.val_split, config.run_eval) == (0.0, True)
+    config = resolve_data(make_config(data_path="digits", val_split="0.1"), digits(True))
+    assert (config.val_split, config.run_eval) == (0.1, False)
+    assert not resolve_data(make_config(data_path="digits"), digits(False)).run_eval
+
+
+def digits(validates):
+    images = ImageSet({"a": 0, "b": 1}, np.array([0, 1], np.int32), pixels=np.zeros((2, 8, 8, 3)))
+    return TrainingData(images, images if validates else None)

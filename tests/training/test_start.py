@@ -12,6 +12,7 @@ from conftest import make_config
 from mindspore import Parameter, Tensor
 
 from src.dataset.image_set import are_numbers_sorted_as_text
+from src.dataset.splits import TrainingData
 from src.distributed.communicator import Communicator
 from src.models.create import create_model
 from src.runs.checkpoint import TrainingState, read_training_state, restore_arrays, save_checkpoint
@@ -92,11 +93,13 @@ def test_a_new_classifier_says_why(network, classes, words):
         config=make_config(network="cifar_quick", num_classes=4, allow_head_mismatch=1),
         recorder=Recorder(),
         class_to_index={"a": 0, "b": 1, "c": 2, "d": 3},
+        communicator=Communicator(),
+        data=TrainingData(None, None),
     )
     arrays = {p.name: p.asnumpy() for p in network.get_parameters()}
-    weights = PretrainedWeights("w.ckpt", arrays, {}, classes)
+    weights = PretrainedWeights("w.ckpt", arrays, {}, classes, {})
     assert weights.load_into(trainer).endswith(words) and not trainer.has_pretrained_classifier
-    same = PretrainedWeights("w.ckpt", arrays, {}, dict(trainer.class_to_index))
+    same = PretrainedWeights("w.ckpt", arrays, {}, dict(trainer.class_to_index), {})
     assert same.load_into(trainer) == "starting from w.ckpt" and trainer.has_pretrained_classifier
 
 

@@ -17,6 +17,7 @@ from src.distributed.communicator import Communicator
 from src.kernels.library import KernelChoice
 from src.models.create import create_network
 from src.runs.recorder import Recorder
+from src.training.job import block_init_warning, class_weights_message
 from src.training.start import RandomWeights
 from src.training.trainer import Trainer
 from src.utils.errors import TrainingInterrupted, UserError
@@ -222,3 +223,24 @@ def test_a_run_without_steps_to_do_reports_nothing_twice():
     done.first_step = done.last_step
     done.fit()
     assert notes.calls == ["start", "finish"]
+
+
+def test_class_weights_are_said_by_name():
+    classes = {str(number): label for label, number in enumerate([0, 1, 10, 2])}
+    images = ImageSet(classes, np.arange(4, dtype=np.int32), pixels=IMAGES.pixels[:4])
+    config = make_config(class_weights="1,1,2,1", num_classes=4)
+    assert class_weights_message(config, images) == (
+        "warning: class_weights, scaled to a mean of 1: 0=1, 1=1, 10=2, 2=1; the classes are in "
+        "the order of text, 10 before 2"
+    )
+    named = dataclasses.replace(images, class_to_index={"a": 0, "b": 1, "c": 2, "d": 3})
+    assert class_weights_message(config, named).endswith("mean of 1: a=1, b=1, c=2, d=1")
+    assert class_weights_message(make_config(), images) is None
+
+
+def test_initial_weights_that_do_not_reach_the_blocks_are_told():
+    assert "keep kaiming_uniform" in block_init_warning(
+        make_config(block="acb", weight_init="kaiming_normal")
+    )
+    assert block_init_warning(make_config(weight_init="kaiming_normal")) is None
+    assert block_init_warning(make_config(block="acb")) is None
