@@ -21,7 +21,7 @@ def main(command: "Command") -> None:
     check_ending("save_figure", command.config.save_figure, (".png",))
     if command.needs_mindspore:
         command.start_mindspore()
-    from src.inference.predict import predict
+    from src.inference.prediction import predict
 
     predict(command)
 

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from src.models.blocks import BLOCKS
 from src.models.networks import NETWORKS
 from src.models.published_weights import fetch_weights
 from src.utils.device import select_device
-from src.utils.errors import DamagedImage, UserError
+from src.utils.errors import UserError
 from src.utils.log import WARNING
 from src.utils.progress import print_status
 
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["BLOCKS", "NETWORKS", "UserError", "create_network", "fit", "load"]
 
 
-# Flags of predict.py and train.py that the functions here have other means for.
+# Flags of predict.py and train.py that make no sense here.
 _NOT_FOR_LOAD = ("checkpoint_file_path", "result_path", "save_figure")
 _NOT_FOR_NETWORK = ("checkpoint_file_path", "resume", "teacher")
 # Of the flags of a training, those that its classifier takes too.
@@ -54,12 +53,10 @@ def load(checkpoint: str | Path, **flags: Any) -> "Classifier":
         raise UserError(message.removeprefix(WARNING))
     _refuse(values, _NOT_FOR_LOAD, "load() reads the file that it is given and writes none")
     config = load_config({**values, "checkpoint_file_path": str(checkpoint)})
-    if config.strict:
-        warnings.simplefilter("error", DamagedImage)
     fetch_weights(str(checkpoint))
     _start_mindspore(config)
     from src.inference.classifier import Classifier
-    from src.runs.checkpoint_files import choose_checkpoint
+    from src.runs.run_folder import choose_checkpoint
 
     path = choose_checkpoint(str(checkpoint), print_status)
     return Classifier(path, values, choose_kernels(config))

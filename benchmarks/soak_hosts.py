@@ -40,7 +40,7 @@ from hosts.rig import Rig, missing  # noqa: E402
 
 from benchmarks.processes import mpirun_environment  # noqa: E402
 from src.cli.run import run_process  # noqa: E402
-from src.runs.checkpoint_files import checkpoint_position  # noqa: E402
+from src.runs.run_folder import checkpoint_position  # noqa: E402
 from src.utils.errors import UserError  # noqa: E402
 
 _FAULTS = (

@@ -85,11 +85,17 @@ def run_with_restarts(options, script, environment, sent_signal_file):
             if options.max_restarts and status not in (0, USER_ERROR) and not received:
                 sys.stderr.write(
                     f"error: the job ended with status {status} and no restarts are left; "
-                    "continue with the same command and --resume=auto\n"
+                    f"continue with the same command and --resume={run_folder(environment)}\n"
                 )
             return status
         prepare_restart(options, script, Path(environment[FACTS_FILE]), status, restarts_left)
         restarts_left -= 1
+
+
+def run_folder(environment):
+    """The folder of the run, or "auto" if it has not told it."""
+    facts_file = Path(environment[FACTS_FILE])
+    return json.loads(facts_file.read_text())["run_folder"] if facts_file.is_file() else "auto"
 
 
 def prepare_restart(options, script, facts_file, status, restarts_left):

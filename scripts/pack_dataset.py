@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.cli.run import run_process  # noqa: E402
-from src.distributed.launcher import check_single_process, launched_rank  # noqa: E402
+from src.distributed.launcher import single_process_warning  # noqa: E402
 from src.utils.errors import UserError  # noqa: E402
 
 
@@ -29,7 +29,8 @@ def main(arguments):
     from src.utils.machine import available_cores
 
     options = parse(arguments)
-    check_single_process("pack_dataset")
+    if warning := single_process_warning("pack_dataset"):
+        print(warning)
     prepare_process()
     from src.utils.progress import ProgressBar
 
@@ -104,4 +105,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] in (["-h"], ["--help"]):
         print(__doc__)
     else:
-        run_process(lambda signals: main(sys.argv[1:]), launched_rank())
+        run_process(lambda signals: main(sys.argv[1:]))

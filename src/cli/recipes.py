@@ -10,7 +10,7 @@ import yaml
 
 from src.cli.config import DEFAULT_CONFIG, DIGITS, RECIPES, Config, default_yaml, validated
 from src.cli.flags import ALIASES, OVERRULED_BY, current_keys, empty_to_none, known_keys
-from src.models.networks import network_settings, recipe_of_alias
+from src.models.networks import network_image_size, network_settings, recipe_of_alias
 from src.utils.errors import UserError, suggestion
 
 
@@ -102,17 +102,15 @@ def merge_layers(below: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str
 
 def _scaled_resize(below: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, int]:
     """{"eval_resize": pixels} if ``layer`` changes the image_size that it was chosen for."""
-    default = Config.model_fields["image_size"].default
-    values = (
-        below.get("eval_resize", 0),
-        below.get("image_size", default),
-        layer.get("image_size", ""),
-    )
+    before = below.get("image_size")
+    if before is None and below.get("network"):
+        before = network_image_size(below["network"])
     # Recipes and flags have numbers as text.
-    if not all(str(value).isdigit() for value in values):
+    values = [str(v) for v in (below.get("eval_resize"), before, layer.get("image_size"))]
+    if not all(value.isdigit() and int(value) for value in values):
         return {}
-    resize, before, size = map(int, values)
-    return {"eval_resize": round(resize * size / before)} if resize and before else {}
+    resize, size_before, size = map(int, values)
+    return {"eval_resize": round(resize * size / size_before)}
 
 
 def check_default_config() -> None:

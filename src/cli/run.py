@@ -63,7 +63,7 @@ def run(
         distributed: whether the command runs on several ranks.
         translate: changes the command line before it is parsed.
     """
-    rank = launched_rank()
+    rank = launched_rank() if distributed else 0
     action = partial(_start_and_run, main, about or "", positional, distributed, translate, rank)
     run_process(action, rank)
 

@@ -15,12 +15,12 @@ from src.dataset.batches import global_batch_size
 from src.dataset.sources import check_source
 from src.distributed.communicator import Communicator, check_ranks_agree, connect
 from src.distributed.launcher import (
-    check_single_process,
     exec_launcher,
     exec_launcher_under_torchrun,
     has_launcher,
     launched_here,
     launched_ranks,
+    single_process_warning,
 )
 from src.distributed.reducers import check_reducer
 from src.distributed.shutdown import Signals
@@ -53,8 +53,6 @@ def start(
     """
     if distributed:
         exec_launcher_under_torchrun()
-    else:
-        check_single_process(_command_name())
     flags, names = parse_flags(arguments)
     _check_positional(names, positional)
     check_default_config()
@@ -88,8 +86,11 @@ def start(
         "ONEDNN_MAX_CPU_ISA=AVX2 makes processors of different age compute the same",
     )
     command = Command(flags, names, config, communicator, kernels, signals)
+    messages = misplaced_flags(flags, _command_name())
+    if not distributed and (warning := single_process_warning(_command_name())):
+        messages.append(warning)
     if communicator.is_root:
-        for message in misplaced_flags(flags, _command_name()):
+        for message in messages:
             command.checked(print_status)(message)
     return command
 

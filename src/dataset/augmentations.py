@@ -391,10 +391,11 @@ def check_augmentations(config: Config) -> None:
     """Raise UserError for an unknown entry or argument, or an order that makes wrong targets."""
     _stages(config)
     names = [parse_spec("augmentations", text)[0] for text in config.augmentations]
-    if "cutmix" in names and "crop" in names[names.index("cutmix") :]:
+    cuts = config.train_crop != "resize" and "crop" in names
+    if cuts and "cutmix" in names and "crop" in names[names.index("cutmix") :]:
         raise UserError(
-            "augmentations: list cutmix after crop, which may cut off what cutmix has pasted, and "
-            "the targets would count it all the same"
+            "augmentations: list cutmix after crop: crop may cut off the pasted part, which the "
+            "targets still count"
         )
 
 

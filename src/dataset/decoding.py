@@ -75,7 +75,12 @@ class BadImage(UserError):
     """An image file that cannot be read or decoded."""
 
 
-def read_image(path: str, max_pixels: int = DEFAULT_MAX_PIXELS, min_side: int = 0) -> np.ndarray:
+def read_image(
+    path: str,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    min_side: int = 0,
+    report: Callable[[str], object] | None = None,
+) -> np.ndarray:
     """An image file as (H, W, 3) uint8 RGB; see ``decode_image``.
 
     Raises:
@@ -91,7 +96,7 @@ def read_image(path: str, max_pixels: int = DEFAULT_MAX_PIXELS, min_side: int = 
         raise BadImage(
             f"cannot read the image {path}: {getattr(failure, 'strerror', failure)}"
         ) from None
-    return decode_image(encoded, path, max_pixels, min_side)
+    return decode_image(encoded, path, max_pixels, min_side, report or warn_of_damage)
 
 
 def open_regular(path: str) -> io.FileIO:
@@ -231,9 +236,10 @@ def _decoded(
     damage = ""
     if picture.format in _JPEG_FORMATS:
         try:
-            pixels = _decoded_jpeg(encoded, picture, reduction)
             if picture.mode in _PLAIN_MODES:
-                return _turned(pixels, picture), ""
+                return _turned(_decoded_jpeg(encoded, picture, reduction), picture), ""
+            # Only to learn of damage.
+            _decoded_jpeg(encoded, picture, reduction)
         except ValueError as failure:
             damage = str(failure).removeprefix("Corrupt JPEG data: ")
     if _is_plain(picture):
@@ -282,7 +288,7 @@ def _decoded_by_opencv(encoded: np.ndarray, name: str) -> np.ndarray:
 def _check_chunks(encoded: np.ndarray, name: str) -> None:
     """Raise BadImage for a PNG with a damaged chunk: Pillow does not compare their checksums."""
     try:
-        _without_metadata(encoded)
+        _visible_chunks(encoded)
     except ValueError as failure:
         raise BadImage(f"{name} cannot be decoded: {failure}") from None
 
@@ -291,14 +297,21 @@ def _without_metadata(encoded: np.ndarray) -> np.ndarray:
     """A PNG with the chunks alone that decide its pixels; another file as it is.
 
     libpng writes to standard error about each colour profile and date that it does not like, and
-    about damage, which is found here first.
+    about damage, which is found here first. Raises ValueError for damage.
+    """
+    chunks = _visible_chunks(encoded)
+    return np.frombuffer(b"".join(chunks), np.uint8) if chunks else encoded
+
+
+def _visible_chunks(encoded: np.ndarray) -> list[memoryview]:
+    """The signature of a PNG and the chunks that decide its pixels; [] of another file.
 
     Raises:
-        ValueError: if a chunk is damaged, or the file was cut off.
+        ValueError: if such a chunk is damaged, or the file was cut off.
     """
     content = encoded.data
     if content[:4] != _PNG:
-        return encoded
+        return []
     kept, start, kind = [content[:8]], 8, b""
     while kind != b"IEND":
         end = start + _PNG_CHUNK + int.from_bytes(content[start : start + 4], "big")
@@ -310,7 +323,7 @@ def _without_metadata(encoded: np.ndarray) -> np.ndarray:
                 raise ValueError("the file is damaged, or was cut off")
             kept.append(content[start:end])
         start = end
-    return np.frombuffer(b"".join(kept), np.uint8)
+    return kept
 
 
 def _is_plain(picture: Image.Image) -> bool:
@@ -346,10 +359,7 @@ def _as_seen(picture: Image.Image, encoded: np.ndarray, name: str) -> np.ndarray
 
 
 def _has_unused_alpha(picture: Image.Image, encoded: np.ndarray) -> bool:
-    """Whether the alpha channel is unused: a TGA's header tells, and in such a BMP it is all 0.
-
-    Such a BMP would be wholly transparent; other programs show its colours.
-    """
+    """Whether the alpha channel is unused: a TGA's header tells, and in such a BMP it is all 0."""
     if picture.mode != "RGBA":
         return False
     if picture.format == "TGA":
@@ -358,7 +368,7 @@ def _has_unused_alpha(picture: Image.Image, encoded: np.ndarray) -> bool:
 
 
 def _has_transparent_alpha(picture: Image.Image) -> bool:
-    """Whether a BMP or TGA is transparent everywhere, which its colours show not to be meant."""
+    """Whether every pixel of a BMP or TGA is transparent, which nobody means."""
     has_alpha = picture.mode == "RGBA" and picture.format in ("BMP", "DIB", "TGA")
     return has_alpha and picture.getchannel("A").getextrema() == (0, 0)
 

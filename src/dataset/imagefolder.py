@@ -211,7 +211,10 @@ class _Folder:
         self._labels = images.labels.astype(np.int32)
         self._workers = config.num_parallel_workers or available_cores()
         if images.paths is None:
-            raise UserError("input_pipeline=mindspore reads class folders of image files")
+            raise UserError(
+                "input_pipeline=mindspore reads class folders of image files; use "
+                "--input_pipeline=own"
+            )
         paths = [os.path.abspath(path) for path in images.paths]
         self._root = os.path.dirname(os.path.dirname(paths[0]))
         self._classes = {

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from src.dataset.class_folders import EXTENSIONS, find_part
+from src.dataset.class_folders import EXTENSIONS, is_litter
 from src.dataset.image_set import ImageSet, composed
 from src.dataset.packed import ENDING as PACKED
 from src.utils.errors import UserError
 
 _MAX_LABEL = 10**6
 _SHOWN_CHARACTERS = 80
-# For longer lists the files in the folder next to them are not counted.
+# Larger folders next to a list are not counted.
 _MOST_COUNTED = 100_000
 # From this label on, there must be a twentieth as many different ones.
 _LARGE_LABEL, _LABELS_PER_CLASS = 1000, 20
@@ -66,25 +66,30 @@ def open_list(path: Path, split: str, class_to_index: Mapping[str, int] | None) 
         raise UserError(
             f"{list_file} has label {outside[0]}, outside the {len(known)} training classes"
         )
-    notes = [*_unlisted_note(list_file, paths, split), *_repetition_note(list_file, paths)]
+    notes = [*_unlisted_note(path, list_file, paths, split), *_repetition_note(list_file, paths)]
     notes += [*_folder_note(list_file, paths, labels, known)]
     if labels.min() == 1:
         notes.append(f"{list_file} has no label 0; if its labels begin at 1, subtract 1 from each")
     return ImageSet(dict(known), labels, paths, notes=tuple(notes), is_list=True)
 
 
-def _unlisted_note(list_file: Path, paths: Sequence[str], split: str) -> list[str]:
-    """A note if there is a folder for this part too, with pictures that the list does not name."""
-    folder = find_part(list_file.parent, split)
-    if list_file.name != f"{split}_list.txt" or folder is None or len(paths) > _MOST_COUNTED:
+def _unlisted_note(path: Path, list_file: Path, paths: Sequence[str], split: str) -> list[str]:
+    """A note if the list in a root names fewer images than its folder of that part has."""
+    folder = path / split
+    if list_file.parent != path or not folder.is_dir():
         return []
-    files = (name for _, _, names in os.walk(folder) for name in names)
-    count = sum(name.lower().endswith(EXTENSIONS) for name in files)
+    count = 0
+    for _, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not is_litter(name)]
+        pictures = (name for name in names if name.lower().endswith(EXTENSIONS))
+        count += sum(not is_litter(name) for name in pictures)
+        if count > _MOST_COUNTED:
+            return []
     if count <= len(paths):
         return []
     return [
-        f"the {len(paths)} images of {list_file} are used, and not all {count} in {folder}; "
-        "--dataset_format=folder uses those"
+        f"{list_file} is used, which lists {len(paths)} images; {folder} has {count}, which "
+        f"--data_path={folder} takes"
     ]
 
 

@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TextIO
 
 from src.utils.errors import UserError
 from src.utils.files import write_atomically
+from src.utils.log import WARNING
 
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
 _RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
@@ -45,13 +46,17 @@ def on_one_machine() -> bool:
     return launched_here() == launched_ranks()
 
 
-def check_single_process(script: str) -> None:
-    """Raise UserError if a launcher started several processes of a script that needs only one."""
-    if launched_ranks() > 1:
-        raise UserError(
-            f"{script}.py runs in one process, and the launcher started {launched_ranks()}, which "
-            "would all do the same; start it without the launcher"
-        )
+def single_process_warning(script: str) -> str | None:
+    """A warning if a launcher started several processes of a script that does not share its work.
+
+    For one of them, else None.
+    """
+    if launched_ranks() == 1 or launched_rank() > 0:
+        return None
+    return (
+        f"{WARNING}{script}.py does not share its work: each of the {launched_ranks()} processes "
+        "that the launcher started does all that it is given"
+    )
 
 
 def has_launcher() -> bool:

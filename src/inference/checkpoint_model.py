@@ -15,7 +15,7 @@ from src.cli.flags import current_keys, flags_without_effect
 from src.cli.recipes import load_config
 from src.dataset.batches import global_batch_size
 from src.dataset.image_set import ImageSet, are_numbers
-from src.dataset.splits import open_eval_part, open_train_part, split_fraction, validation_path
+from src.dataset.splits import open_eval_part, open_train_part, validation_path
 from src.models.blocks import BLOCKS, find_block, recognise_block
 from src.models.networks import NETWORKS, aliases, count_classes
 from src.models.published_weights import published_as, published_at
@@ -198,8 +198,6 @@ def _notes(
     is_onnx = config.eval_engine == "onnx" or (path is not None and path.suffix == ".onnx")
     if is_onnx and "amp_level" in flags and config.amp_level not in ("auto", "O0"):
         notes.append(f"{WARNING}--amp_level changes nothing with onnxruntime, which uses float32")
-    if flags.get("eval_data_path") and "data_path" in flags and not split_fraction(config):
-        notes.append(f"{WARNING}--data_path changes nothing with --eval_data_path")
     warning = _recipe_warning(config, recorded, flags)
     return [*notes, *([warning] if warning else [])]
 
@@ -257,7 +255,7 @@ def open_recorded_training_images(
         if steps * global_batch_size(config, metadata["world_size"]) > _MAX_COMPARED:
             return None
         images = open_train_part(config, class_to_index)
-    except UserError:
+    except (UserError, OSError):  # such as somebody else's folder
         return None
     return images if images.fingerprint() == metadata.get("images") else None
 

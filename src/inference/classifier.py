@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from scipy.special import softmax
 
-from src.dataset.decoding import picture_pixels, read_image
+from src.dataset.decoding import BadImage, picture_pixels, read_image
 from src.dataset.image_set import class_names
 from src.dataset.transforms import eval_min_side, eval_transform
 from src.distributed.communicator import Communicator
@@ -133,7 +133,8 @@ class Classifier:
         """The network's input for a photo: (image_size, image_size, 3) uint8."""
         config = self.config
         if isinstance(photo, (str, Path)):
-            pixels = read_image(str(photo), config.max_pixels, eval_min_side(config))
+            report = _refuse_damage if config.strict else None
+            pixels = read_image(str(photo), config.max_pixels, eval_min_side(config), report)
         elif isinstance(photo, Image.Image):
             pixels = picture_pixels(photo)
         else:
@@ -144,6 +145,10 @@ class Classifier:
                     f"a photo is {_PHOTO}; got {type(photo).__name__} {pixels.dtype} {shape}"
                 )
         return eval_transform(pixels, config)
+
+
+def _refuse_damage(message: str) -> None:
+    raise BadImage(message)
 
 
 def _is_folder(photo: Photo) -> bool:

@@ -30,7 +30,7 @@ from src.inference.metrics import (
     summary_lines,
     write_results,
 )
-from src.runs.checkpoint_files import find_checkpoints, in_order
+from src.runs.run_folder import find_checkpoints, in_order
 from src.utils.errors import PartialFailure, UserError
 from src.utils.files import checksum
 from src.utils.log import LINE_S, WARNING, Log, create_log, no_log
@@ -45,6 +45,8 @@ def evaluate(command: Command) -> None:
     config, communicator = command.config, command.communicator
     log = command.checked(create_log()) if communicator.is_root else no_log
     paths = find_checkpoints(config.checkpoint_file_path)
+    if command.flags.get("eval_data_path") and "data_path" in command.flags:
+        log(f"{WARNING}--data_path changes nothing with --eval_data_path")
     if hint := faster_backend_hint(config, command.kernels):
         log(hint)
     results, failures = evaluate_checkpoints(paths, command, log)
@@ -258,15 +260,16 @@ def held_out_message(
             f"{WARNING}these look like the images that training used (the same names and sizes); "
             "on unseen images the accuracy may be lower"
         )
+    seen = metadata.get("seen_before", 0)
+    if seen and images.fingerprint() == metadata.get("validation"):
+        return (
+            f"{WARNING}the weights that training began with were trained on {seen} of these "
+            f"{len(images)} images; the accuracy says little about unseen images"
+        )
     if split_fraction(config):
         if trained is None:
             return f"evaluating on {len(images)} images split off from {config.data_path}"
         if model.open_training_images().fingerprint() == trained:
-            if seen := metadata.get("seen_before", 0):
-                return (
-                    f"{WARNING}training held out the {len(images)} images of {config.data_path}, "
-                    f"but the weights that it began with were trained on {seen} of them"
-                )
             return (
                 f"evaluating on the {len(images)} images of {config.data_path} that training held "
                 "out for validation"

@@ -24,7 +24,7 @@ from src.inference.metrics import class_table, tops
 from src.inference.mindspore_backend import create_backend, load_mindir
 from src.inference.model_card import Exported, write_card
 from src.inference.onnx import export_quietly
-from src.inference.quantization import quantize
+from src.inference.quantization import int8_file, quantize
 from src.kernels.library import KernelChoice
 from src.models.blocks import find_block
 from src.models.create import create_network
@@ -35,9 +35,8 @@ from src.models.reparam import fuse
 from src.models.weight_files import CHECKSUM, METADATA, Arrays, read_weights, text_checksum
 from src.models.weights import assign_weights
 from src.runs.checkpoint import save_checkpoint
-from src.runs.checkpoint_files import choose_checkpoint
 from src.runs.recorder import Recorder
-from src.runs.run_folder import RunFolder
+from src.runs.run_folder import RunFolder, choose_checkpoint
 from src.utils.errors import UserError
 from src.utils.files import checksum, staged, write_atomically
 from src.utils.log import WARNING, Log, create_log
@@ -73,8 +72,11 @@ def export(command: Command) -> None:
     log(f"exported to {exported.path}: largest relative difference {exported.difference:.1e}")
     card = write_card(exported, path)
     log(f"model card: {card}")
+    int8 = int8_file(exported.path)
     if config.quantize == "int8":
         _quantize(exported, command, log)
+    elif config.file_format == "ONNX" and int8.is_file():
+        log(f"{WARNING}{int8} is left from an earlier export; --quantize=int8 writes it again")
 
 
 def export_checkpoint(
@@ -212,7 +214,7 @@ def network_size(network: nn.Cell, image_size: int) -> NetworkSize:
 
 def _config_to_record(config: Config, recorded: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration in the exported file: how and on what it was trained, as recorded."""
-    trained = keys_affecting(Affects.TRAINING, Affects.IMAGES) | {"seed"}
+    trained = keys_affecting(Affects.TRAINING, Affects.GRAPH, Affects.IMAGES) | {"seed"}
     kept = {key: value for key, value in recorded.get("config", {}).items() if key in trained}
     return {**config.model_dump(mode="json"), **kept}
 

@@ -67,7 +67,7 @@ class ImageService:
 
     @asynccontextmanager
     async def receive(self, request: Any) -> AsyncIterator[ImageRequest]:
-        """A context with the images in a request, which keep their memory in it.
+        """Reads a request; its body counts towards the bound until the context ends.
 
         Raises:
             RequestError: if the request has no images, or there is no room for them.
@@ -157,42 +157,36 @@ class _Body:
     """The body of a request.
 
     Attributes:
-        parts: what is kept of it, ``size`` bytes.
+        content: what is kept of it.
         arriving: whether more may come.
         refusal: why nothing is kept of it; None if all is.
     """
 
-    parts: list[bytes] = field(default_factory=list)
-    size: int = 0
+    content: bytearray = field(default_factory=bytearray)
     arriving: bool = True
     refusal: RequestError | None = None
 
-    def keep(self, part: bytes) -> None:
-        if not self.refusal:
-            self.parts.append(part)
-            self.size += len(part)
-
     def drop(self, refusal: RequestError) -> None:
-        self.parts.clear()
-        self.size, self.refusal = 0, refusal
+        self.content, self.refusal = bytearray(), refusal
 
 
 class Bodies:
     """Reads bodies of requests, and bounds how many bytes of them are in memory together.
 
-    When a part arrives for which there is no room, the largest body that is still arriving is
-    dropped. So large bodies that arrive slowly do not keep out small ones.
+    When a part arrives for which there is no room, the body that began first and is still arriving
+    is dropped. So large bodies that arrive slowly do not keep out those that arrive at once.
     """
 
     def __init__(self, most: int = MOST_BODY_BYTES) -> None:
         self._most = most
-        self._bodies: set[_Body] = set()
+        # In the order in which they began.
+        self._bodies: dict[_Body, None] = {}
 
     @asynccontextmanager
-    async def receive(self, request: Any) -> AsyncIterator[bytes]:
+    async def receive(self, request: Any) -> AsyncIterator[bytearray]:
         """A context with the body of a request, which has its room in it. Raises RequestError."""
         body = _Body()
-        self._bodies.add(body)
+        self._bodies[body] = None
         try:
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._read(request, body), _BODY_S)
@@ -200,10 +194,9 @@ class Bodies:
                 raise body.refusal
             if body.arriving:
                 raise RequestError(408, f"the request did not arrive within {_BODY_S} s")
-            body.parts = [b"".join(body.parts)]
-            yield body.parts[0]
+            yield body.content
         finally:
-            self._bodies.remove(body)
+            del self._bodies[body]
 
     async def _read(self, request: Any, body: _Body) -> None:
         """Read a body to its end, also if it is refused, unless it is far too large.
@@ -222,11 +215,16 @@ class Bodies:
                 body.drop(too_large)
             if received > LARGEST_BODY + _FORGOTTEN:
                 return
-            body.keep(part)
-            self._make_room()
+            if not body.refusal:
+                body.content += part
+                self._make_room()
         body.arriving = False
 
     def _make_room(self) -> None:
-        while sum(body.size for body in self._bodies) > self._most:
-            arriving = [body for body in self._bodies if body.arriving]
-            max(arriving, key=lambda body: body.size).drop(RequestError(503, BUSY))
+        excess = sum(len(body.content) for body in self._bodies) - self._most
+        for body in self._bodies:
+            if excess <= 0:
+                return
+            if body.arriving and body.content:
+                excess -= len(body.content)
+                body.drop(RequestError(503, BUSY))

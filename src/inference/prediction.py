@@ -1,7 +1,8 @@
-"""Predictions for single images: reading them, their likeliest classes, result files."""
+"""Predictions for single images: their likeliest classes, a table, result files, a sheet."""
 
 import csv
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,18 +13,27 @@ from typing import Any, TextIO
 import numpy as np
 from scipy.special import softmax
 
+from src.cli.command import Command
 from src.dataset.batches import EvalBatches, prefetch
 from src.dataset.class_folders import list_images, unread
+from src.dataset.decoding import DEFAULT_MAX_PIXELS, read_image
 from src.dataset.image_set import ImageSet
-from src.inference.backends import Backend, with_flip
+from src.dataset.transforms import THUMBNAIL_SIDE, thumbnail
+from src.inference.backends import Backend, open_backend, with_flip
 from src.inference.checkpoint_model import CheckpointModel
 from src.inference.metrics import count_nonfinite, nonfinite_message, write_results
-from src.utils.errors import UserError
+from src.runs.run_folder import choose_checkpoint
+from src.utils.errors import PartialFailure, UserError
 from src.utils.files import write_atomically
-from src.utils.log import WARNING, Log, escaped, no_log
-from src.utils.progress import ProgressBar
+from src.utils.log import WARNING, Log, create_log, escaped, no_log, shortened
+from src.utils.progress import ProgressBar, print_status
 
 _BATCH = 16
+# Of the sheet of predictions.
+_SHEET_IMAGES = 50
+_COLUMNS = 5
+_NAME_LENGTH = 26
+_SURE, _UNSURE, _REST = "tab:blue", "tab:orange", "0.85"
 # Endings of lists of images.
 _LISTS = (".txt", ".lst")
 STANDARD_INPUT = "-"
@@ -69,6 +79,40 @@ class Prediction:
 
     def as_dict(self) -> dict[str, Any]:
         return {"image": self.path, **self.answer()}
+
+
+def predict(command: Command) -> None:
+    """Classify the images that the command line names."""
+    config, log = command.config, command.checked(create_log())
+    paths = find_images(command.positional, command.checked(print_status))
+    for key in ("result_path", "save_figure"):
+        target = getattr(config, key)
+        if target and os.path.realpath(target) in map(os.path.realpath, paths):
+            raise UserError(f"--{key}={target} would replace an image that is to be classified")
+    checkpoint = choose_checkpoint(config.checkpoint_file_path, print_status)
+    opened = open_backend(checkpoint, command.flags, command.kernels)
+    for note in opened.model.prediction_notes:
+        log(note)
+    predictions, failures = predict_files(paths, opened.model, opened.backend)
+    for message in failures:
+        log(f"left out: {message}")
+    if config.result_path:
+        write_predictions(config.result_path, predictions)
+        log(f"results in {config.result_path}")
+    else:
+        log(as_table(predictions))
+    if config.unsure:
+        count = sum(bool(prediction.unsure) for prediction in predictions)
+        limit = f"less probable than {100 * config.unsure:g} %"
+        log(f"{count} of {len(predictions)} predictions are unsure: {limit}")
+    if config.save_figure:
+        save_sheet(predictions, config.save_figure, config.max_pixels)
+        some = f", of the first {_SHEET_IMAGES} images" if len(predictions) > _SHEET_IMAGES else ""
+        log(f"figure in {config.save_figure}{some}")
+    if failures:
+        raise PartialFailure(
+            f"{len(failures)} of {len(paths)} images could not be read, the first: {failures[0]}"
+        )
 
 
 def find_images(
@@ -163,6 +207,30 @@ def as_table(predictions: Sequence[Prediction]) -> str:
     )
 
 
+def save_sheet(
+    predictions: Sequence[Prediction], path: str, max_pixels: int = DEFAULT_MAX_PIXELS
+) -> None:
+    """Draw up to 50 images, by class and the surest first, each with a bar for its probability.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = sorted(predictions[:_SHEET_IMAGES], key=lambda p: (p.classes[0], -p.probabilities[0]))
+    columns = min(_COLUMNS, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure = Figure(figsize=(2.4 * columns, 3 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    cells = np.atleast_1d(figure.subplots(rows, columns)).flat
+    for axes in cells:
+        axes.axis("off")
+    for axes, prediction in zip(figure.axes, shown):
+        _draw(axes, prediction, max_pixels)
+    write_atomically(path, lambda partial: figure.savefig(partial, dpi=100, format="png"))
+
+
 def _in_folder(path: Path, name: str, log: Log) -> list[str]:
     images, others = list_images(path)
     if others:
@@ -223,3 +291,18 @@ def _write_csv(file: TextIO, predictions: Sequence[Prediction]) -> None:
         mark = [int(bool(prediction.unsure))] * marks
         for place, (name, probability) in enumerate(pairs, 1):
             writer.writerow((prediction.path, place, name, probability, *mark))
+
+
+def _draw(axes: Any, prediction: Prediction, max_pixels: int) -> None:
+    image = thumbnail(read_image(prediction.path, max_pixels, THUMBNAIL_SIDE))
+    axes.imshow(image)
+    name = shortened(escaped(os.path.basename(prediction.path)), _NAME_LENGTH)
+    title = "\n".join([name, *prediction.percentages()[:2]])
+    # parse_math: a dollar in a name is not a formula.
+    axes.set_title(title, fontsize=8, parse_math=False)
+    height, width = image.shape[:2]
+    colour = _UNSURE if prediction.unsure else _SURE
+    for end, shade in ((width, _REST), (width * prediction.probabilities[0], colour)):
+        below = [1.05 * height] * 2
+        axes.plot([0, end], below, color=shade, linewidth=4, solid_capstyle="butt", clip_on=False)
+    axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))

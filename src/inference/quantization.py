@@ -33,6 +33,11 @@ class Quantized:
     int8: EvalResult
 
 
+def int8_file(exported: Path) -> Path:
+    """The 8-bit file next to an exported NAME.onnx."""
+    return exported.with_name(f"{exported.stem}_int8.onnx")
+
+
 def quantize(
     exported: Path, flags: Mapping[str, Any], count: int, kernels: KernelChoice, log: Log
 ) -> Quantized:
@@ -62,7 +67,7 @@ def quantize(
         f"quantizing: the range of each activation on {min(count, len(calibration))} images of "
         f"{model.config.data_path}"
     )
-    target = exported.with_name(f"{exported.stem}_int8.onnx")
+    target = int8_file(exported)
 
     def write(partial: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:

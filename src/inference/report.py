@@ -57,10 +57,10 @@ def report(command: Command) -> None:
         _run_report(name, folder, command.flags, command.kernels, log)
         for name, folder in zip(names, folders)
     ]
-    if len({_validation_of(folder) for folder in folders}) > 1:
-        note = "The runs were evaluated on different images, so their accuracies do not compare."
-        log(f"{WARNING}{note[0].lower()}{note[1:].rstrip('.')}")
-        reports[0] = reports[0].with_note(note)
+    if len(folders) > 1 and len({_validation_of(folder) for folder in folders} - {None}) > 1:
+        note = "the runs were evaluated on different images, so their accuracies cannot be compared"
+        reports = [_remarked(run, note, no_log) for run in reports]
+        log(f"{WARNING}{note}")
     target = command.config.result_path or str(folders[0].report)
     # Names may contain bytes that are not text.
     page = render(reports).encode("utf-8", "backslashreplace")
@@ -110,6 +110,12 @@ def _best_step(folder: RunFolder) -> int | None:
         return None
 
 
+def _remarked(run: RunReport, note: str, log: Log) -> RunReport:
+    """The report with one more remark, which is logged too."""
+    log(f"{WARNING}{run.name}: {note}")
+    return run.with_note(f"{note[0].upper()}{note[1:]}.")
+
+
 def _validation_of(folder: RunFolder) -> int | None:
     """The fingerprint of the images that a run evaluates on; None if it is not known."""
     try:
@@ -154,13 +160,10 @@ def _with_pictures(
             "the classes and mistakes are those of other images than training evaluated: their "
             "names, sizes or labels differ"
         )
-        log(f"{WARNING}{run.name}: {note}")
-        run = run.with_note(f"{note[0].upper()}{note[1:]}.")
+        run = _remarked(run, note, log)
     message = held_out_message(model, opened.metadata, images) or ""
     if message.startswith(WARNING):
-        note = message.removeprefix(WARNING)
-        log(f"{WARNING}{run.name}: {note}")
-        run = run.with_note(f"{note[0].upper()}{note[1:]}.")
+        run = _remarked(run, message.removeprefix(WARNING), log)
     predictions = predict_set(images, opened.backend, model.config, log)
     confusion = predictions.confusion(model.config.num_classes)
     heat_maps = map(thumbnail, mistaken_parts(images, predictions, opened.backend, model.config))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-from src.cli.config import Config
+from src.cli.config import Config, key_info
 
 MAX_IMAGES = 64
 _DESCRIPTION_PAGE = """<!doctype html>
@@ -52,7 +52,7 @@ class ImageRequest:
     is_list: bool = False
 
 
-def read_request(content_type: str, body: bytes) -> ImageRequest:
+def read_request(content_type: str, body: bytes | bytearray) -> ImageRequest:
     """The images in a body: one as it is, the files of a form, or base64 in JSON.
 
     Raises:
@@ -65,7 +65,7 @@ def read_request(content_type: str, body: bytes) -> ImageRequest:
     elif kind == "application/json":
         request = _images_in_json(body)
     else:
-        request = ImageRequest([("the body", body)])
+        request = ImageRequest([("the body", bytes(body))])
     if len(request.images) > MAX_IMAGES:
         raise ValueError(
             f"send at most {MAX_IMAGES} images per request; this one has {len(request.images)}"
@@ -78,7 +78,7 @@ def read_request(content_type: str, body: bytes) -> ImageRequest:
     return request
 
 
-def files_in_form(content_type: str, body: bytes) -> list[tuple[str, bytes]]:
+def files_in_form(content_type: str, body: bytes | bytearray) -> list[tuple[str, bytes]]:
     """(name, content) of the files in a multipart/form-data body (RFC 7578), or its only field."""
     # As Latin-1 every byte is one character, so names keep theirs.
     text = body.decode("latin-1")
@@ -88,10 +88,18 @@ def files_in_form(content_type: str, body: bytes) -> list[tuple[str, bytes]]:
         return []
     parts = [part for part in form.walk() if not part.is_multipart()] if form.is_multipart() else []
     files = [part for part in parts if part.get_filename() is not None]
-    others = [part.get_param("name", "", "content-disposition") for part in parts]
-    known = [field for field in others if field in Config.model_fields]
-    if files and known:
-        raise ValueError(f"unknown fields: {', '.join(sorted(known))}; they are flags of serve.py")
+    others = [
+        str(part.get_param("name", "", "content-disposition"))
+        for part in parts
+        if part.get_filename() is None
+    ]
+    flags = [
+        name
+        for name in others
+        if name in Config.model_fields and "serve" in key_info(name).commands
+    ]
+    if files and flags:
+        raise ValueError(f"fields without effect: {', '.join(flags)}; they are flags of serve.py")
     contents = [
         (_as_text(part.get_filename("the form")), part.get_payload(decode=True))
         for part in files or (parts if len(parts) == 1 else [])
@@ -99,7 +107,7 @@ def files_in_form(content_type: str, body: bytes) -> list[tuple[str, bytes]]:
     return [(name, content) for name, content in contents if isinstance(content, bytes)]
 
 
-def _images_in_json(body: bytes) -> ImageRequest:
+def _images_in_json(body: bytes | bytearray) -> ImageRequest:
     """The images of {"image": BASE64} or {"images": [BASE64, ...]}."""
     try:
         found = json.loads(body)

@@ -19,7 +19,7 @@ from src.distributed.shutdown import Signals
 from src.inference.backends import open_backends
 from src.inference.image_service import ImageService
 from src.inference.server_requests import RequestError, ServerMetrics, description_page, openapi
-from src.runs.checkpoint_files import choose_checkpoint
+from src.runs.run_folder import choose_checkpoint
 from src.utils.errors import UserError
 from src.utils.log import Log, create_log
 from src.utils.progress import print_status

@@ -274,6 +274,16 @@ def network_settings(name: Any) -> Mapping[str, Any]:
     return network.settings if network is not None else {}
 
 
+def network_image_size(name: Any) -> int | None:
+    """Side in pixels of a network's images, unless a key says otherwise; None for an unknown name.
+
+    Args:
+        name: a name or an alias.
+    """
+    network = NETWORKS.get(aliases().get(name, name))
+    return network.settings.get("image_size", network.image_size) if network is not None else None
+
+
 def recipe_of_alias(name: Any) -> str | None:
     """The recipe that an alias stands for, or None."""
     return next((n.recipes[name] for n in NETWORKS.values() if name in n.recipes), None)

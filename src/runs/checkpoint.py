@@ -51,6 +51,7 @@ class TrainingState:
         teacher: checksum of the file of the teacher; None if there is none, or unknown.
         first_top1: accuracy of the weights that the run began with; 0 if it was not measured.
         seen_before: number of validation images that those weights were trained on.
+        software: {name: version} of what the last steps ran with; None if unknown.
     """
 
     step: int
@@ -75,6 +76,7 @@ class TrainingState:
     teacher: int | None = None
     first_top1: float = 0.0
     seen_before: int = 0
+    software: dict[str, str] | None = None
 
     @property
     def position(self) -> tuple[int, int]:

@@ -11,8 +11,7 @@ from mindspore import Parameter, nn
 
 from src.cli.config import Config
 from src.runs.checkpoint import TrainingState
-from src.runs.checkpoint_files import checkpoint_name
-from src.runs.run_folder import RunFolder, has_top5
+from src.runs.run_folder import RunFolder, checkpoint_name, has_top5
 from src.utils.errors import UserError
 from src.utils.files import write_atomically
 from src.utils.log import Log, no_log

@@ -11,7 +11,7 @@ from src.dataset.batches import Batch
 from src.dataset.image_set import are_numbers_sorted_as_text
 from src.inference.backends import Backend, open_backend
 from src.kernels.library import KernelChoice
-from src.runs.checkpoint_files import choose_checkpoint
+from src.runs.run_folder import choose_checkpoint
 from src.utils.errors import UserError
 from src.utils.files import checksum
 from src.utils.log import Log

@@ -1,4 +1,4 @@
-"""A dry run: the last three steps, timed, from which the cost of the whole run is estimated."""
+"""A dry run: three steps of the last epoch are timed, to estimate the cost of the whole run."""
 
 import math
 import time
@@ -14,15 +14,17 @@ _UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 def estimate(trainer: Trainer, config: Config, communicator: Communicator) -> list[str]:
-    """Run the first steps and two batches of an evaluation on every rank.
+    """Run some steps and two batches of an evaluation on every rank.
 
     Changes the weights; do not train the network afterwards.
 
     Returns:
         Lines on the input, memory, the time per step, and the time of the whole run.
     """
-    # The last ones, for which progressive_size makes the largest images.
-    steps = range(max(trainer.last_step - _STEPS, 0), trainer.last_step)
+    # Of the last epoch, for which progressive_size makes the largest images.
+    last = trainer.last_step - 1
+    first_of_epoch = last - last % trainer.steps_per_epoch
+    steps = [max(last - back, first_of_epoch) for back in reversed(range(_STEPS))]
     seconds = [_step_seconds(trainer, step, config, communicator) for step in steps]
     reading = min(read for read, _ in seconds)
     first, later = seconds[0][1], min((step for _, step in seconds[1:]), default=seconds[0][1])

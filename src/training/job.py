@@ -1,6 +1,6 @@
 """The story of a training run, from the opened data to the recorded results."""
 
-from pathlib import Path
+import os
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from src.cli.command import Command
 from src.cli.config import DIGITS, Config
 from src.cli.flags import flags_without_effect
 from src.dataset.batches import global_batch_size
-from src.dataset.class_folders import find_split
+from src.dataset.class_folders import SPLITS
 from src.dataset.image_set import (
     ImageSet,
     are_numbers_sorted_as_text,
@@ -69,6 +69,7 @@ def train(command: Command, data: PreparedData) -> None:
     for line in (
         *flags_without_effect(command.flags, config, communicator.size),
         *batch_messages(command.config, config, communicator.size),
+        *class_weights_messages(command.config, config, images.train),
     ):
         recorder.log(line)
     log_summary(trainer, command.kernels, message)
@@ -145,7 +146,6 @@ def log_summary(trainer: Trainer, kernels: KernelChoice, start_message: str | No
         *(set_messages(validation, "validation") if validation is not None else ()),
         f"{WARNING}the training data has a single class" if config.num_classes == 1 else None,
         imbalance_hint(config, images.train),
-        class_weights_message(config, images.train),
         block_init_warning(config),
         warmup_warning(config) or rate_warning(config, trainer.steps_per_epoch),
         stop_hint(config, trainer.steps_per_epoch),
@@ -178,7 +178,16 @@ def validation_message(config: Config, images: TrainingData) -> str | None:
             message += f"\n{WARNING}the images of {others} are not used, because of val_split"
         return message
     path = config.eval_data_path or validation_path(config.data_path) or ""
-    return f"{count} validation images of {find_split(Path(path), 'val') or path}"
+    return f"{count} validation images of {_part_of(images.validation, path)}"
+
+
+def _part_of(images: ImageSet, path: str) -> str:
+    """The part of a root that the images are in, such as ROOT/test; ``path`` if it has no parts."""
+    if images.is_list or images.paths is None:
+        return path
+    part = os.path.relpath(images.paths[0], path).split(os.sep)[0]
+    names = [name for group in SPLITS["val"] for name in group]
+    return os.path.join(path, part) if part.lower() in names else path
 
 
 def imbalance_hint(config: Config, images: ImageSet) -> str | None:
@@ -195,27 +204,32 @@ def imbalance_hint(config: Config, images: ImageSet) -> str | None:
     )
 
 
-def class_weights_message(config: Config, images: ImageSet) -> str | None:
-    """A message that gives each class its weight; None without weights."""
+def class_weights_messages(before: Config, config: Config, images: ImageSet) -> list[str]:
+    """A message that gives each class its weight, if there are weights.
+
+    Args:
+        before: the configuration from the command line, which may say "balanced".
+    """
     weights, classes = config.class_weights, images.class_to_index
     if not isinstance(weights, list):
-        return None
+        return []
     pairs = list(zip(class_names(classes, config.num_classes), weights))
     shown = ", ".join(f"{name}={weight:.3g}" for name, weight in pairs[:_WEIGHTS_SHOWN])
     more = " ..." if len(pairs) > _WEIGHTS_SHOWN else ""
     message = f"class_weights, scaled to a mean of 1: {shown}{more}"
-    if are_numbers_sorted_as_text(classes):
-        return f"{WARNING}{message}; the classes are in the order of text, 10 before 2"
-    return message
+    if isinstance(before.class_weights, list) and are_numbers_sorted_as_text(classes):
+        return [f"{WARNING}{message}; the classes are in the order of text, 10 before 2"]
+    return [message]
 
 
 def block_init_warning(config: Config) -> str | None:
     """A warning if weight_init does not reach the blocks, else None."""
-    if config.block == "base" or config.weight_init == "kaiming_uniform":
+    is_default = config.block == "base" or config.weight_init == "kaiming_uniform"
+    if is_default or config.checkpoint_file_path or config.resume:
         return None
     return (
-        f"{WARNING}weight_init={config.weight_init} is for plain convolutions only; those in the "
-        f"blocks of block={config.block} keep kaiming_uniform"
+        f"{WARNING}weight_init={config.weight_init} applies to plain convolutions only; those "
+        f"inside {config.block} blocks keep kaiming_uniform"
     )
 
 

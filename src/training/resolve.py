@@ -53,6 +53,8 @@ def prepare_data(command: Command) -> PreparedData:
         UserError: on every rank, for keys that contradict each other, or data that cannot be used.
     """
     check_training_keys(command.config)
+    if not command.config.checkpoint_file_path:  # weights bring their network
+        check_progressive_size(command.config)
     images = open_training_data(command.config, command.communicator)
     resolve_data(command.config, images)
     folder = dated_run_folder(command.config.output_path)
@@ -80,6 +82,7 @@ def resolve(
     config = resolve_data(config, data)
     config = auto_batch_size(config, len(data.train), communicator)
     check_training_keys(config)
+    check_progressive_size(config)
     _check_batch_norm(config, micro_batch_size(config, communicator.size))
     return config
 
@@ -87,8 +90,6 @@ def resolve(
 def check_training_keys(config: Config) -> None:
     """Raise UserError for keys that the network or device does not support, or that need others."""
     check_network(config.network, config.image_size)
-    if config.progressive_size:
-        _check_progressive_size(config)
     if config.freeze_epochs and not (config.checkpoint_file_path or config.resume):
         raise UserError(
             f"freeze_epochs={config.freeze_epochs} trains only the classifier at first, so the "
@@ -122,8 +123,10 @@ def check_training_keys(config: Config) -> None:
         )
 
 
-def _check_progressive_size(config: Config) -> None:
+def check_progressive_size(config: Config) -> None:
     """Raise UserError if training cannot begin with smaller images."""
+    if not config.progressive_size:
+        return
     name, smallest = f"progressive_size={config.progressive_size}", config.progressive_size
     network = NETWORKS[network_name(config.network)]
     problem = ""
@@ -138,7 +141,7 @@ def _check_progressive_size(config: Config) -> None:
     elif config.input_pipeline != "own":
         problem = "needs --input_pipeline=own"
     elif config.teacher:
-        problem = "and teacher exclude each other: the teacher takes images of one size"
+        problem = "cannot be combined with teacher, which takes images of one size"
     if problem:
         raise UserError(f"{name} {problem}")
 
@@ -241,9 +244,13 @@ def auto_batch_size(config: Config, images: int, communicator: Communicator) -> 
     configuration is the one in effect.
     """
     update: dict[str, Any] = {"fit_batch": False, "lr_batch_size": 0}
-    batch = global_batch_size(config, communicator.size) if not config.fit_batch else 0
     if config.fit_batch:
-        batch = update["global_batch_size"] = _fitting_batch(config, images, communicator)
+        batch = _fitting_batch(config, images, communicator)
+    else:
+        batch = global_batch_size(config, communicator.size)
+    if config.fit_batch or communicator.size > 1:
+        # The recorded configuration then means the same batch on any number of ranks.
+        update["global_batch_size"] = batch
     if config.lr_batch_size:
         scale = batch / config.lr_batch_size
         update |= {"lr": config.lr * scale, "eta_min": config.eta_min * scale}
@@ -308,7 +315,8 @@ def _first_line(config: Config, communicator: Communicator, folder: RunFolder) -
         hosts = f" ({', '.join(counts)})"
     where = f"the log will be {folder.log}"
     if config.resume:
-        where = f"continues under {config.output_path}"
+        is_auto = config.resume == "auto"
+        where = f"continues {f'under {config.output_path}' if is_auto else config.resume}"
     if config.dry_run:
         where = "a dry run"
     return f"{name} on {communicator.size} x {config.device_target}{hosts}: loading; {where}"

@@ -9,7 +9,7 @@ from typing import Any
 from src.cli.config import Affects, Config, default_values, keys_affecting
 from src.cli.flags import current_keys
 from src.dataset.batches import global_batch_size
-from src.dataset.image_set import are_numbers_sorted_as_text, shared_images
+from src.dataset.image_set import ImageSet, are_numbers_sorted_as_text, shared_images
 from src.distributed.communicator import Communicator
 from src.inference.checkpoint_model import (
     infer_model_settings,
@@ -21,8 +21,7 @@ from src.models.published_weights import local_weights
 from src.models.weight_files import Arrays, read_weights
 from src.models.weights import Head, assign_weights
 from src.runs.checkpoint import TrainingState, read_training_state
-from src.runs.checkpoint_files import NO_POSITION, checkpoint_position
-from src.runs.run_folder import RunFolder, run_date
+from src.runs.run_folder import NO_POSITION, RunFolder, checkpoint_position, run_date
 from src.training.schedules import create_schedule
 from src.training.trainer import Trainer
 from src.utils.errors import UserError
@@ -103,21 +102,23 @@ class PretrainedWeights:
                 other = " other" if before == config.num_classes else ""
                 message += f" instead of {before}{other}"
         # Rank 0 reads the files, and only its lines are seen.
-        if trainer.communicator.is_root and (seen := self._seen_images(trainer)):
-            trainer.seen_before = len(seen)
+        if trainer.communicator.is_root and trainer.data.validation is not None:
+            trainer.seen_before = self._seen_images(trainer, trainer.data.validation)
+        if trainer.seen_before:
             message += (
-                f"\n{WARNING}{len(seen)} of {len(trainer.data.validation or ())} validation images "
-                f"are among those that {self.path} was trained on, such as {seen[0]}; the accuracy "
+                f"\n{WARNING}{trainer.seen_before} of {len(trainer.data.validation or ())} "
+                f"validation images are among those that {self.path} was trained on; the accuracy "
                 "says little about unseen images"
             )
         return message
 
-    def _seen_images(self, trainer: Trainer) -> list[str]:
-        """Names of the validation images that the weights were trained on, as far as is known."""
-        if trainer.data.validation is None:
-            return []
+    def _seen_images(self, trainer: Trainer, validation: ImageSet) -> int:
+        """How many validation images the weights were trained on, as far as is known."""
         trained = open_recorded_training_images(self.metadata, self.class_to_index)
-        return shared_images(trained, trainer.data.validation) if trained is not None else []
+        seen = len(shared_images(trained, validation)) if trained is not None else 0
+        is_same = self.metadata.get("validation") == trainer.fingerprints[1]
+        # Those that the weights before these were trained on.
+        return max(seen, self.metadata.get("seen_before", 0) if is_same else 0)
 
 
 @dataclass(frozen=True)
@@ -156,10 +157,9 @@ class ResumePoint:
             )
         if state.best_top1 >= 0 and not evaluates:
             lines.append(
-                f"{WARNING}best.ckpt stays that of an earlier epoch, because the run does not "
-                f"evaluate any more; its last weights are in {self.run_folder.latest}"
+                f"{WARNING}best.ckpt stays as it was, because the run no longer evaluates; its "
+                f"last weights are in {self.run_folder.latest}"
             )
-        lines += self._version_lines()
         # A run can be killed after it wrote best.ckpt and before it wrote the epoch's checkpoint.
         is_best = self.path.name == "best.ckpt"
         trainer.restore(state, self.arrays, self.path, is_unsaved=is_best)
@@ -177,23 +177,15 @@ class ResumePoint:
         )
         return "\n".join([message, *lines])
 
-    def _version_lines(self) -> list[str]:
-        """Lines on software that is not what the run was trained with so far."""
-        before, now = self.run_folder.read_environment(), software_versions()
-        return [
-            f"{WARNING}it ran with {name} {before[name]} and continues with {version}, which may "
-            "compute something else"
-            for name, version in now.items()
-            if name in before and before[name] != version
-        ]
-
     def _set_aside_fused(self) -> list[str]:
         """Set the deployed network aside, which is not that of the weights to come."""
         folder = self.run_folder
         if not folder.fused.is_file():
             return []
         folder.set_aside([folder.fused])
-        return [f"moved {folder.fused.name}, deployed before, to {folder.superseded}"]
+        return [
+            f"moved {folder.fused.name} to {folder.superseded}: it is not of the weights to come"
+        ]
 
     def _set_aside_later_checkpoints(self, trainer: Trainer) -> tuple[TrainingState, list[str]]:
         """The state after checkpoints of later steps are set aside, and messages on that.
@@ -344,6 +336,15 @@ def resume_message(point: ResumePoint, size: int, threads: Sequence[int], kernel
             f"{WARNING}it computed with the kernels of {state.kernels} and continues with those of "
             f"{kernels}, which round differently"
         )
+    software, now = state.software or {}, software_versions()
+    changed = [name for name in software if name in now and software[name] != now[name]]
+    for name in changed:
+        # Any edit changes the program's version.
+        weight = "" if name == "program" else WARNING
+        lines.append(
+            f"{weight}it ran with {name} {software[name]} and continues with {now[name]}, so "
+            "results may differ"
+        )
     return "\n".join(lines)
 
 
@@ -362,7 +363,8 @@ def _candidates(config: Config) -> list[str]:
     if config.resume == "auto":
         files = [file for run in _newest_first(config.output_path) for file in _checkpoints_of(run)]
     elif Path(config.resume).is_dir():
-        files = _checkpoints_of(Path(config.resume))
+        folder = Path(config.resume)
+        files = _checkpoints_of(folder.parent if folder.name == "ckpt_0" else folder)
     else:
         return [config.resume]
     return [str(file) for file in files]

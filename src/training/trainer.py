@@ -36,7 +36,7 @@ from src.training.timing import RankTimes, StepRates, slow_input_message, slowes
 from src.training.weight_average import WeightAverage
 from src.utils.errors import TrainingInterrupted, UserError
 from src.utils.log import WARNING
-from src.utils.machine import available_cores
+from src.utils.machine import available_cores, software_versions
 from src.utils.progress import TrainingProgress
 
 # The first steps of a size of images compile the graph and fill caches; rates exclude them.
@@ -140,6 +140,7 @@ class Trainer:
             data.validation.fingerprint() if data.validation is not None else None,
         )
         self.threads = communicator.all_gather(available_cores())
+        self._software = software_versions()
         self.first_step, self.best, self.sums = 0, BestSoFar(), EpochSums()
         # Whether the epoch of the last step was evaluated and recorded, and whether its checkpoint
         # is still missing.
@@ -319,7 +320,7 @@ class Trainer:
         self.step.optimizer.backbone_frozen = epoch <= self.config.freeze_epochs
         size, before = (training_size(self.config, index) for index in (epoch - 1, epoch - 2))
         if self.config.progressive_size and (size != before or step == self.first_step):
-            self.recorder.log(f"images of {size} pixels from epoch {epoch} on")
+            self.recorder.log(f"training on {size}-pixel images from epoch {epoch}")
             self._timed_from = step + _WARMUP_STEPS
         first = (epoch - 1) * self.steps_per_epoch
         steps = min(self.steps_per_epoch, self.last_step - first)
@@ -433,6 +434,7 @@ class Trainer:
             teacher=self.teacher.checksum if self.teacher is not None else None,
             first_top1=self._first_top1,
             seen_before=self.seen_before,
+            software=self._software,
         )
         return state, self.network, self._state_parameters
 

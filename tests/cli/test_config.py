@@ -507,3 +507,7 @@ def test_the_image_size_scales_the_resize_of_a_recipe(tmp_path):
     recipe.write_text("network: resnet18\neval_resize: 256\n")
     config = load_config({"config_path": str(recipe), "image_size": "112", "data_path": "x"})
     assert config.eval_resize == 128
+    recipe.write_text("network: resnet56_cifar\neval_resize: 36\n")
+    child = tmp_path / "child.yaml"
+    child.write_text(f"extends: {recipe}\nimage_size: 24\n")
+    assert load_config({"config_path": str(child), "data_path": "x"}).eval_resize == 27

@@ -253,3 +253,4 @@ def test_a_crop_after_cutmix_is_refused():
     with pytest.raises(UserError, match="list cutmix after crop"):
         check_augmentations(make_config(augmentations="cutmix, flip, crop"))
     check_augmentations(make_config(augmentations="mixup, crop, flip, cutmix"))
+    check_augmentations(make_config(augmentations="cutmix, crop", train_crop="resize"))

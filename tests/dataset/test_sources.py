@@ -668,10 +668,23 @@ def test_pictures_that_a_list_does_not_name_are_counted(image_root, tmp_path):
     (tmp_path / "train_list.txt").write_text("\n".join(lines))
     (note,) = open_images(str(tmp_path), "train").notes
     assert note == (
-        f"the 15 images of {tmp_path}/train_list.txt are used, and not all 48 in {tmp_path}/train; "
-        "--dataset_format=folder uses those"
+        f"{tmp_path}/train_list.txt is used, which lists 15 images; {tmp_path}/train has 48, which "
+        f"--data_path={tmp_path}/train takes"
     )
-    assert len(open_images(str(tmp_path), "train", "folder")) == 48
+    assert len(open_images(str(tmp_path / "train"), "train")) == 48
+    # Whoever names the list means it.
+    assert open_images(str(tmp_path / "train_list.txt"), "train").notes == ()
     every = [f"train/{name}/{i:03}.jpg {label}" for i in range(16) for label, name in LABELLED]
     (tmp_path / "train_list.txt").write_text("\n".join(every))
+    shutil.copy(tmp_path / "train/ant/000.jpg", tmp_path / "train/ant/._000.jpg")
     assert open_images(str(tmp_path), "train").notes == ()
+
+
+def test_a_list_of_a_flat_folder_is_read(image_root, tmp_path):
+    (tmp_path / "train").mkdir()
+    for label, name in LABELLED:
+        shutil.copy(image_root / f"train/{name}/000.jpg", tmp_path / f"train/{label}.jpg")
+    lines = "\n".join(f"train/{label}.jpg {label}" for label, _ in LABELLED)
+    (tmp_path / "train_list.txt").write_text(lines)
+    images = open_images(str(tmp_path), "train")
+    assert images.labels.tolist() == [0, 1, 2] and images.notes == ()

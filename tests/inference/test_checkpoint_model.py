@@ -379,12 +379,3 @@ def test_images_are_evaluated_by_the_pipeline_that_training_had():
     assert note.startswith("warning: training prepared images with input_pipeline=mindspore")
     own = CheckpointModel.of({}, metadata, {"data_path": "x", "input_pipeline": "own"})
     assert own.config.input_pipeline == "own" and not own.prediction_notes
-
-
-def test_a_data_path_that_other_images_replace_is_told():
-    recorded = make_config(network="cifar_quick", num_classes=10)
-    metadata = {"config": recorded.model_dump(mode="json")}
-    flags = {"data_path": "x", "eval_data_path": "y"}
-    assert CheckpointModel.of({}, metadata, flags).notes == (
-        "warning: --data_path changes nothing with --eval_data_path",
-    )

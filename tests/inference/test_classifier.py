@@ -8,6 +8,7 @@ from conftest import execute
 from PIL import Image
 
 from acnet_mindspore import UserError, create_network, load
+from src.utils.errors import DamagedImage
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +122,15 @@ def test_flags_are_those_of_predict(trained_run, image_root):
         load(trained_run / "best.ckpt", save_figure="x.png")
     with pytest.raises(UserError, match="create_network\\(\\) has random weights"):
         create_network("cifar_quick", 10, pretrained=trained_run / "best.ckpt")
+
+
+def test_damage_is_an_error_for_strict_classifiers_only(trained_run, image_root, tmp_path):
+    file, damaged = tmp_path / "x.jpg", tmp_path / "y.jpg"
+    Image.open(image_root / "val" / "bee" / "003.jpg").resize((500, 400)).save(file, quality=90)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 200] = bytes(200)
+    damaged.write_bytes(content)
+    with pytest.raises(UserError, match="y.jpg is damaged"):
+        load(trained_run / "best.ckpt", strict=1).predict(damaged)
+    with pytest.warns(DamagedImage):
+        assert load(trained_run / "best.ckpt").predict(damaged).classes

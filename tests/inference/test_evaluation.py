@@ -206,12 +206,14 @@ def test_missing_class_in_the_validation_folder_shifts_nothing(trained_run, imag
         [
             "python3",
             "eval.py",
-            f"--data_path={tmp_path}/val",
+            "--data_path=digits",
+            f"--eval_data_path={tmp_path}/val",
             f"--result_path={result}",
             f"--checkpoint_file_path={trained_run}/best.ckpt",
         ]
     )
     assert run.status == 0, run
+    assert "warning: --data_path changes nothing with --eval_data_path" in run.out
     assert json.loads(result.read_text())[0]["images"] == 23
     assert (
         json.loads(result.read_text())[0]["top1"] > 90

@@ -6,13 +6,13 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, execute, mpirun, randomise
+from conftest import ROOT, TINY, execute, make_config, mpirun, randomise
 from mindspore import Tensor
 from scipy.special import softmax
 
 from src.inference.backends import exported_metadata, naming_file, refusing_probabilities
 from src.inference.calibration import calibration_of
-from src.inference.export import MindirFormat, export_checkpoint, network_size
+from src.inference.export import MindirFormat, _config_to_record, export_checkpoint, network_size
 from src.inference.onnx import write_onnx
 from src.models.create import create_model
 from src.models.networks import NETWORKS
@@ -401,6 +401,9 @@ def test_an_export_records_the_images_of_training(trained_run, image_root, tmp_p
     before, after = (read_weights(f)[1] for f in (trained_run / "best.ckpt", tmp_path / "x.ckpt"))
     for key in ("data_path", "val_split", "eval_data_path", "seed"):
         assert before["config"][key] == after["config"][key], key
+    trained = {"label_smooth_factor": 0.25, "loss": "binary_cross_entropy", "amp_level": "O2"}
+    recorded = _config_to_record(make_config(), {"config": trained})
+    assert trained.items() <= recorded.items()
 
 
 def test_an_error_while_computing_an_exported_file_names_it():
@@ -443,6 +446,9 @@ def test_eight_bits_are_as_good_and_smaller(trained_run, image_root, tmp_path):
         ]
     )
     assert again.status == 0 and f"acc={found['int8'][0]:.2f}%(TOP1)" in again.out, again
+    plain = [word for word in words if "int8" not in word]
+    run = execute([*plain, "--file_format=ONNX", f"--result_path={tmp_path}/net.onnx"])
+    assert f"warning: {tmp_path}/net_int8.onnx is left from an earlier export" in run.out, run
 
 
 @pytest.mark.slow

@@ -15,8 +15,13 @@ from mindspore import Tensor
 from src.models.create import create_model
 from src.models.weight_files import read_weights
 from src.runs.checkpoint import TrainingState, save_checkpoint
-from src.runs.checkpoint_files import choose_checkpoint, find_checkpoints
-from src.runs.run_folder import RunFolder, create_run_folder, dated_run_folder
+from src.runs.run_folder import (
+    RunFolder,
+    choose_checkpoint,
+    create_run_folder,
+    dated_run_folder,
+    find_checkpoints,
+)
 from src.utils.errors import UserError
 from src.utils.files import remove_partials
 

@@ -194,6 +194,8 @@ def test_runs_are_compared(trained_run, image_root, tmp_path):
             *TINY,
             "--max_epoch=1",
             "--lr=0.03",
+            "--run_eval=1",
+            f"--eval_data_path={image_root}/train",
         ]
     )
     assert run.status == 0, run
@@ -201,7 +203,6 @@ def test_runs_are_compared(trained_run, image_root, tmp_path):
     run = execute(
         ["python3", "report.py", trained_run, other, f"--result_path={tmp_path}/both.html"]
     )
-    # The other evaluated nothing.
     assert run.status == 0 and "evaluated on different images" in run.out, run
     differing = {
         row[0]: row[1:] for row in rows_of((tmp_path / "both.html").read_text(), "differing")

@@ -190,7 +190,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_other_images_are_refused(
     refused = execute(command(1, broken_copy, tmp_path / "out", "--resume=auto"))
     assert refused.status == 2 and "other images" in refused.error_lines[0], refused
     refused = execute(command(1, image_root, tmp_path / "out", f"--resume={newest}"))
-    assert refused.status == 2 and "is damaged" in refused.error_lines[0], refused
+    # Which of the two is seen depends on what the byte belongs to.
+    words = ("is damaged", "is truncated")
+    assert refused.status == 2 and any(w in refused.error_lines[0] for w in words), refused
     run = execute(command(1, image_root, tmp_path / "out", "--resume=auto", "--max_steps=16"))
     assert run.status == 0 and f"skipped, as damaged or of another run: {newest}" in run.out, run
 
@@ -379,10 +381,10 @@ def test_images_that_grow_resume_to_the_same_bits(image_root, tmp_path):
             assert run.status == 0, run
         saved.append(read_weights(only_run(tmp_path / name) / "latest.ckpt")[0])
     log = (only_run(tmp_path / "whole") / "log.txt").read_text()
-    assert [line.split("images of ")[1] for line in log.splitlines() if "pixels from" in line] == [
-        "16 pixels from epoch 1 on",
-        "24 pixels from epoch 2 on",
-        "32 pixels from epoch 4 on",
+    assert [line.split("training on ")[1] for line in log.splitlines() if "-pixel" in line] == [
+        "16-pixel images from epoch 1",
+        "24-pixel images from epoch 2",
+        "32-pixel images from epoch 4",
     ]
     assert all(np.array_equal(saved[0][name], saved[1][name]) for name in saved[0])
     longer = execute(
@@ -397,11 +399,8 @@ def test_a_resumed_run_says_what_stays_and_what_has_changed(image_root, tmp_path
     words = command(1, image_root, tmp_path, "--ckpt_interval_steps=0", "--max_steps=12")
     assert execute([*words, "--deploy=1"]).status == 0
     folder = only_run(tmp_path)
-    file = folder / "environment.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "numpy": "1.0"}))
     assert (folder / "fused.ckpt").exists()
     run = execute([*words, "--max_steps=16", "--run_eval=0", "--resume=auto"])
     assert run.status == 0, run
-    assert "warning: best.ckpt stays that of an earlier epoch" in run.out, run
-    assert "warning: it ran with numpy 1.0 and continues with" in run.out, run
+    assert "warning: best.ckpt stays as it was" in run.out and "it ran with" not in run.out, run
     assert not (folder / "fused.ckpt").exists() and (folder / "superseded/fused.ckpt").exists()

@@ -247,4 +247,8 @@ def test_validation_images_that_the_weights_have_seen_are_told(image_root, train
     assert f"12 of 12 validation images are among those that {trained_run}/best.ckpt" in run.out
     checkpoint = only_run(tmp_path) / "latest.ckpt"
     run = execute(["python3", "eval.py", f"--checkpoint_file_path={checkpoint}"])
-    assert "weights that it began with were trained on 12 of them" in run.out, run
+    assert "weights that training began with were trained on 12 of these 12" in run.out, run
+    # A third run from these weights, on the same validation images, knows of the first one.
+    again = [f"--pretrained={checkpoint}", *(word for word in flags if "pretrained" not in word)]
+    run = execute(["python3", "train.py", *TINY, *again])
+    assert f"12 of 12 validation images are among those that {checkpoint}" in run.out, run

@@ -14,7 +14,12 @@ from src.models.create import create_model
 from src.models.networks import NETWORKS
 from src.training import resolve as fitting
 from src.training.job import batch_messages
-from src.training.resolve import auto_batch_size, check_training_keys, resolve_data, training_bytes
+from src.training.resolve import (
+    auto_batch_size,
+    check_progressive_size,
+    resolve_data,
+    training_bytes,
+)
 from src.utils.errors import UserError
 from src.utils.machine import available_bytes, peak_bytes
 
@@ -65,14 +70,17 @@ def test_learning_rate_is_in_proportion_and_the_result_is_not_fitted_again():
         network="resnet18", per_batch_size=16, lr=0.1, eta_min=0.01, lr_batch_size=32
     )
     fitted = auto_batch_size(config, 1000, Ranks(4))
-    assert (fitted.lr, fitted.eta_min, fitted.lr_batch_size, fitted.global_batch_size) == (
-        pytest.approx(0.2),
-        pytest.approx(0.02),
-        0,
-        0,
-    )
+    assert (fitted.lr, fitted.eta_min) == (pytest.approx(0.2), pytest.approx(0.02))
+    assert (fitted.lr_batch_size, fitted.global_batch_size) == (0, 64)
     assert auto_batch_size(fitted, 1000, Ranks(4)) == fitted
     assert auto_batch_size(make_config(lr=0.3), 1000, Ranks(4)).lr == 0.3
+
+
+def test_the_batch_of_several_ranks_is_recorded():
+    """Half as many images were in a step when one process repeated the run's config.yaml."""
+    config = make_config(per_batch_size=8, accumulation_steps=2)
+    assert auto_batch_size(config, 1000, Ranks(3)).global_batch_size == 48
+    assert auto_batch_size(config, 1000, Ranks(1)).global_batch_size == 0
 
 
 def test_available_memory_is_what_the_system_says():
@@ -189,7 +197,7 @@ def test_class_weights_that_are_none_are_refused(value):
         ({"network": "vgg16_cifar", "progressive_size": 48}, "images of one size only"),
         ({"max_epoch": 3}, "--max_epoch=4"),
         ({"input_pipeline": "mindspore"}, "--input_pipeline=own"),
-        ({"teacher": "x"}, "exclude each other"),
+        ({"teacher": "x"}, "cannot be combined"),
         ({}, None),
     ],
 )
@@ -198,10 +206,10 @@ def test_images_that_cannot_grow_are_refused(keys, words):
         **{"network": "resnet18", "image_size": 64, "progressive_size": 32, "max_epoch": 4, **keys}
     )
     if words is None:
-        check_training_keys(config)
+        check_progressive_size(config)
         return
     with pytest.raises(UserError, match=words):
-        check_training_keys(config)
+        check_progressive_size(config)
 
 
 @pytest.mark.parametrize("name", sorted(NETWORKS))

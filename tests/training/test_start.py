@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,9 +17,8 @@ from src.dataset.splits import TrainingData
 from src.distributed.communicator import Communicator
 from src.models.create import create_model
 from src.runs.checkpoint import TrainingState, read_training_state, restore_arrays, save_checkpoint
-from src.runs.checkpoint_files import checkpoint_position, in_order
 from src.runs.recorder import Recorder
-from src.runs.run_folder import RunFolder
+from src.runs.run_folder import RunFolder, checkpoint_position, in_order
 from src.training.start import (
     PretrainedWeights,
     ResumePoint,
@@ -95,6 +95,7 @@ def test_a_new_classifier_says_why(network, classes, words):
         class_to_index={"a": 0, "b": 1, "c": 2, "d": 3},
         communicator=Communicator(),
         data=TrainingData(None, None),
+        seen_before=0,
     )
     arrays = {p.name: p.asnumpy() for p in network.get_parameters()}
     weights = PretrainedWeights("w.ckpt", arrays, {}, classes, {})
@@ -308,6 +309,17 @@ def test_other_threads_are_said_on_resuming():
     assert "it ran on 2 ranks and continues on 1" in resume_message(point, 1, [2], "mindspore")
     assert "kernels of mindspore and continues with those of onednn, avx2" in resume_message(
         point, 2, [1, 1], "onednn, avx2"
+    )
+
+
+def test_other_software_is_said_on_resuming():
+    recorded = replace(state(15), software={"program": "1", "numpy": "1.0", "gone": "3"})
+    text = resume_message(ResumePoint(Path("x"), recorded, {}), 1, [1], recorded.kernels)
+    assert "\nwarning: it ran with numpy 1.0 and continues with" in text and "gone" not in text
+    # Every edit of the program is another one: that is no warning.
+    assert "\nit ran with program 1 and continues with" in text
+    assert "it ran with" not in resume_message(
+        ResumePoint(Path("x"), state(15), {}), 1, [1], recorded.kernels
     )
 
 

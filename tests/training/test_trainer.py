@@ -17,7 +17,7 @@ from src.distributed.communicator import Communicator
 from src.kernels.library import KernelChoice
 from src.models.create import create_network
 from src.runs.recorder import Recorder
-from src.training.job import block_init_warning, class_weights_message
+from src.training.job import block_init_warning, class_weights_messages
 from src.training.start import RandomWeights
 from src.training.trainer import Trainer
 from src.utils.errors import TrainingInterrupted, UserError
@@ -229,13 +229,18 @@ def test_class_weights_are_said_by_name():
     classes = {str(number): label for label, number in enumerate([0, 1, 10, 2])}
     images = ImageSet(classes, np.arange(4, dtype=np.int32), pixels=IMAGES.pixels[:4])
     config = make_config(class_weights="1,1,2,1", num_classes=4)
-    assert class_weights_message(config, images) == (
+    (message,) = class_weights_messages(config, config, images)
+    assert message == (
         "warning: class_weights, scaled to a mean of 1: 0=1, 1=1, 10=2, 2=1; the classes are in "
         "the order of text, 10 before 2"
     )
+    # Whoever says "balanced" needs no order.
+    balanced = make_config(class_weights="balanced", num_classes=4)
+    assert class_weights_messages(balanced, config, images)[0].startswith("class_weights, scaled")
     named = dataclasses.replace(images, class_to_index={"a": 0, "b": 1, "c": 2, "d": 3})
-    assert class_weights_message(config, named).endswith("mean of 1: a=1, b=1, c=2, d=1")
-    assert class_weights_message(make_config(), images) is None
+    (message,) = class_weights_messages(config, config, named)
+    assert message.endswith("mean of 1: a=1, b=1, c=2, d=1")
+    assert class_weights_messages(make_config(), make_config(), images) == []
 
 
 def test_initial_weights_that_do_not_reach_the_blocks_are_told():
