@@ -214,8 +214,8 @@ def content_keys(sets: Sequence[ImageSet]) -> list[list[bytes | None]]:
     """For each set, the keys of its images, which share a key only if their content is the same.
 
     The content is that of a file, also in a packed set, or an array of pixels. None for an image
-    with whose size there is no other. All keys are None if there are too many images, or if
-    comparing them would take too long.
+    whose size no other image has. All keys are None if there are too many images, or if comparing
+    them would take too long.
     """
     if sum(map(len, sets)) > _MEASURED_FILES:
         return [[None] * len(images) for images in sets]

@@ -248,3 +248,11 @@ def test_deploy_and_predict(null_gpu, tmp_path):
         "predict.py", "--device_target=GPU", f"--checkpoint_file_path={folder}", photo
     )
     assert run.status == 0 and "10.0%" in run.out, run
+
+
+@pytest.mark.extended
+def test_images_that_grow(null_gpu, tmp_path):
+    """Each size is another graph, with the same optimizer state."""
+    flags = ("--network=wrn16_8_cifar", "--block=base", "--progressive_size=16", "--max_epoch=4")
+    run = null_gpu.run("train.py", *DIGITS, *flags, "--run_eval=0", f"--output_path={tmp_path}")
+    assert run.status == 0 and "training on 32-pixel images from epoch 4" in run.out, run
