@@ -33,7 +33,7 @@ from src.inference.backends import open_backends  # noqa: E402
 from src.inference.checkpoint_model import CheckpointModel  # noqa: E402
 from src.inference.export import export_checkpoint  # noqa: E402
 from src.inference.heatmap import covered, heat, overlay  # noqa: E402
-from src.inference.image_service import LARGEST_BODY, MOST_BODY_BYTES, Bodies, ImageService  # noqa: E402
+from src.inference.image_service import LARGEST_BODY, Bodies, ImageService  # noqa: E402
 from src.inference.mindspore_backend import MindSporeBackend  # noqa: E402
 from src.inference.onnx_backend import OnnxBackend  # noqa: E402
 from src.inference.server_requests import RequestError, ServerMetrics, files_in_form  # noqa: E402
@@ -316,7 +316,6 @@ def test_large_bodies_that_arrive_slowly_do_not_keep_out_a_photograph(server, im
     """Those that began first are refused when together they pass 256 MiB."""
     count, size = 24, 19 << 20
     head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {size + 1}\r\n\r\n".encode()
-    assert count * size > MOST_BODY_BYTES
     with contextlib.ExitStack() as stack:
         slow = [
             stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=60))
