@@ -26,6 +26,8 @@ from src.utils.progress import print_status
 
 # How long accepted requests are answered after a signal to stop.
 _STOP_S = 60
+# The status of a request whose client has gone away, for the metrics, as nginx counts it.
+_HUNG_UP = 499
 _CLASSES_ASKED = 6
 _PAGE = Path(__file__).with_name("serving_page.html")
 
@@ -66,6 +68,7 @@ def create_app(service: ImageService, figures: ServerMetrics, log: Log) -> Any:
     """
     _, starlette = import_server()
     responses, route = starlette.responses, starlette.routing.Route
+    disconnected = starlette.requests.ClientDisconnect
     config = service.model.config
     described = openapi(config.network, service.class_names)
     page = _PAGE.read_text(encoding="utf-8").replace("NETWORK", config.network)
@@ -82,6 +85,9 @@ def create_app(service: ImageService, figures: ServerMetrics, log: Log) -> Any:
         except RequestError as refusal:
             status = refusal.status
             raise
+        except disconnected:
+            status = _HUNG_UP
+            raise
         finally:
             figures.add(status, time.perf_counter() - started)
 
@@ -93,6 +99,10 @@ def create_app(service: ImageService, figures: ServerMetrics, log: Log) -> Any:
 
     async def refuse(request: Any, refusal: RequestError) -> Any:
         return responses.JSONResponse(refusal.answer, refusal.status)
+
+    async def hang_up(request: Any, failure: Exception) -> Any:
+        # Nobody reads it, and it is no failure of the program: clients could fill the log.
+        return responses.Response(status_code=_HUNG_UP)
 
     async def fail(request: Any, failure: Exception) -> Any:
         log(f"{request.url.path} failed: {type(failure).__name__}: {failure}")
@@ -128,7 +138,7 @@ def create_app(service: ImageService, figures: ServerMetrics, log: Log) -> Any:
 
     return starlette.applications.Starlette(
         lifespan=lifespan,
-        exception_handlers={RequestError: refuse, Exception: fail},
+        exception_handlers={RequestError: refuse, disconnected: hang_up, Exception: fail},
         routes=[
             route("/", always(responses.HTMLResponse(page))),
             route("/predict", predict, methods=["POST"]),
@@ -227,6 +237,7 @@ def import_server() -> tuple[Any, Any]:
     """(uvicorn, starlette), an optional extra. Raises UserError that says what to install."""
     try:
         import starlette.applications
+        import starlette.requests
         import starlette.responses
         import starlette.routing
         import uvicorn

@@ -84,6 +84,7 @@ def started(folder):
         stdout=subprocess.PIPE,
         text=True,
     )
+    # The rest is read at the end only: what clients do must not fill the server's log.
     line = server.stdout.readline()
     return server, int(line.rstrip("/\n").rpartition(":")[2])
 

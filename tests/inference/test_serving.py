@@ -387,6 +387,19 @@ def test_what_goes_wrong_in_the_network_is_an_answer_and_a_line(path):
         assert server.request("POST", path, encoded_image())[0] == 200
 
 
+def test_a_client_that_hangs_up_is_no_failure_of_the_server():
+    """Each wrote a line; with the log unread, 1,700 lines stopped the server."""
+    with Answering(lambda images: np.zeros((len(images), 3), np.float32)) as server:
+        head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
+        for _ in range(3):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+                connection.sendall(head + b"half")
+        while server.figures.requests.total() < 3:
+            time.sleep(0.01)
+        assert server.figures.requests == {499: 3} and not server.lines
+        assert server.request("POST", "/predict", encoded_image())[0] == 200
+
+
 @pytest.mark.parametrize("excess", [1, 1 << 20])
 def test_a_client_that_closes_learns_that_its_body_is_too_large(server, excess):
     """urllib sends Connection: close, and reads the answer when all is sent."""
