@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.compare_pytorch import free_port  # noqa: E402
-from benchmarks.processes import last_line, mpirun_environment, mpirun_words  # noqa: E402
+from benchmarks.processes import last_line, mpirun_environment, mpirun_words, take_cores  # noqa: E402
 from benchmarks.timing import median_seconds  # noqa: E402
 from src.cli.run import run_process  # noqa: E402
 
@@ -137,10 +137,7 @@ def train_ours(network, block, ranks, data, output, epochs):
 
 def train_pytorch(options):
     """On each rank: train, and print the images per second of all ranks; rank 0 prints."""
-    rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", "0"))
-    cores = sorted(os.sched_getaffinity(0))
-    share = max(len(cores) // options.ranks, 1)
-    os.sched_setaffinity(0, cores[rank * share % len(cores) :][:share])
+    rank, share = take_cores(options.ranks)
     import torch
     from torch.nn import functional
 

@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.processes import last_line, mpirun_words  # noqa: E402
+from benchmarks.processes import last_line, mpirun_words, take_cores  # noqa: E402
 from benchmarks.timing import median_seconds  # noqa: E402
 from src.cli.run import run_process  # noqa: E402
 
@@ -172,10 +172,7 @@ def free_port():
 
 def pytorch_train(options):
     """On each rank: DistributedDataParallel's step; rank 0 prints."""
-    rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", "0"))
-    cores = sorted(os.sched_getaffinity(0))
-    share = max(len(cores) // options.ranks, 1)
-    os.sched_setaffinity(0, cores[rank * share % len(cores) :][:share])
+    rank, share = take_cores(options.ranks)
     import torch
 
     from benchmarks.pytorch_reference import build, normalise

@@ -35,3 +35,16 @@ def last_line(words):
             f"'{' '.join(words)}' ended with status {finished.returncode}; its error is above"
         )
     return finished.stdout.splitlines()[-1]
+
+
+def take_cores(ranks):
+    """Bind this rank of ``ranks`` to its share of the cores.
+
+    Returns:
+        (rank, number of its cores).
+    """
+    rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", "0"))
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(len(cores) // ranks, 1)
+    os.sched_setaffinity(0, cores[rank * share % len(cores) :][:share])
+    return rank, share

@@ -85,25 +85,25 @@ def run_with_restarts(options, script, environment, sent_signal_file):
             if options.max_restarts and status not in (0, USER_ERROR) and not received:
                 sys.stderr.write(
                     f"error: the job ended with status {status} and no restarts are left; "
-                    f"continue with the same command and --resume={run_folder(environment)}\n"
+                    "continue with the same command and --resume="
+                    f"{read_facts(environment).get('run_folder', 'auto')}\n"
                 )
             return status
-        prepare_restart(options, script, Path(environment[FACTS_FILE]), status, restarts_left)
+        prepare_restart(options, script, read_facts(environment), status, restarts_left)
         restarts_left -= 1
 
 
-def run_folder(environment):
-    """The folder of the run, or "auto" if it has not told it."""
+def read_facts(environment):
+    """What the run has told; {} if it has not begun."""
     facts_file = Path(environment[FACTS_FILE])
-    return json.loads(facts_file.read_text())["run_folder"] if facts_file.is_file() else "auto"
+    return json.loads(facts_file.read_text()) if facts_file.is_file() else {}
 
 
-def prepare_restart(options, script, facts_file, status, restarts_left):
+def prepare_restart(options, script, facts, status, restarts_left):
     """Change ``options`` so that the job continues on the hosts that are left.
 
     It starts from its newest checkpoint, with the same global batch.
     """
-    facts = json.loads(facts_file.read_text()) if facts_file.is_file() else {}
     parts = [f"the job ended with status {status}"]
     lost = wait_for_hosts(options.hosts, script)
     for host in list(lost):

@@ -193,8 +193,8 @@ class TrainBatches:
         )
         self.steps_per_epoch = steps_per_epoch(len(images), config, size)
         self._threads = _Threads(config.num_parallel_workers or available_cores())
-        self._augmenter = Augmenter(config, len(images), images.num_classes)
-        self._augmenters = {config.image_size: self._augmenter}
+        self._augmenters: dict[int, Augmenter] = {}
+        self._augmenter = self._augmenter_for(config.image_size)
         self._kept: dict[int, np.ndarray] = {}
         self._keepable_bytes = min(_KEPT_BYTES, available_bytes() / 8) / size
         self._order = -1, np.empty(0), np.empty(0)

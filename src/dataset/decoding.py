@@ -75,11 +75,16 @@ class BadImage(UserError):
     """An image file that cannot be read or decoded."""
 
 
+def warn_of_damage(message: str) -> None:
+    """Warn, as DamagedImage, of an image that ``decode_image`` could only decode in part."""
+    warnings.warn(message, DamagedImage, 4)
+
+
 def read_image(
     path: str,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     min_side: int = 0,
-    report: Callable[[str], object] | None = None,
+    report: Callable[[str], object] = warn_of_damage,
 ) -> np.ndarray:
     """An image file as (H, W, 3) uint8 RGB; see ``decode_image``.
 
@@ -96,7 +101,7 @@ def read_image(
         raise BadImage(
             f"cannot read the image {path}: {getattr(failure, 'strerror', failure)}"
         ) from None
-    return decode_image(encoded, path, max_pixels, min_side, report or warn_of_damage)
+    return decode_image(encoded, path, max_pixels, min_side, report)
 
 
 def open_regular(path: str) -> io.FileIO:
@@ -106,11 +111,6 @@ def open_regular(path: str) -> io.FileIO:
         file.close()
         raise OSError(errno.EINVAL, "it is not a regular file")
     return file
-
-
-def warn_of_damage(message: str) -> None:
-    """Warn, as DamagedImage, of an image that ``decode_image`` could only decode in part."""
-    warnings.warn(message, DamagedImage, 4)
 
 
 def decode_image(

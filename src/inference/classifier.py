@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from scipy.special import softmax
 
-from src.dataset.decoding import BadImage, picture_pixels, read_image
+from src.dataset.decoding import BadImage, picture_pixels, read_image, warn_of_damage
 from src.dataset.image_set import class_names
 from src.dataset.transforms import eval_min_side, eval_transform
 from src.distributed.communicator import Communicator
@@ -133,7 +133,7 @@ class Classifier:
         """The network's input for a photo: (image_size, image_size, 3) uint8."""
         config = self.config
         if isinstance(photo, (str, Path)):
-            report = _refuse_damage if config.strict else None
+            report = _refuse_damage if config.strict else warn_of_damage
             pixels = read_image(str(photo), config.max_pixels, eval_min_side(config), report)
         elif isinstance(photo, Image.Image):
             pixels = picture_pixels(photo)
